@@ -1,0 +1,27 @@
+"""Packaging of vcm_jax; the requirements live in requirements.txt alone."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+REQUIREMENTS = [
+    line.strip()
+    for line in (HERE / "requirements.txt").read_text().splitlines()
+    if line.strip() and not line.startswith("#")
+]
+
+setup(
+    name="vcm_jax",
+    version="0.1.0",
+    description="Few-step video-to-audio models in JAX: velocity consistency and its siblings",
+    long_description=(HERE / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    packages=find_packages(include=["vcm_jax", "vcm_jax.*"]),
+    python_requires=">=3.11",
+    install_requires=REQUIREMENTS,
+    extras_require={
+        "torch": ["torch>=2.6"],
+        "test": ["pytest>=8", "pytest-xdist", "hypothesis>=6", "ruff"],
+    },
+)

@@ -1,0 +1,99 @@
+"""One record from which every length follows."""
+
+import dataclasses
+import math
+
+
+def _floor(x: float) -> int:
+    """floor(x) that is not fooled by 2.56 * 25 = 63.99999999999999."""
+    return math.floor(round(x, 6))
+
+
+def _ceil(x: float) -> int:
+    return math.ceil(round(x, 6))
+
+
+@dataclasses.dataclass(frozen=True)
+class SequenceConfig:
+    """Lengths of a clip's sound, latent and conditions, all derived from its duration.
+
+    The defaults are MMAudio's 16 kHz mode; `SequenceConfig.mode_44k()` is its 44.1 kHz mode
+    (MMAudio, model/sequence_config.py; METHOD.md 4).
+
+    Attributes:
+      duration: seconds.
+      sample_rate: of the sound, in Hz.
+      hop: samples per spectrogram frame.
+      latent_downsample: spectrogram frames per latent token.
+      clip_fps, sync_fps: frame rates (Hz) at which the two visual encoders see the video.
+      sync_segment, sync_stride: frames per Synchformer segment, and from one segment to the next.
+      sync_rows_per_segment: feature rows that one segment gives.
+      text_seq_len: text tokens (CLIP's context length).
+
+    Raises:
+      ValueError: when the duration is too short for one segment of sync frames.
+    """
+
+    duration: float = 8.0
+    sample_rate: int = 16_000
+    hop: int = 256
+    latent_downsample: int = 2
+    clip_fps: int = 8
+    sync_fps: int = 25
+    sync_segment: int = 16
+    sync_stride: int = 8
+    sync_rows_per_segment: int = 8
+    text_seq_len: int = 77
+
+    def __post_init__(self):
+        shortest = self.sync_segment / self.sync_fps
+        if not self.duration >= shortest:
+            raise ValueError(
+                f"duration {self.duration} s is too short: the sync features need at least "
+                f"{self.sync_segment} frames at {self.sync_fps} fps, {shortest} s"
+            )
+
+    @classmethod
+    def mode_44k(cls, duration: float = 8.0) -> "SequenceConfig":
+        """MMAudio's 44.1 kHz mode: 345 latents for 8 s."""
+        return cls(duration=duration, sample_rate=44_100, hop=512)
+
+    @property
+    def latent_seq_len(self) -> int:
+        """N: latent tokens."""
+        return _ceil(self.duration * self.sample_rate / self.hop / self.latent_downsample)
+
+    @property
+    def num_spec_frames(self) -> int:
+        """Spectrogram frames that the latents stand for."""
+        return self.latent_seq_len * self.latent_downsample
+
+    @property
+    def num_samples(self) -> int:
+        """Samples that the latents stand for: `duration` rounded up to whole latents."""
+        return self.num_spec_frames * self.hop
+
+    @property
+    def num_clip_frames(self) -> int:
+        """Frames at `clip_fps`."""
+        return max(1, _floor(self.duration * self.clip_fps))
+
+    @property
+    def clip_seq_len(self) -> int:
+        """Tc: one clip token per frame."""
+        return self.num_clip_frames
+
+    @property
+    def num_sync_frames(self) -> int:
+        """Frames at `sync_fps`."""
+        return _floor(self.duration * self.sync_fps)
+
+    @property
+    def num_sync_segments(self) -> int:
+        """Overlapping segments that fit whole into the frames."""
+        return (self.num_sync_frames - self.sync_segment) // self.sync_stride + 1
+
+    @property
+    def sync_seq_len(self) -> int:
+        """Ts: sync tokens."""
+        return self.num_sync_segments * self.sync_rows_per_segment

@@ -1,0 +1,1 @@
+"""Media files, encoders, and the extraction command."""

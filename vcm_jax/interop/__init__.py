@@ -1,0 +1,1 @@
+"""Everything that touches PyTorch files; torch itself is imported lazily."""

@@ -1,0 +1,1 @@
+"""Figures of merit on feature arrays and waveforms."""
