@@ -1,0 +1,130 @@
+"""MMAudio's state-dict names and layouts <-> our variables.
+
+Names and layouts only: no time reversal, no sign (`import_torch` has those). Arrays are numpy on
+both sides; PyTorch is not needed. The rule: a number in a torch name is the index in a
+`Sequential` or a `ModuleList` and is joined to what precedes it (`t_embed.mlp.0.weight` is
+`t_embed / mlp_0 / kernel`); linear weights `(out, in)` are transposed, convolutions
+`(out, in, k)` become `(k, in, out)`, and the rows of a `qkv` layer, `(h dh + d) 3 + j`, become
+`j, h, d` (ARCHITECTURE: j fastest).
+"""
+
+import re
+
+import jax
+import numpy as np
+from flax import traverse_util
+
+from vcm_jax.models import Conditions, MMDiT, ModelConfig
+
+# What is not a layer: torch name -> (collection, our name, leading axes of size 1 in torch).
+_SPECIAL = {
+    "sync_pos_emb": ("params", "sync_pos_emb", 2),
+    "empty_clip_feat": ("params", "empty_clip_feat", 1),
+    "empty_sync_feat": ("params", "empty_sync_feat", 1),
+    "latent_mean": ("stats", "latent_mean", 2),
+    "latent_std": ("stats", "latent_std", 2),
+    "empty_string_feat": ("stats", "empty_text", 0),
+}
+
+
+def abstract_variables(config: ModelConfig) -> dict:
+    """Shapes and dtypes of the network's variables, without computing any."""
+    zeros = lambda *shape: np.zeros((1, *shape), np.float32)
+    cond = Conditions(
+        zeros(config.clip_seq_len, config.clip_dim),
+        zeros(config.sync_seq_len, config.sync_dim),
+        zeros(config.text_seq_len, config.text_dim),
+    )
+    x = zeros(config.latent_seq_len, config.latent_dim)
+    time = np.zeros(1, np.float32)
+    return jax.eval_shape(MMDiT(config).init, jax.random.key(0), x, time, time, cond)
+
+
+def _torch_name(path: tuple[str, ...]) -> str:
+    """The torch name of the variable at `path` (collection first)."""
+    for name, (collection, ours, _) in _SPECIAL.items():
+        if path == (collection, ours):
+            return name
+    *modules, leaf = path[1:]
+    modules = [re.sub(r"_(\d+)$", r".\1", module) for module in modules]
+    return ".".join([*modules, "bias" if leaf == "bias" else "weight"])
+
+
+def _to_torch_layout(path, value):
+    if path[-1] in (ours for _, ours, _ in _SPECIAL.values()):
+        ones = _SPECIAL[_torch_name(path)][2]
+        return value.reshape((1,) * ones + value.shape)
+    if path[-2] == "qkv":  # ([D,] 3, H, dh) -> (H dh 3 [, D])
+        value = np.moveaxis(value, -3, -1)
+        return value.reshape(*value.shape[:-3], -1).T
+    return value.T
+
+
+def _from_torch_layout(path, shape, tensor):
+    if path[-2] == "qkv":
+        tensor = tensor.T.reshape(*shape[:-3], *shape[-2:], 3)
+        return np.moveaxis(tensor, -1, -3)
+    return tensor.T if path[-1] == "kernel" else tensor.reshape(shape)
+
+
+def _list(names) -> str:
+    names = sorted(names)
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return ", ".join(names[:4]) + more
+
+
+def variables_from_torch(state_dict: dict, config: ModelConfig) -> dict:
+    """The network's variables from a state dict of numpy arrays; `h_embed.*` must be there.
+
+    Returns:
+      `{"params": ..., "stats": ...}`, arrays in the state dict's dtypes.
+
+    Raises:
+      ValueError: on missing or extra names, or other shapes; names the first few of each.
+    """
+    paths = traverse_util.flatten_dict(abstract_variables(config))
+    names = {_torch_name(path): path for path in paths}
+    problems = []
+    if missing := names.keys() - state_dict.keys():
+        problems.append(f"missing: {_list(missing)}")
+    if extra := state_dict.keys() - names.keys():
+        problems.append(f"not known: {_list(extra)}")
+    wrong = []
+    for name in names.keys() & state_dict.keys():
+        abstract = np.broadcast_to(np.float32(0), paths[names[name]].shape)
+        expected = _to_torch_layout(names[name], abstract).shape
+        if np.shape(state_dict[name]) != expected:
+            wrong.append(f"{name} {np.shape(state_dict[name])} instead of {expected}")
+    if wrong:
+        problems.append(f"other shapes: {_list(wrong)}")
+    if problems:
+        raise ValueError("state dict does not fit the model: " + "; ".join(problems))
+    flat = {
+        path: np.ascontiguousarray(
+            _from_torch_layout(path, paths[path].shape, np.asarray(state_dict[name]))
+        )
+        for name, path in names.items()
+    }
+    return traverse_util.unflatten_dict(flat)
+
+
+def variables_to_torch(variables: dict, config: ModelConfig) -> dict[str, np.ndarray]:
+    """The state dict, numpy arrays under MMAudio's names plus `h_embed.*`; the inverse.
+
+    Raises:
+      ValueError: when the variables are not those of `config`.
+    """
+    flat = traverse_util.flatten_dict(dict(variables))
+    paths = traverse_util.flatten_dict(abstract_variables(config))
+    shapes = lambda tree: {path: np.shape(value) for path, value in tree.items()}
+    if shapes(flat) != shapes(paths):
+        wrong = [
+            path
+            for path in flat.keys() | paths.keys()
+            if shapes(flat).get(path) != shapes(paths).get(path)
+        ]
+        raise ValueError("variables are not the model's: " + _list(map("/".join, wrong)))
+    return {
+        _torch_name(path): np.ascontiguousarray(_to_torch_layout(path, np.asarray(value)))
+        for path, value in flat.items()
+    }

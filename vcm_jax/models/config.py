@@ -1,0 +1,121 @@
+"""Sizes of the network."""
+
+import dataclasses
+import math
+
+from vcm_jax.data.sequence import SequenceConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Sizes of MMAudio's multimodal transformer; lengths are those of one clip.
+
+    `SequenceConfig` computes the lengths from a duration, `with_lengths` puts them in.
+
+    Attributes:
+      latent_dim, clip_dim, sync_dim, text_dim: channels of the latent and of the raw features.
+      hidden_dim, num_heads: D and H; the head size D / H must be even (rotary embedding).
+      depth: all blocks, joint and fused; `fused_depth` of them are fused (latent tokens alone).
+      latent_seq_len, clip_seq_len, sync_seq_len, text_seq_len: N, Tc, Ts (a multiple of 8), Tt.
+      audio_kernel: of the ConvMLP in the audio projector. 7 is what MMAudio's released weights
+        have; SoundVCM's appendix B.3 says 3.
+
+    Raises:
+      ValueError: when the sizes do not fit each other.
+    """
+
+    latent_dim: int
+    clip_dim: int
+    sync_dim: int
+    text_dim: int
+    hidden_dim: int
+    num_heads: int
+    depth: int
+    fused_depth: int
+    latent_seq_len: int
+    clip_seq_len: int
+    sync_seq_len: int
+    text_seq_len: int = 77
+    audio_kernel: int = 7
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if not isinstance(value, int) or value < (field.name != "fused_depth"):
+                raise ValueError(f"model.{field.name} must be a positive integer, not {value!r}")
+        if self.hidden_dim % (2 * self.num_heads):
+            raise ValueError(
+                f"hidden_dim {self.hidden_dim} over {self.num_heads} heads is not an even head size"
+            )
+        if not self.depth > self.fused_depth:
+            raise ValueError(
+                f"depth {self.depth} counts joint and fused blocks: it must be larger than "
+                f"fused_depth {self.fused_depth}"
+            )
+        if self.sync_seq_len % 8:
+            raise ValueError(f"sync_seq_len {self.sync_seq_len} must be a multiple of 8")
+        if self.audio_kernel % 2 == 0:
+            raise ValueError(f"audio_kernel {self.audio_kernel} must be odd")
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_dim // self.num_heads
+
+    @property
+    def joint_depth(self) -> int:
+        return self.depth - self.fused_depth
+
+    @property
+    def mlp_dim(self) -> int:
+        """Inner width of the gated MLPs: 2/3 of 4 D, rounded up to a multiple of 256."""
+        return 256 * math.ceil(8 * self.hidden_dim // 3 / 256)
+
+    def with_lengths(self, sequence: SequenceConfig) -> "ModelConfig":
+        """The same network for clips of another duration; its parameters do not change shape."""
+        return dataclasses.replace(
+            self,
+            latent_seq_len=sequence.latent_seq_len,
+            clip_seq_len=sequence.clip_seq_len,
+            sync_seq_len=sequence.sync_seq_len,
+            text_seq_len=sequence.text_seq_len,
+        )
+
+
+def _mmaudio(mode: str, hidden_dim: int, num_heads: int, depth: int, fused_depth: int):
+    sequence = SequenceConfig.mode_44k() if mode == "44k" else SequenceConfig()
+    return ModelConfig(
+        latent_dim=40 if mode == "44k" else 20,
+        clip_dim=1024,
+        sync_dim=768,
+        text_dim=1024,
+        hidden_dim=hidden_dim,
+        num_heads=num_heads,
+        depth=depth,
+        fused_depth=fused_depth,
+        latent_seq_len=sequence.latent_seq_len,
+        clip_seq_len=sequence.clip_seq_len,
+        sync_seq_len=sequence.sync_seq_len,
+    )
+
+
+# MMAudio's sizes (METHOD.md 4), large_16k is BiTCAM's, and `demo` trains on a laptop CPU.
+MODELS = {
+    "small_16k": _mmaudio("16k", 448, 7, 12, 8),
+    "small_44k": _mmaudio("44k", 448, 7, 12, 8),
+    "medium_44k": _mmaudio("44k", 896, 14, 12, 8),
+    "large_44k": _mmaudio("44k", 896, 14, 21, 14),
+    "large_16k": _mmaudio("16k", 896, 14, 21, 14),
+    "demo": ModelConfig(
+        latent_dim=20,
+        clip_dim=64,
+        sync_dim=128,
+        text_dim=32,
+        hidden_dim=64,
+        num_heads=2,
+        depth=3,
+        fused_depth=2,
+        latent_seq_len=80,
+        clip_seq_len=20,
+        sync_seq_len=56,
+    ),
+}

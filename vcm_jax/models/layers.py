@@ -1,0 +1,283 @@
+"""Building blocks of the multimodal transformer (MMAudio, model/transformer_layers.py).
+
+Sequences are channel-last, `B L D`. Modules take `dtype`, the dtype of matrix products and
+activations; parameters stay float32, and normalisations are computed in at least float32.
+Names of modules and parameters follow MMAudio's state dict, so that
+`interop.weights` can map them by rule.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+FLOAT32_EPS = float(np.finfo(np.float32).eps)
+
+
+def _torch_uniform(fan_in: int):
+    """PyTorch's default initialiser of a convolution's weight and bias: +-1 / sqrt(fan_in)."""
+    bound = fan_in**-0.5
+    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(
+        key, shape, dtype, -bound, bound
+    )
+
+
+def at_least_float32(x):
+    """`x`, as float32 where it is narrower."""
+    return x.astype(jnp.promote_types(jnp.float32, x.dtype))
+
+
+def conv1d(x, kernel):
+    """Cross-correlation over the length with zero padding: `B L I`, `k I O` -> `B L O`.
+
+    Every convolution of the network goes through here. XLA's own convolution is the fastest form
+    on a CPU: 0.8 of the time of one im2col product, 0.65 of k shifted products (PERFORMANCE.md).
+    """
+    return jax.lax.conv_general_dilated(
+        x, kernel, window_strides=(1,), padding="SAME", dimension_numbers=("NWC", "WIO", "NWC")
+    )
+
+
+class Dense(nn.Module):
+    """Linear layer on the last axis, or, with `kernel_size`, a convolution over the length."""
+
+    features: int
+    kernel_size: int | None = None
+    use_bias: bool = True
+    kernel_init: nn.initializers.Initializer | None = None
+    bias_init: nn.initializers.Initializer | None = None
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        if self.kernel_size is None:
+            shape = (x.shape[-1], self.features)
+            kernel_init, bias_init = nn.initializers.xavier_uniform(), nn.initializers.zeros
+        else:
+            shape = (self.kernel_size, x.shape[-1], self.features)
+            kernel_init = bias_init = _torch_uniform(self.kernel_size * x.shape[-1])
+        kernel = self.param("kernel", self.kernel_init or kernel_init, shape).astype(self.dtype)
+        x = x.astype(self.dtype)
+        y = x @ kernel if self.kernel_size is None else conv1d(x, kernel)
+        if self.use_bias:
+            bias = self.param("bias", self.bias_init or bias_init, (self.features,))
+            y = y + bias.astype(self.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
+        return y
+
+
+def zero_dense(features: int, kernel_size: int | None = None, **kwargs) -> Dense:
+    """A layer that starts at zero."""
+    zeros = nn.initializers.zeros
+    return Dense(features, kernel_size, kernel_init=zeros, bias_init=zeros, **kwargs)
+
+
+class GatedMLP(nn.Module):
+    """`w2(silu(w1 x) * w3 x)` without biases; with `kernel_size` the three are convolutions."""
+
+    mlp_dim: int
+    kernel_size: int | None = None
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        layer = lambda features, name: Dense(
+            features, self.kernel_size, use_bias=False, dtype=self.dtype, name=name
+        )
+        gate = nn.silu(layer(self.mlp_dim, "w1")(x))
+        return layer(x.shape[-1], "w2")(gate * layer(self.mlp_dim, "w3")(x))
+
+
+def layer_norm(x):
+    """Layer normalisation over channels without scale or offset, eps 1e-5; `B L D`."""
+    y = at_least_float32(x)
+    y = y - y.mean(-1, keepdims=True)
+    y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + 1e-5)
+    return y.astype(x.dtype)
+
+
+def modulate(x, shift, scale):
+    """`x (1 + scale) + shift`."""
+    return x * (1 + scale) + shift
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square normalisation over the last axis with a learned scale."""
+
+    @nn.compact
+    def __call__(self, x):
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        y = at_least_float32(x)
+        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + FLOAT32_EPS)
+        return (y * scale.reshape((1,) * (y.ndim - 1) + (-1,))).astype(x.dtype)
+
+
+class TimestepEmbedder(nn.Module):
+    """Sinusoidal features of a scalar, cosines first, through a two-layer MLP: `B` -> `B D`.
+
+    Frequencies 10000^(-2i/256), the scalar is not rescaled (SoundVCM eq. 30, B.2).
+    """
+
+    features: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, time):
+        time = at_least_float32(time)
+        frequencies = jnp.exp(jnp.arange(128, dtype=time.dtype) * (-np.log(10_000) / 128))
+        angles = time[:, None] * frequencies[None]
+        x = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], -1)
+        layer = lambda name: Dense(
+            self.features, kernel_init=nn.initializers.normal(0.02), dtype=self.dtype, name=name
+        )
+        return layer("mlp_2")(nn.silu(layer("mlp_0")(x)))
+
+
+def rope_table(length: int, head_dim: int, stretch: float = 1.0) -> np.ndarray:
+    """Angles `L dh/2` of the rotary embedding: position times 10000^(-2i/dh) times `stretch`."""
+    frequencies = 10_000.0 ** (-np.arange(0, head_dim, 2, dtype=np.float32) / head_dim)
+    return np.outer(np.arange(length, dtype=np.float32), frequencies * np.float32(stretch))
+
+
+def rotate(x, angles):
+    """Rotary embedding of neighbouring channels (2i, 2i + 1): `B L H dh`, `L dh/2`."""
+    dtype = jnp.promote_types(jnp.float32, x.dtype)
+    cos = jnp.asarray(np.cos(angles), dtype)[None, :, None]
+    sin = jnp.asarray(np.sin(angles), dtype)[None, :, None]
+    pairs = x.astype(dtype).reshape(*x.shape[:-1], -1, 2)
+    a, b = pairs[..., 0], pairs[..., 1]
+    rotated = jnp.stack([a * cos - b * sin, a * sin + b * cos], -1)
+    return rotated.reshape(x.shape).astype(x.dtype)
+
+
+class HeadsDense(nn.Module):
+    """Linear layer to queries, keys and values of every head: `B L D` -> `3 B L H dh`."""
+
+    num_heads: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        width = x.shape[-1]
+        shape = (3, self.num_heads, width // self.num_heads)
+
+        def kernel_init(key, shape):
+            return nn.initializers.xavier_uniform()(key, (width, 3 * width)).reshape(shape)
+
+        kernel = self.param("kernel", kernel_init, (width, *shape)).astype(self.dtype)
+        bias = self.param("bias", nn.initializers.zeros, shape).astype(self.dtype)
+        y = jnp.einsum("bld,djhk->jblhk", x.astype(self.dtype), kernel)
+        return y + bias[:, None, None]
+
+
+class QKV(nn.Module):
+    """Queries, keys and values of one stream: `B L D` -> three of `B L H dh`.
+
+    q and k are normalised and, where angles `L dh/2` are given, rotated.
+    """
+
+    num_heads: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x, angles=None):
+        q, k, v = HeadsDense(self.num_heads, self.dtype, name="qkv")(x)
+        q, k = RMSNorm(name="q_norm")(q), RMSNorm(name="k_norm")(k)
+        if angles is not None:
+            q, k = rotate(q, angles), rotate(k, angles)
+        return q, k, v
+
+
+def attention(q, k, v):
+    """Softmax attention, scale 1/sqrt(dh): `B Lq H dh`, twice `B Lk H dh` -> `B Lq D`."""
+    out = jax.nn.dot_product_attention(q, k, v)
+    return out.reshape(*out.shape[:2], -1)
+
+
+class StreamBlock(nn.Module):
+    """One stream's part of a transformer block: everything but the attention itself.
+
+    `kernel_size` 3 makes its layers convolutions, None (for text) linear. A `pre_only` block
+    gives queries, keys and values and is not updated.
+    """
+
+    features: int
+    num_heads: int
+    mlp_dim: int
+    kernel_size: int | None = 3
+    pre_only: bool = False
+    dtype: jnp.dtype = jnp.float32
+
+    def setup(self):
+        self.adaLN_modulation_1 = zero_dense(
+            (2 if self.pre_only else 6) * self.features, dtype=self.dtype
+        )
+        self.attn = QKV(self.num_heads, dtype=self.dtype)
+        if not self.pre_only:
+            self.linear1 = Dense(self.features, self.kernel_size, dtype=self.dtype)
+            self.ffn = GatedMLP(self.mlp_dim, self.kernel_size, dtype=self.dtype)
+
+    def modulation(self, c, rows=None):
+        """Shifts, scales and gates from the activated condition, a list of `B L D`.
+
+        With `rows` (`L`, indices), c holds the distinct rows alone and they are spread afterwards:
+        the same numbers for fewer products.
+        """
+        m = self.adaLN_modulation_1(c)
+        if rows is not None:
+            m = m[:, rows]
+        return jnp.split(m, 2 if self.pre_only else 6, -1)
+
+    def qkv(self, x, m, angles=None):
+        """What the stream brings to the attention."""
+        return self.attn(modulate(layer_norm(x), m[0], m[1]), angles)
+
+    def update(self, x, attended, m):
+        """The stream after the attention and the MLP, `B L D`."""
+        x = x + self.linear1(attended) * m[2]
+        return x + self.ffn(modulate(layer_norm(x), m[3], m[4])) * m[5]
+
+
+class FusedBlock(StreamBlock):
+    """A block on the latent tokens alone."""
+
+    def __call__(self, x, c, rows, angles):
+        m = self.modulation(c, rows)
+        return self.update(x, attention(*self.qkv(x, m, angles)), m)
+
+
+class JointBlock(nn.Module):
+    """One attention over latent, clip and text tokens; each stream has its own layers.
+
+    In the `last` joint block clip and text are not updated, so that only the latent tokens ask.
+    """
+
+    features: int
+    num_heads: int
+    mlp_dim: int
+    last: bool = False
+    dtype: jnp.dtype = jnp.float32
+
+    def setup(self):
+        sizes = (self.features, self.num_heads, self.mlp_dim)
+        self.latent_block = StreamBlock(*sizes, dtype=self.dtype)
+        self.clip_block = StreamBlock(*sizes, pre_only=self.last, dtype=self.dtype)
+        self.text_block = StreamBlock(*sizes, None, pre_only=self.last, dtype=self.dtype)
+
+    def __call__(self, latent, clip, text, frame_c, global_c, rows, latent_angles, clip_angles):
+        """`frame_c` `B Ts D` and `global_c` `B 1 D`, activated; `rows` spreads Ts over N."""
+        blocks = (self.latent_block, self.clip_block, self.text_block)
+        streams = (latent, clip, text)
+        m = [block.modulation(c) for block, c in zip(blocks[1:], (global_c, global_c))]
+        m = [self.latent_block.modulation(frame_c, rows), *m]
+        angles = (latent_angles, clip_angles, None)
+        qkv = [block.qkv(*args) for block, *args in zip(blocks, streams, m, angles)]
+        k, v = (jnp.concatenate([part[i] for part in qkv], 1) for i in (1, 2))
+        if self.last:
+            attended = attention(qkv[0][0], k, v)
+            return self.latent_block.update(latent, attended, m[0]), clip, text
+        attended = attention(jnp.concatenate([part[0] for part in qkv], 1), k, v)
+        ends = np.cumsum([x.shape[1] for x in streams])[:-1]
+        return tuple(
+            block.update(*args)
+            for block, *args in zip(blocks, streams, jnp.split(attended, ends, 1), m)
+        )
