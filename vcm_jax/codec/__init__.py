@@ -1,1 +1,47 @@
 """Codecs: sound to latents and back."""
+
+import json
+from pathlib import Path
+
+from vcm_jax.codec.linear import LinearCodec as LinearCodec
+from vcm_jax.codec.linear import fit_linear_codec as fit_linear_codec
+
+
+def load_codec(folder):
+    """Load a codec folder (codec.json and its arrays).
+
+    Returns:
+      An object with `name`, `sample_rate` (Hz), `hop`, `latent_downsample`, `latent_dim`,
+      `fingerprint`, `encode(audio) -> (mean, std)` and `decode(latents) -> audio`.
+
+    Raises:
+      ValueError: no codec there, an unknown kind or version, or damaged files.
+    """
+    path = Path(folder) / "codec.json"
+    try:
+        name = json.loads(path.read_text())["name"]
+    except FileNotFoundError:
+        raise ValueError(f"{folder}: not a codec folder (it has no codec.json)") from None
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: damaged ({error})") from None
+    if name != LinearCodec.name:
+        raise ValueError(f"{path}: unknown codec {name!r}, known: {LinearCodec.name!r}")
+    return LinearCodec.load(folder)
+
+
+def check_codec(codec, sequence) -> None:
+    """Refuse a codec whose time grid is not the data's.
+
+    Args:
+      codec: as `load_codec` gives it.
+      sequence: SequenceConfig of the data.
+
+    Raises:
+      ValueError: sample rate, hop or frames per latent differ.
+    """
+    for key in ("sample_rate", "hop", "latent_downsample"):
+        if getattr(codec, key) != getattr(sequence, key):
+            raise ValueError(
+                f"the {codec.name} codec has {key} {getattr(codec, key)}, "
+                f"the data {getattr(sequence, key)}"
+            )

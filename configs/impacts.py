@@ -1,0 +1,34 @@
+"""The demo: balls that bounce, a network of 0.7M parameters, minutes on a laptop's CPU.
+
+    bash launch/demo.sh
+
+makes the data and runs everything; the training alone is
+
+    XLA_FLAGS=--xla_force_host_platform_device_count=2 \\
+        python -m vcm_jax.main --config=configs/impacts.py --workdir=runs/impacts
+"""
+
+from ml_collections import ConfigDict
+
+from configs import s16k
+
+
+def get_config() -> ConfigDict:
+    config = s16k.get_config()
+    config.steps = 3_000
+    config.batch_size = 32
+    config.dtype = "float32"
+    config.model = "demo"
+    config.objective.guidance_scale = 3.0
+    config.optimizer.learning_rate = 1e-3
+    config.optimizer.warmup_steps = 100
+    config.optimizer.decay_steps = (2_200, 2_700)
+    config.data.dir = "records/impacts"
+    config.data.sources = ("train=1",)
+    config.data.val_sources = ("val=1",)
+    config.data.num_workers = 0
+    config.log_every = 50
+    config.checkpoint_every = 500
+    config.keep_every = 0
+    config.eval_every = 500
+    return config

@@ -1,0 +1,131 @@
+"""State, data position and description of a run, saved together in one atomic step (Orbax)."""
+
+from pathlib import Path
+
+import jax
+import orbax.checkpoint as ocp
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is not there or does not fit; one line that says what would."""
+
+
+def open_manager(workdir, max_to_keep: int | None = 3, keep_every: int | None = None):
+    """The checkpoints of a run, under WORKDIR/checkpoints; half-written ones are removed.
+
+    Args:
+      workdir: of the run.
+      max_to_keep: how many of the latest stay.
+      keep_every: steps whose checkpoints stay for good.
+    """
+    options = ocp.CheckpointManagerOptions(
+        max_to_keep=max_to_keep, keep_period=keep_every, cleanup_tmp_directories=True
+    )
+    directory = Path(workdir).absolute() / "checkpoints"
+    return ocp.CheckpointManager(directory, options=options, item_names=("state", "meta"))
+
+
+def save(manager: ocp.CheckpointManager, state, meta: dict) -> None:
+    """Saves in the background; `meta` is JSON. Wait with `manager.wait_until_finished()`."""
+    manager.save(
+        int(state.step),
+        args=ocp.args.Composite(
+            state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)
+        ),
+    )
+
+
+def _shapes(tree) -> dict[str, tuple]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape
+            for path, leaf in leaves}
+
+
+def check_shapes(found, wanted, what: str) -> None:
+    """Raises CheckpointError, naming the first differences, when two trees differ in shapes."""
+    found, wanted = _shapes(found), _shapes(wanted)
+    different = sorted(k for k in found.keys() | wanted.keys() if found.get(k) != wanted.get(k))
+    if different:
+        lines = [
+            f"{k} is {found.get(k, 'missing')}, wanted {wanted.get(k, 'none')}"
+            for k in different[:3]
+        ]
+        raise CheckpointError(
+            f"{what} was made with another configuration ({len(different)} arrays differ): "
+            + "; ".join(lines)
+        )
+
+
+def restore(manager: ocp.CheckpointManager, abstract_state, step: int | None = None):
+    """(state, meta) of a step, the latest by default.
+
+    Args:
+      manager: from `open_manager`.
+      abstract_state: shapes, dtypes and target shardings; other meshes and process counts than
+        those that saved it are fine.
+      step: which.
+
+    Raises:
+      CheckpointError: when there is no such step, or its arrays have other shapes.
+    """
+    steps = manager.all_steps()
+    if step is None:
+        step = max(steps, default=None)
+    if step not in steps:
+        raise CheckpointError(
+            f"{manager.directory}: no checkpoint of step {step}; there are {sorted(steps) or 'none'}"
+        )
+    saved = manager.item_metadata(step)["state"]
+    check_shapes(saved, abstract_state, f"the checkpoint {manager.directory}/{step}")
+    restored = manager.restore(
+        step,
+        args=ocp.args.Composite(
+            state=ocp.args.StandardRestore(abstract_state), meta=ocp.args.JsonRestore()
+        ),
+    )
+    return restored["state"], restored["meta"]
+
+
+def restore_weights(workdir, step: int | None = None, sigma_rel: float | None = None):
+    """The averaged weights of a run, as the network's variables, on the default device.
+
+    Args:
+      workdir: of the run.
+      step: which checkpoint, the latest by default.
+      sigma_rel: width of the average, the first that the run keeps by default.
+
+    Returns:
+      `{"params": ..., "stats": ...}` of numpy arrays.
+
+    Raises:
+      CheckpointError: when there is no such checkpoint or average.
+    """
+    directory = Path(workdir) / "checkpoints"
+    if not directory.is_dir():
+        raise CheckpointError(f"{workdir}: no checkpoints there (the workdir of a run is wanted)")
+    with open_manager(workdir, max_to_keep=None) as manager:
+        step = manager.latest_step() if step is None else step
+        if step not in manager.all_steps():
+            there = sorted(manager.all_steps()) or "none"
+            raise CheckpointError(f"{directory}: no checkpoint of step {step}; there are {there}")
+        tree = manager.item_metadata(step)["state"].tree
+        widths = sorted(tree["ema"], key=float)
+        width = widths[0] if sigma_rel is None else f"{sigma_rel:g}"
+        if width not in widths:
+            raise CheckpointError(
+                f"{directory}/{step}: no average of sigma_rel {width}, only {', '.join(widths)}"
+            )
+        wanted = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype),
+            {"ema": {width: tree["ema"][width]}, "stats": tree["stats"]},
+        )
+        restore_args = ocp.checkpoint_utils.construct_restore_args(wanted)
+        restored = manager.restore(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.PyTreeRestore(
+                    item=wanted, restore_args=restore_args, partial_restore=True
+                )
+            ),
+        )["state"]
+    return {"params": restored["ema"][width], "stats": restored["stats"]}

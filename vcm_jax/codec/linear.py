@@ -1,0 +1,175 @@
+"""The weights-free codec: log-mel spectrogram, PCA, and back through Griffin-Lim.
+
+It stands where the VAE and the vocoder of the full model stand, so that everything can be tried
+without pretrained weights. It is fitted on the training sounds in a few seconds.
+"""
+
+import functools
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import jax
+import librosa
+import numpy as np
+
+from vcm_jax.atomic import atomic_path
+from vcm_jax.codec.mel import MEL_16K, log_mel, mel_filters
+
+_VERSION = 1
+_STACK = 2  # spectrogram frames per latent token: SequenceConfig.latent_downsample
+_ITERATIONS = 32  # of Griffin-Lim
+_FLOOR = -5.0  # log10 of the smallest mel value
+
+_log_mel = jax.jit(log_mel, static_argnums=1)
+
+
+def _rows(audio: np.ndarray) -> np.ndarray:
+    """Stacked log-mel frames of a sound: (samples,) -> (N, 160) float64, N as `encode` says."""
+    audio = np.asarray(audio, np.float32)
+    token = _STACK * MEL_16K.hop
+    if audio.ndim != 1 or len(audio) == 0:
+        raise ValueError(f"the sound must be (samples,), not {audio.shape}")
+    tokens = max(2, -(-len(audio) // token))
+    padded = np.pad(audio, (0, tokens * token - len(audio)))
+    mel = np.asarray(_log_mel(padded[None], MEL_16K)[0], np.float64)
+    return mel.reshape(-1, _STACK * MEL_16K.bands)[: -(-len(audio) // token)]
+
+
+@functools.cache
+def _inverse_filters() -> np.ndarray:
+    """Pseudo-inverse of the mel filters: (bins, bands) float32."""
+    return np.linalg.pinv(mel_filters(MEL_16K))
+
+
+def _magnitudes_to_audio(magnitudes: np.ndarray, iterations: int) -> np.ndarray:
+    """Griffin-Lim with a fixed start: (bins, frames) -> (frames * hop,) float32."""
+    # librosa centres frame i on sample i * hop, log_mel on (i + 1/2) * hop: with the first and
+    # the last frame doubled the sound that is wanted lies inside, half a hop further on.
+    padded = np.pad(magnitudes, ((0, 0), (1, 1)), mode="edge")
+    audio = librosa.griffinlim(
+        padded,
+        n_iter=iterations,
+        hop_length=MEL_16K.hop,
+        win_length=MEL_16K.n_fft,
+        n_fft=MEL_16K.n_fft,
+        window="hann",
+        center=True,
+        momentum=0.99,
+        init="random",
+        random_state=0,
+    )
+    start = MEL_16K.hop // 2
+    return audio[start : start + magnitudes.shape[1] * MEL_16K.hop].astype(np.float32)
+
+
+class LinearCodec:
+    """16 kHz sound to 31.25 latents a second and back, by PCA of pairs of log-mel frames.
+
+    Attributes:
+      name, sample_rate (Hz), hop (samples per spectrogram frame), latent_downsample (frames per
+      token), latent_dim (C): what the latents are.
+      explained_variance: share of the training sounds' log-mel variance that C components keep.
+      fingerprint: hash of the contents; latents of codecs that differ in it do not mix.
+    """
+
+    name = "linear"
+    sample_rate = MEL_16K.sample_rate
+    hop = MEL_16K.hop
+    latent_downsample = _STACK
+
+    def __init__(self, mean: np.ndarray, components: np.ndarray, explained_variance: float):
+        """mean (160,) and components (C, 160): of the stacked log-mel frames."""
+        self.mean = np.asarray(mean, np.float32)
+        self.components = np.asarray(components, np.float32)
+        self.explained_variance = float(explained_variance)
+        self.latent_dim = len(self.components)
+        content = self.mean.tobytes() + self.components.tobytes()
+        self.fingerprint = hashlib.sha256(f"linear {_VERSION} ".encode() + content).hexdigest()[:16]
+
+    def encode(self, audio: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Sound (samples,) in [-1, 1] -> latent mean and std (N, C) float32; the std is 0.
+
+        The last of the N = ceil(samples / 512) tokens is filled up with silence.
+
+        Raises:
+          ValueError: another shape, or no samples.
+        """
+        latents = ((_rows(audio) - self.mean) @ self.components.T).astype(np.float32)
+        return latents, np.zeros_like(latents)
+
+    def decode(self, latents: np.ndarray) -> np.ndarray:
+        """Latents (N, C) -> sound (N * 512,) float32, deterministic; peaks may exceed 1.
+
+        Raises:
+          ValueError: another shape.
+        """
+        latents = np.asarray(latents, np.float32)
+        if latents.ndim != 2 or latents.shape[1] != self.latent_dim:
+            raise ValueError(f"latents must be (N, {self.latent_dim}), not {latents.shape}")
+        mel = (latents @ self.components + self.mean).reshape(-1, MEL_16K.bands)
+        magnitudes = np.maximum(_inverse_filters() @ 10.0 ** np.maximum(mel, _FLOOR).T, 0)
+        return _magnitudes_to_audio(magnitudes, _ITERATIONS)
+
+    def save(self, folder):
+        """Write codec.json and codec.npz into a folder; the json comes last and atomically."""
+        folder = Path(folder)
+        with atomic_path(folder / "codec.npz") as temporary, open(temporary, "wb") as file:
+            np.savez(file, mean=self.mean, components=self.components)
+        fields = ("name", "sample_rate", "hop", "latent_downsample", "latent_dim", "fingerprint")
+        meta = {key: getattr(self, key) for key in fields}
+        meta |= {"version": _VERSION, "explained_variance": self.explained_variance}
+        with atomic_path(folder / "codec.json") as temporary:
+            temporary.write_text(json.dumps(meta, indent=2) + "\n")
+
+    @classmethod
+    def load(cls, folder) -> "LinearCodec":
+        """Read what `save` wrote.
+
+        Raises:
+          ValueError: another version, or arrays that do not fit codec.json.
+        """
+        folder = Path(folder)
+        meta = json.loads((folder / "codec.json").read_text())
+        if meta.get("version") != _VERSION:
+            raise ValueError(
+                f"{folder}: a linear codec of version {meta.get('version')}, "
+                f"this program reads version {_VERSION}"
+            )
+        try:
+            with np.load(folder / "codec.npz") as arrays:
+                codec = cls(arrays["mean"], arrays["components"], meta["explained_variance"])
+        except Exception as error:  # np.load raises half a dozen kinds on damaged files
+            raise ValueError(f"{folder / 'codec.npz'}: missing or damaged ({error})") from error
+        if codec.fingerprint != meta.get("fingerprint"):
+            raise ValueError(f"{folder / 'codec.npz'}: its contents do not fit codec.json")
+        return codec
+
+
+def fit_linear_codec(sounds: Iterable[np.ndarray], latent_dim: int = 20) -> LinearCodec:
+    """PCA of the stacked log-mel frames of training sounds, in one pass and bounded memory.
+
+    Args:
+      sounds: (samples,) each, 16 kHz.
+      latent_dim: C, principal components to keep.
+
+    Raises:
+      ValueError: fewer frames than components.
+    """
+    width = _STACK * MEL_16K.bands
+    count, total, square = 0, np.zeros(width), np.zeros((width, width))
+    for sound in sounds:
+        rows = _rows(sound)
+        count += len(rows)
+        total += rows.sum(0)
+        square += rows.T @ rows
+    if count <= latent_dim:
+        raise ValueError(f"{count} latent frames are too few to fit {latent_dim} components")
+    mean = total / count
+    values, vectors = np.linalg.eigh(square / count - np.outer(mean, mean))
+    components = vectors[:, ::-1][:, :latent_dim].T
+    # An eigenvector's sign is arbitrary: fix it, so that every machine gives the same codec.
+    strongest = np.abs(components).argmax(axis=1)
+    components = components * np.sign(components[np.arange(latent_dim), strongest])[:, None]
+    return LinearCodec(mean, components, values[::-1][:latent_dim].sum() / values.sum())

@@ -1,0 +1,288 @@
+"""Sound for videos, from a trained run.
+
+    python -m vcm_jax.generate --workdir=runs/impacts --video=CLIP.mp4 --prompt="a metal ball" \\
+        --steps=1 --out=OUT.mp4
+
+A video alone, a prompt alone (`--duration`, to a .wav), a folder of videos (`--out` is a folder),
+or a TSV of clips (`--captions`, columns id and caption, with `--video` the folder they are in).
+"""
+
+import dataclasses
+import functools
+import json
+import sys
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags, logging
+
+from vcm_jax import checkpoint, sampling
+from vcm_jax.codec import load_codec
+from vcm_jax.data.sequence import SequenceConfig
+from vcm_jax.features import media
+from vcm_jax.features.encoders import encoders_from_spec
+from vcm_jax.features.extract import encode_video
+from vcm_jax.features.listing import list_clips
+from vcm_jax.models import Conditions, MMDiT, ModelConfig
+
+# One evaluation looks at all of a clip at once: attention grows with the square of its length.
+MAX_DURATION = 120.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A trained run, ready to generate.
+
+    Attributes:
+      model: sizes, at the duration of training.
+      variables: averaged parameters and statistics.
+      sequence: lengths at the duration of training.
+      encoders, codec: what turns videos and captions into features, and latents into sound.
+    """
+
+    model: ModelConfig
+    variables: dict
+    sequence: SequenceConfig
+    encoders: object
+    codec: object
+
+
+def load_run(workdir, step: int | None = None, sigma_rel: float | None = None) -> Run:
+    """Reads a workdir of `vcm_jax.main`.
+
+    Raises:
+      ValueError: when it is not one, or has no such step or average.
+    """
+    workdir = Path(workdir)
+    try:
+        run = json.loads((workdir / "run.json").read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{workdir} is not the workdir of a run: it has no run.json") from None
+    return Run(
+        model=ModelConfig(**run["model"]),
+        variables=checkpoint.restore_weights(workdir, step, sigma_rel),
+        sequence=SequenceConfig(**run["sequence"]),
+        encoders=encoders_from_spec(run["encoders"]),
+        codec=load_codec(workdir / "codec"),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """A sound that is wanted: `id` (noise depends on it), a video or None, a prompt or ""."""
+
+    id: str
+    video: Path | None
+    prompt: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Features:
+    """Encoded request: clip and sync features are None without a video."""
+
+    request: Request
+    sequence: SequenceConfig
+    seconds: float
+    clip: np.ndarray | None
+    sync: np.ndarray | None
+    text: np.ndarray
+
+
+def encode_request(request: Request, run: Run, duration: float | None = None) -> Features:
+    """Decodes and encodes one request; the length is the video's, or `duration` if that is less.
+
+    Raises:
+      ValueError: an unreadable video (MediaError), or one that is too short or too long.
+    """
+    clip = sync = None
+    seconds = duration or run.sequence.duration
+    if request.video is not None:
+        length = media.probe(request.video).duration
+        seconds = min(length, duration or length)
+    if seconds > MAX_DURATION:
+        raise ValueError(
+            f"{request.video or request.id}: {seconds:.0f} s is more than {MAX_DURATION:.0f} s; "
+            "give --duration or cut it"
+        )
+    try:
+        sequence = dataclasses.replace(run.sequence, duration=seconds)
+    except ValueError as error:
+        raise ValueError(f"{request.video or request.id}: {error}") from None
+    if request.video is not None:
+        clip, sync = encode_video(request.video, sequence, run.encoders)
+    text = run.encoders.encode_text(request.prompt, sequence)
+    return Features(request, sequence, seconds, clip, sync, text)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "times"))
+def _sample(variables, model, times, conds, has_video, noise):
+    net = MMDiT(model)
+    apply = lambda *args: net.apply(variables, *args[:-1], method=args[-1])
+    null = apply(1, "null_conditions")
+    fill = lambda value, empty: jnp.where(has_video[:, None, None], value, empty)
+    conds = conds.replace(clip=fill(conds.clip, null.clip), sync=fill(conds.sync, null.sync))
+    u = lambda x, t, s, enc: apply(x, t, s, enc, "velocity")
+    x0 = sampling.sample(u, noise, times, apply(conds, "encode_conditions"))
+    stats = variables["stats"]
+    return x0 * stats["latent_std"][None, None] + stats["latent_mean"][None, None]
+
+
+def _noise(seed: int, request_id: str, shape) -> np.ndarray:
+    """Noise as a function of (seed, id): the same in any batch."""
+    return np.random.default_rng([seed, zlib.crc32(request_id.encode())]).standard_normal(
+        shape, np.float32
+    )
+
+
+def generate_latents(run: Run, items: list[Features], times, seed: int, batch_size: int):
+    """Latents of items of one length, `N C` each, in their order; `times` as `sampling.sample`'s.
+
+    The last batch is filled up with copies, so that one program serves all.
+    """
+    model = run.model.with_lengths(items[0].sequence)
+    zeros = {
+        "clip": np.zeros((model.clip_seq_len, model.clip_dim), np.float32),
+        "sync": np.zeros((model.sync_seq_len, model.sync_dim), np.float32),
+    }
+    latents = []
+    for start in range(0, len(items), batch_size):
+        batch = items[start : start + batch_size]
+        count = len(batch)
+        batch = batch + batch[-1:] * (batch_size - count)
+        stack = lambda name: np.stack(
+            [getattr(f, name) if getattr(f, name) is not None else zeros[name] for f in batch]
+        )
+        noise = [_noise(seed, f.request.id, (model.latent_seq_len, model.latent_dim))
+                 for f in batch]
+        found = _sample(
+            run.variables,
+            model,
+            tuple(float(time) for time in times),
+            Conditions(stack("clip"), stack("sync"), stack("text")),
+            np.array([f.clip is not None for f in batch]),
+            np.stack(noise),
+        )
+        latents += list(np.asarray(found)[:count])
+    return latents
+
+
+def generate(
+    run: Run, items: Iterable[Features], times, seed: int = 0, batch_size: int = 1
+) -> Iterator[tuple[Features, np.ndarray]]:
+    """(item, sound) of every item, float32 mono, as long as the item says.
+
+    Args:
+      run: from `load_run`.
+      items: from `encode_request`; held back until a batch of equal length is full.
+      times: as `sampling.sample`'s, e.g. `sampling.uniform_times(1)`.
+      seed: of the noise, which also depends on the request's id.
+      batch_size: clips at a time.
+    """
+    waiting: dict[SequenceConfig, list[Features]] = {}
+
+    def finish(group):
+        for item, latent in zip(group, generate_latents(run, group, times, seed, batch_size)):
+            yield item, run.codec.decode(latent)[: round(item.seconds * run.codec.sample_rate)]
+
+    for item in items:
+        lengths = (item.sequence.latent_seq_len, item.sequence.clip_seq_len,
+                   item.sequence.sync_seq_len)
+        group = waiting.setdefault(lengths, [])
+        group.append(item)
+        if len(group) == batch_size:
+            yield from finish(waiting.pop(lengths))
+    for group in waiting.values():
+        yield from finish(group)
+
+
+def write(item: Features, sound: np.ndarray, sample_rate: int, path: Path) -> None:
+    """Writes the sound as .wav, or the request's own picture with it as .mp4 or .mov."""
+    if path.suffix.lower() == ".wav":
+        media.write_wav(path, sound, sample_rate)
+    else:
+        media.mux_audio(item.request.video, sound, sample_rate, path, item.seconds)
+
+
+def _define_flags():
+    flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
+    flags.DEFINE_string("video", "", "A video, or a folder of videos.")
+    flags.DEFINE_string("prompt", "", "What is to be heard.")
+    flags.DEFINE_string("captions", "", "TSV with columns id and caption, of videos in --video.")
+    flags.DEFINE_string("out", None, "OUT.mp4 or OUT.wav; a folder for several.", required=True)
+    flags.DEFINE_enum("format", "mp4", ["mp4", "wav"], "What is written into a folder.")
+    flags.DEFINE_integer("steps", 1, "Network evaluations per clip.", lower_bound=1)
+    flags.DEFINE_float("duration", 0.0, "Seconds: at most so much of a video; a prompt's length.")
+    flags.DEFINE_integer("batch_size", 8, "Clips at a time, for several.", lower_bound=1)
+    flags.DEFINE_integer("seed", 0, "Of the noise.")
+    flags.DEFINE_integer("checkpoint", None, "Training step of the checkpoint (the latest).")
+    flags.DEFINE_float("sigma_rel", None, "Width of the weights' average (the run's first).")
+
+
+def _requests(args) -> tuple[list[tuple[Request, Path]], list[tuple[str, str]]]:
+    """What the flags ask for: (request, output path) of every clip, and (id, reason) of failures.
+
+    Raises:
+      ValueError: when the flags contradict each other.
+    """
+    out, video = Path(args.out), Path(args.video) if args.video else None
+    if video is None and args.captions:
+        raise ValueError("--captions needs --video, the folder of its clips")
+    if video is None and not args.prompt:
+        raise ValueError("give --video, --prompt, or both")
+    several = video is not None and (video.is_dir() or bool(args.captions))
+    if several:
+        if out.suffix:
+            raise ValueError(f"--out={out}: several clips go into a folder")
+        clips, failures = list_clips(video, Path(args.captions) if args.captions else None)
+        return [
+            (Request(c.id, c.path, c.caption or args.prompt), out / f"{c.id}.{args.format}")
+            for c in clips
+        ], failures
+    known = (".wav",) if video is None else (".wav", ".mp4", ".mov")
+    if out.suffix.lower() not in known:
+        what = "a prompt alone" if video is None else "a video"
+        raise ValueError(f"--out={out}: for {what} it ends in {' or '.join(known)}")
+    name = video.stem if video else args.prompt
+    return [(Request(name, video, args.prompt), out)], []
+
+
+def main(argv):
+    if argv[1:]:
+        raise app.UsageError(f"not understood: {' '.join(argv[1:])}")
+    args = flags.FLAGS
+    try:
+        requests, failures = _requests(args)
+        run = load_run(args.workdir, args.checkpoint, args.sigma_rel)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    paths = {request.id: path for request, path in requests}
+
+    def encoded():
+        for request, _ in requests:
+            try:
+                yield encode_request(request, run, args.duration or None)
+            except ValueError as error:
+                failures.append((request.id, str(error)))
+
+    written = 0
+    times = sampling.uniform_times(args.steps)
+    batch_size = min(args.batch_size, max(1, len(requests)))
+    for item, sound in generate(run, encoded(), times, args.seed, batch_size):
+        path = paths[item.request.id]
+        write(item, sound, run.codec.sample_rate, path)
+        logging.info("%s (%.2f s)", path, item.seconds)
+        written += 1
+    for name, reason in failures:
+        print(f"left out: {name}: {reason}", file=sys.stderr)
+    print(f"{written} written, {len(failures)} left out")
+    if not written:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    _define_flags()
+    app.run(main)

@@ -1,0 +1,31 @@
+"""Trains a model: `python -m vcm_jax.main --config=configs/s16k.py --workdir=runs/s16k`.
+
+To resume a run, run the same command again.
+"""
+
+import sys
+
+import jax
+from absl import app, flags
+from ml_collections import config_flags
+
+from vcm_jax import train
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "What to train: a file of configs/.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, events, codec.")
+
+
+def main(argv):
+    if argv[1:]:
+        raise app.UsageError(f"not understood: {' '.join(argv[1:])}")
+    # The data pipeline of the main process is NumPy; JAX alone decides what goes to a device.
+    jax.config.update("jax_threefry_partitionable", True)
+    try:
+        train.train(CONFIG.value, WORKDIR.value)
+    except (train.SetupError, train.NonFiniteError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["config", "workdir"])
+    app.run(main)

@@ -1,0 +1,309 @@
+"""The story of a run: mesh, data, init or restore, loop, log, evaluate, save."""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import shutil
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from clu import parameter_overview
+from ml_collections import ConfigDict
+
+from vcm_jax import checkpoint, sharding
+from vcm_jax.atomic import atomic_path
+from vcm_jax.data import mixture
+from vcm_jax.data.records import RecordError, RecordSource
+from vcm_jax.models import MODELS, MMDiT, ModelConfig
+from vcm_jax.objectives.vcm import VCMConfig
+from vcm_jax.train_state import (
+    OptimizerConfig,
+    learning_rate_schedule,
+    make_init,
+    make_optimizer,
+)
+from vcm_jax.train_step import StepConfig, loss_fn, train_step
+from vcm_jax.writer import Writer, progress_line
+
+
+class SetupError(ValueError):
+    """A run that cannot start as it is configured; one line."""
+
+
+class NonFiniteError(ArithmeticError):
+    """A loss or gradient that is not finite; one line that names the step."""
+
+
+OBJECTIVES = ("vcm",)
+
+
+def _dataclass_from(cls, config, section: str, **extra):
+    """`cls(**config)`, naming keys that the section of the config does not have or must not."""
+    known = {field.name for field in dataclasses.fields(cls)} - extra.keys()
+    if unknown := set(config) - known:
+        raise SetupError(f"config.{section} has unknown keys {sorted(unknown)}; it knows "
+                         f"{sorted(known)}")
+    return cls(**config, **extra)
+
+
+def step_config(config: ConfigDict) -> StepConfig:
+    """The training step's settings from `config.objective` and `config.steps`."""
+    settings = dict(config.objective)
+    name = settings.pop("name")
+    if name not in OBJECTIVES:
+        raise SetupError(f"config.objective.name {name!r} is not one of {', '.join(OBJECTIVES)}")
+    vcm_keys = [field.name for field in dataclasses.fields(VCMConfig)]
+    vcm = VCMConfig(**{key: settings.pop(key) for key in vcm_keys if key in settings})
+    return _dataclass_from(StepConfig, settings, "objective", steps=config.steps, vcm=vcm)
+
+
+def model_config(config: ConfigDict, manifest) -> ModelConfig:
+    """The network's sizes: of the named model, with lengths that follow the data's duration."""
+    if config.model not in MODELS:
+        raise SetupError(f"config.model {config.model!r} is not one of {', '.join(MODELS)}")
+    overrides = dict(config.model_overrides)
+    sizes = dataclasses.asdict(MODELS[config.model])
+    if unknown := overrides.keys() - sizes.keys():
+        raise SetupError(f"config.model_overrides has unknown keys {sorted(unknown)}")
+    model = ModelConfig(**(sizes | overrides)).with_lengths(manifest.sequence)
+    for name, width in (
+        ("latent_dim", manifest.latent_dim),
+        ("clip_dim", manifest.encoders["clip_dim"]),
+        ("sync_dim", manifest.encoders["sync_dim"]),
+        ("text_dim", manifest.encoders["text_dim"]),
+    ):
+        if getattr(model, name) != width:
+            raise SetupError(
+                f"the records have {name} {width}, model {config.model} has "
+                f"{getattr(model, name)}: extract with that size or set model_overrides.{name}"
+            )
+    return model
+
+
+def open_sources(sources, directory: str):
+    """([RecordSource], weights) of 'PATH=WEIGHT' strings, checked to belong together."""
+    if not sources:
+        raise SetupError("config.data.sources is empty: name at least one 'PATH=WEIGHT'")
+    parsed = [mixture.parse_source(text) for text in sources]
+    opened = [RecordSource(Path(directory) / path) for path, _ in parsed]
+    first = opened[0]
+    for source in opened[1:]:
+        for what in ("sequence", "encoders", "codec"):
+            ours, theirs = getattr(first.manifest, what), getattr(source.manifest, what)
+            if ours != theirs:
+                raise SetupError(
+                    f"{source.path} and {first.path} differ in their {what}: {theirs} and {ours}"
+                )
+    return opened, [weight for _, weight in parsed]
+
+
+def mixed_statistics(sources, weights) -> dict[str, np.ndarray]:
+    """Mean and std per channel of the latents of a weighted mixture, float32 `C` each."""
+    share = np.divide(weights, sum(weights))
+    means = np.stack([source.manifest.latent_mean for source in sources])
+    squares = np.stack([source.manifest.latent_std for source in sources]) ** 2 + means**2
+    mean = share @ means
+    std = np.sqrt(share @ squares - mean**2)
+    return {"latent_mean": np.float32(mean), "latent_std": np.float32(std)}
+
+
+def describe_run(workdir: Path, config: ConfigDict, model: ModelConfig, source) -> None:
+    """Writes what `generate` needs beside the weights: run.json and the codec."""
+    run = {
+        "config": json.loads(config.to_json_best_effort()),
+        "model": dataclasses.asdict(model),
+        "sequence": dataclasses.asdict(source.manifest.sequence),
+        "encoders": source.manifest.encoders,
+        "codec": source.manifest.codec,
+    }
+    with atomic_path(workdir / "run.json") as path:
+        path.write_text(json.dumps(run, indent=1))
+    if not (workdir / "codec").exists():
+        temporary = workdir / ".codec.tmp"
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.copytree(source.path / "codec", temporary)
+        temporary.rename(workdir / "codec")
+
+
+def evaluate(eval_step, state, batches, key) -> dict[str, float]:
+    """The objective on fixed validation batches at fixed times and noise, with averaged weights."""
+    params = next(iter(state.ema.values()))
+    found = None
+    for i, batch in enumerate(batches):
+        metrics = eval_step(params, state.stats, batch, jax.random.fold_in(key, i), state.step)
+        metrics = jax.device_get(metrics)
+        found = metrics if found is None else {k: v.merge(metrics[k]) for k, v in found.items()}
+    return {f"val/{name}": float(value.compute()) for name, value in found.items()}
+
+
+def collect(pending, first_step: int) -> dict[str, float]:
+    """Averages of the metrics of some steps; waits for them.
+
+    Raises:
+      NonFiniteError: when a loss or gradient norm is not finite.
+    """
+    pending = jax.device_get(pending)
+    for i, metrics in enumerate(pending):
+        for name in ("loss", "grad_norm"):
+            value = getattr(metrics, name).compute()
+            if not np.isfinite(value):
+                raise NonFiniteError(f"{name} is {value} at step {first_step + i + 1}")
+    with np.errstate(invalid="ignore"):  # an empty bin of t averages to NaN, and is not logged
+        merged = functools.reduce(lambda a, b: a.merge(b), pending).compute()
+    return {f"train/{name}": float(value) for name, value in merged.items()}
+
+
+def train(config: ConfigDict, workdir: str) -> None:
+    """Trains as `config` says; resumes where the latest checkpoint in `workdir` is.
+
+    Raises:
+      SetupError: when config, data, devices and checkpoint do not fit together.
+      NonFiniteError: when the loss is no longer finite; the last checkpoint is good.
+    """
+    try:
+        _train(config, Path(workdir))
+    except (RecordError, checkpoint.CheckpointError) as error:
+        raise SetupError(str(error)) from error
+
+
+def _train(config: ConfigDict, workdir: Path) -> None:
+    with _setup_errors():
+        mesh = sharding.make_mesh(**config.mesh)
+        sharding.check_batch_size(config.batch_size, mesh)
+        sources, weights = open_sources(config.data.sources, config.data.dir)
+        manifest = sources[0].manifest
+        model = model_config(config, manifest)
+        settings = step_config(config)
+        optimizer_config = _dataclass_from(OptimizerConfig, dict(config.optimizer), "optimizer")
+    leader = jax.process_index() == 0
+
+    # Init: shapes, then shardings, then either a jitted init or the checkpoint, both straight onto
+    # the devices.
+    net = MMDiT(model, dtype=jnp.dtype(config.dtype))
+    optimizer = make_optimizer(optimizer_config)
+    stats = mixed_statistics(sources, weights) | {"empty_text": sources[0].empty_text}
+    params = None
+    if config.init_from:
+        params = checkpoint.restore_weights(config.init_from)["params"]
+    init = make_init(net, stats, optimizer, config.ema_sigma_rels, params)
+    key = jax.random.key(config.seed)
+    abstract = jax.eval_shape(init, key)
+    shardings = sharding.state_shardings(abstract, mesh, model.num_heads)
+    if leader:
+        workdir.mkdir(parents=True, exist_ok=True)
+    manager = checkpoint.open_manager(workdir, keep_every=config.keep_every or None)
+    if manager.latest_step() is None:
+        state = jax.jit(init, out_shardings=shardings)(key)
+        logging.info("\n%s", parameter_overview.get_parameter_overview(
+            state.params, include_stats=False))
+    else:
+        target = jax.tree.map(
+            lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings
+        )
+        state, _ = checkpoint.restore(manager, target)
+        logging.info("resuming after step %d", int(state.step))
+    first_step = int(state.step)
+    if first_step >= config.steps:
+        logging.info("%s is complete: %d of %d steps", workdir, first_step, config.steps)
+        return
+    if leader:
+        describe_run(workdir, config, model, sources[0])
+
+    # Data: every process reads its rows of the global batch.
+    shapes = mixture.Shapes(
+        clip=(model.clip_seq_len, model.clip_dim), sync=(model.sync_seq_len, model.sync_dim)
+    )
+    rows = sharding.batch_sharding(mesh)
+    to_device = lambda batch: jax.tree.map(
+        lambda a: jax.make_array_from_process_local_data(rows, a), batch
+    )
+    read = functools.partial(
+        mixture.batches, shapes=shapes, batch_size=config.batch_size,
+        part=jax.process_index(), parts=jax.process_count(),
+    )  # fmt: skip
+    data = read(
+        mixture.mix(sources, weights, config.seed), first_step=first_step, last_step=config.steps,
+        num_workers=config.data.num_workers,
+    )  # fmt: skip
+    val_batches = []
+    if config.data.val_sources and config.eval_every:
+        val = mixture.mix(*open_sources(config.data.val_sources, config.data.dir), seed=0)
+        val_batches = list(read(val, first_step=0, last_step=config.eval_batches))
+
+    # The step: compiled once, ahead of the loop.
+    whole = sharding.replicated(mesh)
+    constrain = lambda tree: jax.lax.with_sharding_constraint(tree, rows)
+    step_fn = jax.jit(
+        functools.partial(
+            train_step, net=net, optimizer=optimizer, config=settings, constrain=constrain
+        ),
+        in_shardings=(shardings, rows, whole),
+        out_shardings=(shardings, whole),
+        donate_argnums=0,
+    )
+    eval_step = jax.jit(
+        lambda *args: loss_fn(*args, net=net, config=settings, constrain=constrain)[1],
+        out_shardings=whole,
+    )
+    run_key, val_key = (jax.device_put(jax.random.fold_in(key, i), whole) for i in (1, 2))
+    learning_rate = learning_rate_schedule(optimizer_config)
+    writer = Writer(workdir, first_step, enabled=leader)
+    meta = {"config": json.loads(config.to_json_best_effort())}
+
+    started = time.perf_counter()
+    batch = to_device(next(data))
+    step_fn = step_fn.lower(state, batch, run_key).compile()
+    logging.info("compiled the step in %.1f s", time.perf_counter() - started)
+
+    pending, pending_from = [], first_step
+    tick, waited = time.perf_counter(), 0.0
+    for step in range(first_step + 1, config.steps + 1):
+        with jax.transfer_guard("disallow"):
+            state, metrics = step_fn(state, batch, run_key)
+        pending.append(metrics)
+        if step < config.steps:
+            before = time.perf_counter()
+            batch = to_device(next(data))
+            waited += time.perf_counter() - before
+
+        last = step == config.steps
+        due = lambda every: every and (last or step % every == 0)
+        if due(config.log_every) or due(config.checkpoint_every):
+            # Also before a checkpoint: nothing that is not finite is ever saved.
+            values = collect(pending, pending_from)
+            now = time.perf_counter()
+            seconds = (now - tick) / (step - pending_from)
+            values |= {
+                "train/learning_rate": float(learning_rate(step - 1)),
+                "speed/samples_per_s": config.batch_size / seconds,
+                "speed/data_wait": waited / (now - tick),
+            }
+            writer.scalars(step, values)
+            if leader:
+                shown = {k: values[f"train/{k}"] for k in ("loss", "mse", "grad_norm")}
+                print(progress_line(step, config.steps, shown, config.batch_size / seconds,
+                                    seconds * (config.steps - step)), flush=True)
+            pending, pending_from = [], step
+            tick, waited = now, 0.0
+        if val_batches and due(config.eval_every):
+            writer.scalars(step, evaluate(eval_step, state, map(to_device, val_batches), val_key))
+            tick = time.perf_counter()
+        if due(config.checkpoint_every):
+            checkpoint.save(manager, state, meta)
+            writer.flush()
+    manager.wait_until_finished()
+    writer.close()
+
+
+@contextlib.contextmanager
+def _setup_errors():
+    """Settings are checked where they are used; here their errors get one name."""
+    try:
+        yield
+    except ValueError as error:
+        raise SetupError(str(error)) from error
