@@ -183,7 +183,7 @@ def test_sounds_make_text_audio_records(tmp_path, whole):
     media.write_wav(sounds / "silent.wav", np.zeros(8000), RATE)
     captions = tmp_path / "captions.tsv"
     captions.write_text(
-        'year\tcaption\tid\n2020\ta "big" cave\tMusic Loops/Cave [1].wav\n'
+        'year\tcaption\tid\n2020\t"big" cave\tMusic Loops/Cave [1].wav\n'
         "2021\tsilence\tsilent\n2022\t\tlong\n"
     )
     codec = whole[0] / "codec"
@@ -191,7 +191,7 @@ def test_sounds_make_text_audio_records(tmp_path, whole):
     assert not manifest.has_video and set(manifest.fields) == {"latent_mean", "latent_std", "text"}
     source = RecordSource(tmp_path / "r")
     assert [r["id"] for r in source] == ["Music Loops/Cave [1].wav", "long"]
-    assert [r["caption"] for r in source] == ['a "big" cave', ""]
+    assert [r["caption"] for r in source] == ['"big" cave', ""]
     assert "clip" not in source[0] and "sync" not in source[0]
     padded = np.zeros(SequenceConfig(duration=SECONDS).num_samples, np.float32)
     sound = media.read_audio(sounds / "Music Loops" / "Cave [1].wav", RATE)

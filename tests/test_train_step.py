@@ -114,8 +114,13 @@ def test_heads_that_do_not_divide_are_replicated():
 
 
 @pytest.mark.parametrize(
-    "sizes, message", [((3, 1, 1), "8 devices"), ((-1, 3, 1), "8 devices"), ((-1, -1, 1), "one is"),
-                       ((0, 8, 1), "positive")]
+    "sizes, message",
+    [
+        ((3, 1, 1), "8 devices"),
+        ((-1, 3, 1), "8 devices"),
+        ((-1, -1, 1), "one is"),
+        ((0, 8, 1), "positive"),
+    ],
 )
 def test_meshes_that_do_not_fit(sizes, message):
     with pytest.raises(ValueError, match=message):

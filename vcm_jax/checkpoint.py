@@ -22,23 +22,29 @@ def open_manager(workdir, max_to_keep: int | None = 3, keep_every: int | None = 
         max_to_keep=max_to_keep, keep_period=keep_every, cleanup_tmp_directories=True
     )
     directory = Path(workdir).absolute() / "checkpoints"
-    return ocp.CheckpointManager(directory, options=options, item_names=("state", "meta"))
+    handlers = {"state": ocp.PyTreeCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
+    return ocp.CheckpointManager(directory, options=options, item_handlers=handlers)
+
+
+def _restore_arrays(abstract, **kwargs):
+    """Orbax's arguments to restore a tree with the dtypes and shardings of `abstract`."""
+    restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
+    return ocp.args.PyTreeRestore(item=abstract, restore_args=restore_args, **kwargs)
 
 
 def save(manager: ocp.CheckpointManager, state, meta: dict) -> None:
     """Saves in the background; `meta` is JSON. Wait with `manager.wait_until_finished()`."""
     manager.save(
         int(state.step),
-        args=ocp.args.Composite(
-            state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)
-        ),
+        args=ocp.args.Composite(state=ocp.args.PyTreeSave(state), meta=ocp.args.JsonSave(meta)),
     )
 
 
 def _shapes(tree) -> dict[str, tuple]:
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape
-            for path, leaf in leaves}
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape for path, leaf in leaves
+    }
 
 
 def check_shapes(found, wanted, what: str) -> None:
@@ -56,6 +62,18 @@ def check_shapes(found, wanted, what: str) -> None:
         )
 
 
+def _existing_step(manager, step: int | None) -> int:
+    """`step`, or the latest one for None; a CheckpointError when it is not there."""
+    there = sorted(manager.all_steps())
+    if step is None and there:
+        return there[-1]
+    if step not in there:
+        raise CheckpointError(
+            f"{manager.directory}: no checkpoint of step {step}; there are {there or 'none'}"
+        )
+    return step
+
+
 def restore(manager: ocp.CheckpointManager, abstract_state, step: int | None = None):
     """(state, meta) of a step, the latest by default.
 
@@ -68,20 +86,12 @@ def restore(manager: ocp.CheckpointManager, abstract_state, step: int | None = N
     Raises:
       CheckpointError: when there is no such step, or its arrays have other shapes.
     """
-    steps = manager.all_steps()
-    if step is None:
-        step = max(steps, default=None)
-    if step not in steps:
-        raise CheckpointError(
-            f"{manager.directory}: no checkpoint of step {step}; there are {sorted(steps) or 'none'}"
-        )
+    step = _existing_step(manager, step)
     saved = manager.item_metadata(step)["state"]
     check_shapes(saved, abstract_state, f"the checkpoint {manager.directory}/{step}")
     restored = manager.restore(
         step,
-        args=ocp.args.Composite(
-            state=ocp.args.StandardRestore(abstract_state), meta=ocp.args.JsonRestore()
-        ),
+        args=ocp.args.Composite(state=_restore_arrays(abstract_state), meta=ocp.args.JsonRestore()),
     )
     return restored["state"], restored["meta"]
 
@@ -104,10 +114,7 @@ def restore_weights(workdir, step: int | None = None, sigma_rel: float | None = 
     if not directory.is_dir():
         raise CheckpointError(f"{workdir}: no checkpoints there (the workdir of a run is wanted)")
     with open_manager(workdir, max_to_keep=None) as manager:
-        step = manager.latest_step() if step is None else step
-        if step not in manager.all_steps():
-            there = sorted(manager.all_steps()) or "none"
-            raise CheckpointError(f"{directory}: no checkpoint of step {step}; there are {there}")
+        step = _existing_step(manager, step)
         tree = manager.item_metadata(step)["state"].tree
         widths = sorted(tree["ema"], key=float)
         width = widths[0] if sigma_rel is None else f"{sigma_rel:g}"
@@ -119,13 +126,6 @@ def restore_weights(workdir, step: int | None = None, sigma_rel: float | None = 
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype),
             {"ema": {width: tree["ema"][width]}, "stats": tree["stats"]},
         )
-        restore_args = ocp.checkpoint_utils.construct_restore_args(wanted)
-        restored = manager.restore(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.PyTreeRestore(
-                    item=wanted, restore_args=restore_args, partial_restore=True
-                )
-            ),
-        )["state"]
+        args = ocp.args.Composite(state=_restore_arrays(wanted, partial_restore=True))
+        restored = manager.restore(step, args=args)["state"]
     return {"params": restored["ema"][width], "stats": restored["stats"]}

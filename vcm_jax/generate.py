@@ -144,30 +144,31 @@ def generate_latents(run: Run, items: list[Features], times, seed: int, batch_si
     The last batch is filled up with copies, so that one program serves all.
     """
     model = run.model.with_lengths(items[0].sequence)
-    zeros = {
-        "clip": np.zeros((model.clip_seq_len, model.clip_dim), np.float32),
-        "sync": np.zeros((model.sync_seq_len, model.sync_dim), np.float32),
-    }
+    shape = (model.latent_seq_len, model.latent_dim)
     latents = []
     for start in range(0, len(items), batch_size):
         batch = items[start : start + batch_size]
-        count = len(batch)
-        batch = batch + batch[-1:] * (batch_size - count)
-        stack = lambda name: np.stack(
-            [getattr(f, name) if getattr(f, name) is not None else zeros[name] for f in batch]
-        )
-        noise = [_noise(seed, f.request.id, (model.latent_seq_len, model.latent_dim))
-                 for f in batch]
+        filled = batch + batch[-1:] * (batch_size - len(batch))
         found = _sample(
             run.variables,
             model,
             tuple(float(time) for time in times),
-            Conditions(stack("clip"), stack("sync"), stack("text")),
-            np.array([f.clip is not None for f in batch]),
-            np.stack(noise),
+            Conditions(
+                clip=_stack([f.clip for f in filled], (model.clip_seq_len, model.clip_dim)),
+                sync=_stack([f.sync for f in filled], (model.sync_seq_len, model.sync_dim)),
+                text=np.stack([f.text for f in filled]),
+            ),
+            np.array([f.clip is not None for f in filled]),
+            np.stack([_noise(seed, f.request.id, shape) for f in filled]),
         )
-        latents += list(np.asarray(found)[:count])
+        latents += list(np.asarray(found)[: len(batch)])
     return latents
+
+
+def _stack(features, shape):
+    """Stacks features; those that are None become zeros, which `_sample` does not look at."""
+    zeros = np.zeros(shape, np.float32)
+    return np.stack([zeros if f is None else f for f in features])
 
 
 def generate(
@@ -189,8 +190,11 @@ def generate(
             yield item, run.codec.decode(latent)[: round(item.seconds * run.codec.sample_rate)]
 
     for item in items:
-        lengths = (item.sequence.latent_seq_len, item.sequence.clip_seq_len,
-                   item.sequence.sync_seq_len)
+        lengths = (
+            item.sequence.latent_seq_len,
+            item.sequence.clip_seq_len,
+            item.sequence.sync_seq_len,
+        )
         group = waiting.setdefault(lengths, [])
         group.append(item)
         if len(group) == batch_size:

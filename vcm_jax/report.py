@@ -36,7 +36,7 @@ from vcm_jax.metrics import (
 )
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402  (the backend must be chosen first)
+from matplotlib import pyplot as plt
 
 STEPS = (1, 4)
 MIN_CLIPS = 2
@@ -85,8 +85,9 @@ def generate_sounds(run, items, steps: int):
     batch_size = min(16, len(items))
     list(generate(run, items[:batch_size], times, batch_size=batch_size))
     started = time.perf_counter()
-    found = {item.request.id: sound
-             for item, sound in generate(run, items, times, batch_size=batch_size)}
+    found = {
+        item.request.id: sound for item, sound in generate(run, items, times, batch_size=batch_size)
+    }
     seconds = (time.perf_counter() - started) / len(items)
     return [found[item.request.id] for item in items], seconds
 
@@ -140,8 +141,15 @@ def _spectrograms(sounds: dict[str, np.ndarray], clip, sample_rate: int) -> dict
     for name, sound in sounds.items():
         figure, axis = plt.subplots(figsize=(11, 1.3))
         rows = log_mel_features(sound, sample_rate)
-        axis.imshow(rows.T, origin="lower", aspect="auto", vmin=-5, vmax=1.5, cmap="magma",
-                    extent=(0, len(sound) / sample_rate, 0, rows.shape[1]))
+        axis.imshow(
+            rows.T,
+            origin="lower",
+            aspect="auto",
+            vmin=-5,
+            vmax=1.5,
+            cmap="magma",
+            extent=(0, len(sound) / sample_rate, 0, rows.shape[1]),
+        )
         for impact in clip["impacts"]:
             axis.axvline(impact["time"], color="white", lw=0.6, ls=":")
         axis.set_yticks([])
@@ -154,11 +162,19 @@ def _curves(workdir: Path) -> str:
     """Training and validation curves from metrics.jsonl; a resumed run's later lines count."""
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     figure, axes = plt.subplots(1, 3, figsize=(12, 3))
-    for axis, names in zip(axes, (
-        ("train/loss", "val/loss"),
-        ("train/mse_instant", "train/mse_jump", "val/mse_jump", "train/mse_instant_to_velocity"),
-        ("train/grad_norm",),
-    )):
+    for axis, names in zip(
+        axes,
+        (
+            ("train/loss", "val/loss"),
+            (
+                "train/mse_instant",
+                "train/mse_jump",
+                "val/mse_jump",
+                "train/mse_instant_to_velocity",
+            ),
+            ("train/grad_norm",),
+        ),
+    ):
         for name in names:
             points = sorted({line["step"]: line[name] for line in lines if name in line}.items())
             if points:
@@ -171,17 +187,39 @@ def _curves(workdir: Path) -> str:
 
 def table(results: dict[str, dict], ceiling: float) -> str:
     """The figures as an HTML table."""
-    head = ("", "onset F1", "of the ceiling", "precision", "recall", "timing error", "log-mel FD",
-            "sharpness", "material")
+    head = (
+        "",
+        "onset F1",
+        "of the ceiling",
+        "precision",
+        "recall",
+        "timing error",
+        "log-mel FD",
+        "sharpness",
+        "material",
+    )
     rows = []
     for name, r in results.items():
-        cells = (f"{r['f1']:.3f}", f"{r['f1'] / ceiling:.2f}", f"{r['precision']:.3f}",
-                 f"{r['recall']:.3f}", f"{r['timing_error_ms']:.0f} ms", f"{r['frechet']:.3f}",
-                 f"{r['sharpness']:.3f}", f"{100 * r['material']:.0f}%")
-        rows.append(f"<tr><td>{html.escape(name)}</td>"
-                    + "".join(f"<td>{c}</td>" for c in cells) + "</tr>")
-    return ("<table><tr>" + "".join(f"<th>{h}</th>" for h in head) + "</tr>"
-            + "".join(rows) + "</table>")
+        cells = (
+            f"{r['f1']:.3f}",
+            f"{r['f1'] / ceiling:.2f}",
+            f"{r['precision']:.3f}",
+            f"{r['recall']:.3f}",
+            f"{r['timing_error_ms']:.0f} ms",
+            f"{r['frechet']:.3f}",
+            f"{r['sharpness']:.3f}",
+            f"{100 * r['material']:.0f}%",
+        )
+        rows.append(
+            f"<tr><td>{html.escape(name)}</td>" + "".join(f"<td>{c}</td>" for c in cells) + "</tr>"
+        )
+    return (
+        "<table><tr>"
+        + "".join(f"<th>{h}</th>" for h in head)
+        + "</tr>"
+        + "".join(rows)
+        + "</table>"
+    )
 
 
 def make_report(workdir: Path, data: Path, num_clips: int, num_train: int, shown: int) -> dict:
@@ -236,15 +274,22 @@ def make_report(workdir: Path, data: Path, num_clips: int, num_train: int, shown
         f"Log-mel FD: Frechet distance of log-mel frames ({rate} Hz) to the true sounds. "
         "Sharpness: mean second difference over mel bands. Material: impacts whose material a "
         f"classifier, trained on {num_train} true training sounds, recognises. "
-        + ", ".join(f"{n} step{'s' * (n > 1)}: {1000 * s:.0f} ms a clip with decoding"
-                    for n, s in seconds.items()) + ".</p>",
-        "<h2>Training</h2>", _curves(workdir), "<h2>Clips</h2>",
+        + ", ".join(
+            f"{n} step{'s' * (n > 1)}: {1000 * s:.0f} ms a clip with decoding"
+            for n, s in seconds.items()
+        )
+        + ".</p>",
+        "<h2>Training</h2>",
+        _curves(workdir),
+        "<h2>Clips</h2>",
     ]
     for i, clip in enumerate(clips[:shown]):
         sounds = {"true sound": truth[i], "codec round trip": round_trip[i]}
         sounds |= {name: found[i] for name, found in generated.items()}
-        parts.append(f"<div class=clip><h3>{clip['id']}: {html.escape(clip['caption'])}</h3>"
-                     f"<div></div><figure>{_frames(clip)}</figure>")
+        parts.append(
+            f"<div class=clip><h3>{clip['id']}: {html.escape(clip['caption'])}</h3>"
+            f"<div></div><figure>{_frames(clip)}</figure>"
+        )
         for name, image in _spectrograms(sounds, clip, rate).items():
             parts.append(f"<div>{name}{_player(sounds[name], rate)}</div><figure>{image}</figure>")
         parts.append("</div>")

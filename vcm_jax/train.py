@@ -46,8 +46,9 @@ def _dataclass_from(cls, config, section: str, **extra):
     """`cls(**config)`, naming keys that the section of the config does not have or must not."""
     known = {field.name for field in dataclasses.fields(cls)} - extra.keys()
     if unknown := set(config) - known:
-        raise SetupError(f"config.{section} has unknown keys {sorted(unknown)}; it knows "
-                         f"{sorted(known)}")
+        raise SetupError(
+            f"config.{section} has unknown keys {sorted(unknown)}; it knows {sorted(known)}"
+        )
     return cls(**config, **extra)
 
 
@@ -158,6 +159,11 @@ def collect(pending, first_step: int) -> dict[str, float]:
     return {f"train/{name}": float(value) for name, value in merged.items()}
 
 
+def _due(every: int, step: int, steps: int) -> bool:
+    """Whether something done every so many steps (0: never) is due; the last step always is."""
+    return bool(every) and (step == steps or step % every == 0)
+
+
 def train(config: ConfigDict, workdir: str) -> None:
     """Trains as `config` says; resumes where the latest checkpoint in `workdir` is.
 
@@ -166,12 +172,14 @@ def train(config: ConfigDict, workdir: str) -> None:
       NonFiniteError: when the loss is no longer finite; the last checkpoint is good.
     """
     try:
-        _train(config, Path(workdir))
+        # However the run ends, a checkpoint that is being written in the background is finished.
+        with contextlib.ExitStack() as stack:
+            _train(config, Path(workdir), stack)
     except (RecordError, checkpoint.CheckpointError) as error:
         raise SetupError(str(error)) from error
 
 
-def _train(config: ConfigDict, workdir: Path) -> None:
+def _train(config: ConfigDict, workdir: Path, stack: contextlib.ExitStack) -> None:
     with _setup_errors():
         mesh = sharding.make_mesh(**config.mesh)
         sharding.check_batch_size(config.batch_size, mesh)
@@ -196,11 +204,14 @@ def _train(config: ConfigDict, workdir: Path) -> None:
     shardings = sharding.state_shardings(abstract, mesh, model.num_heads)
     if leader:
         workdir.mkdir(parents=True, exist_ok=True)
-    manager = checkpoint.open_manager(workdir, keep_every=config.keep_every or None)
+    manager = stack.enter_context(
+        checkpoint.open_manager(workdir, keep_every=config.keep_every or None)
+    )
     if manager.latest_step() is None:
         state = jax.jit(init, out_shardings=shardings)(key)
-        logging.info("\n%s", parameter_overview.get_parameter_overview(
-            state.params, include_stats=False))
+        logging.info(
+            "\n%s", parameter_overview.get_parameter_overview(state.params, include_stats=False)
+        )
     else:
         target = jax.tree.map(
             lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings
@@ -252,7 +263,7 @@ def _train(config: ConfigDict, workdir: Path) -> None:
     )
     run_key, val_key = (jax.device_put(jax.random.fold_in(key, i), whole) for i in (1, 2))
     learning_rate = learning_rate_schedule(optimizer_config)
-    writer = Writer(workdir, first_step, enabled=leader)
+    writer = stack.enter_context(contextlib.closing(Writer(workdir, first_step, enabled=leader)))
     meta = {"config": json.loads(config.to_json_best_effort())}
 
     started = time.perf_counter()
@@ -271,9 +282,8 @@ def _train(config: ConfigDict, workdir: Path) -> None:
             batch = to_device(next(data))
             waited += time.perf_counter() - before
 
-        last = step == config.steps
-        due = lambda every: every and (last or step % every == 0)
-        if due(config.log_every) or due(config.checkpoint_every):
+        save = _due(config.checkpoint_every, step, config.steps)
+        if save or _due(config.log_every, step, config.steps):
             # Also before a checkpoint: nothing that is not finite is ever saved.
             values = collect(pending, pending_from)
             now = time.perf_counter()
@@ -286,18 +296,24 @@ def _train(config: ConfigDict, workdir: Path) -> None:
             writer.scalars(step, values)
             if leader:
                 shown = {k: values[f"train/{k}"] for k in ("loss", "mse", "grad_norm")}
-                print(progress_line(step, config.steps, shown, config.batch_size / seconds,
-                                    seconds * (config.steps - step)), flush=True)
+                print(
+                    progress_line(
+                        step,
+                        config.steps,
+                        shown,
+                        config.batch_size / seconds,
+                        seconds * (config.steps - step),
+                    ),
+                    flush=True,
+                )
             pending, pending_from = [], step
             tick, waited = now, 0.0
-        if val_batches and due(config.eval_every):
+        if val_batches and _due(config.eval_every, step, config.steps):
             writer.scalars(step, evaluate(eval_step, state, map(to_device, val_batches), val_key))
             tick = time.perf_counter()
-        if due(config.checkpoint_every):
+        if save:
             checkpoint.save(manager, state, meta)
             writer.flush()
-    manager.wait_until_finished()
-    writer.close()
 
 
 @contextlib.contextmanager

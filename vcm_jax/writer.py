@@ -58,8 +58,9 @@ class Writer:
             self._lines.close()
 
 
-def progress_line(step: int, steps: int, values: dict[str, float], samples_per_s: float,
-                  seconds_left: float) -> str:
+def progress_line(
+    step: int, steps: int, values: dict[str, float], samples_per_s: float, seconds_left: float
+) -> str:
     """One line on how the run is going."""
     shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
     minutes, seconds = divmod(round(seconds_left), 60)

@@ -396,7 +396,7 @@ def mux_audio(video_path, audio: np.ndarray, sample_rate: int, out_path, duratio
       MediaError: the video is missing, unreadable or has no picture.
     """
     container = "mov" if Path(out_path).suffix.lower() == ".mov" else "mp4"
-    with _opened(video_path) as source, atomic_path(out_path) as temporary:
+    with atomic_path(out_path) as temporary, _opened(video_path) as source:
         video = _video_stream(source, video_path)
         with _mp4_output(temporary, container, sample_rate) as output:
             fits = video.codec_context.name in output.supported_codecs

@@ -1,0 +1,221 @@
+"""Runs of a few steps on records made here: resuming, stopping, refusing."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from vcm_jax import checkpoint, train
+from vcm_jax.codec.linear import fit_linear_codec
+from vcm_jax.data import SequenceConfig, records
+from vcm_jax.features.encoders import WeightsFreeEncoders
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+SEQUENCE = SequenceConfig(duration=0.64, text_seq_len=5)
+ENCODERS = WeightsFreeEncoders(clip_dim=6, sync_dim=5, text_dim=4)
+
+
+def load_config(name):
+    spec = importlib.util.spec_from_file_location(name, CONFIGS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config()
+
+
+def write_records(folder, size, seed=0, encoders=ENCODERS):
+    rng = np.random.default_rng(seed)
+    codec = fit_linear_codec(0.1 * rng.standard_normal((3, SEQUENCE.num_samples)))
+    shapes = {
+        "latent_mean": (SEQUENCE.latent_seq_len, codec.latent_dim),
+        "clip": (SEQUENCE.clip_seq_len, encoders.clip_dim),
+        "sync": (SEQUENCE.sync_seq_len, encoders.sync_dim),
+        "text": (SEQUENCE.text_seq_len, encoders.text_dim),
+    }
+    packed, sums = [], 0
+    for i in range(size):
+        record = {name: rng.standard_normal(shape) for name, shape in shapes.items()}
+        record |= {"id": str(i), "caption": "x", "latent_std": 0 * record["latent_mean"]}
+        packed.append(records.serialize(record))
+        sums = sums + records.latent_sums(record["latent_mean"], record["latent_std"])
+    folder.mkdir(parents=True)
+    path = folder / "part.array_record"
+    records.write_shard(path, packed)
+    codec.save(folder / "codec")
+    np.save(folder / records.EMPTY_TEXT, encoders.encode_text("", SEQUENCE))
+    mean, std = records.latent_statistics(sums)
+    codec_spec = {"name": codec.name, "fingerprint": codec.fingerprint, "latent_dim": 20}
+    shard = {"name": path.name, "records": size, "bytes": path.stat().st_size}
+    records.write_manifest(
+        folder,
+        records.Manifest(
+            SEQUENCE, encoders.spec(), codec_spec, True, size, 0,
+            records.describe_fields(records.deserialize(packed[0])),
+            mean.tolist(), std.tolist(), [shard], str(seed),
+        ),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("records")
+    write_records(folder / "train", 12)
+    write_records(folder / "val", 4, seed=0)
+    return folder
+
+
+def make_config(data, **changes):
+    config = load_config("impacts")
+    config.update_from_flattened_dict({
+        "steps": 6, "batch_size": 8, "data.dir": str(data), "log_every": 2, "checkpoint_every": 3,
+        "eval_every": 3, "eval_batches": 1, "mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2,
+        "model_overrides": dict(clip_dim=6, sync_dim=5, text_dim=4, hidden_dim=16, num_heads=2,
+                                depth=2, fused_depth=1),
+        **changes,
+    })  # fmt: skip
+    return config
+
+
+def final_state(workdir):
+    manager = checkpoint.open_manager(workdir)
+    state = manager.restore(manager.latest_step())["state"]
+    return jax.tree.map(np.asarray, state)
+
+
+class Interruption(Exception):
+    pass
+
+
+def test_an_interrupted_run_ends_bit_identical_to_one_that_was_not(data, tmp_path, monkeypatch):
+    train.train(make_config(data), tmp_path / "whole")
+
+    collect, calls = train.collect, []
+
+    def interrupted(pending, first_step):
+        calls.append(first_step)
+        if first_step >= 4:
+            raise Interruption
+        return collect(pending, first_step)
+
+    monkeypatch.setattr(train, "collect", interrupted)
+    with pytest.raises(Interruption):
+        train.train(make_config(data), tmp_path / "stopped")
+    monkeypatch.undo()
+    assert checkpoint.open_manager(tmp_path / "stopped").latest_step() == 3
+    train.train(make_config(data), tmp_path / "stopped")
+
+    whole, resumed = final_state(tmp_path / "whole"), final_state(tmp_path / "stopped")
+    assert whole["step"] == resumed["step"] == 6
+    jax.tree.map(np.testing.assert_array_equal, whole, resumed)
+
+    # What was logged can be read back, and a run that is complete is left alone.
+    events = EventAccumulator(str(tmp_path / "stopped" / "tensorboard")).Reload()
+    tags = events.Tags()["scalars"]
+    assert {
+        "train/loss",
+        "train/mse_jump_t2",
+        "train/grad_norm",
+        "speed/samples_per_s",
+        "val/mse_instant",
+        "train/learning_rate",
+    } <= set(tags)
+    lines = (tmp_path / "stopped" / "metrics.jsonl").read_text().splitlines()
+    train.train(make_config(data), tmp_path / "stopped")
+    assert (tmp_path / "stopped" / "metrics.jsonl").read_text().splitlines() == lines
+    whole_lines = (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()
+    losses = lambda lines: {
+        r["step"]: r["train/loss"] for r in map(json.loads, lines) if "train/loss" in r
+    }
+    assert losses(lines)[6] == losses(whole_lines)[6]
+
+    # Another network in the same workdir is refused, and nothing is touched.
+    other = make_config(data)
+    other.model_overrides.hidden_dim = 32
+    with pytest.raises(train.SetupError, match="made with another configuration .* wanted"):
+        train.train(other, tmp_path / "stopped")
+    jax.tree.map(np.testing.assert_array_equal, final_state(tmp_path / "stopped"), whole)
+
+    # Its averaged weights start another run.
+    weights = checkpoint.restore_weights(tmp_path / "whole")
+    jax.tree.map(np.testing.assert_array_equal, weights["params"], whole["ema"]["0.05"])
+    started = make_config(
+        data, steps=1, init_from=str(tmp_path / "whole"), **{"optimizer.learning_rate": 1e-12}
+    )
+    train.train(started, tmp_path / "second")
+    close = lambda a, b: np.testing.assert_allclose(a, b, atol=1e-9)
+    jax.tree.map(close, final_state(tmp_path / "second")["params"], weights["params"])
+    with pytest.raises(checkpoint.CheckpointError, match=r"no checkpoint of step 7; .*\[3, 6\]"):
+        checkpoint.restore_weights(tmp_path / "whole", step=7)
+    with pytest.raises(checkpoint.CheckpointError, match=r"no average .* only 0.05, 0.1"):
+        checkpoint.restore_weights(tmp_path / "whole", sigma_rel=0.2)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(data, tmp_path):
+    config = make_config(
+        data,
+        checkpoint_every=1,
+        eval_every=0,
+        **{"optimizer.learning_rate": 1e25, "optimizer.warmup_steps": 0},
+    )
+    with pytest.raises(train.NonFiniteError, match="is nan at step 2|is inf at step 2"):
+        train.train(config, tmp_path)
+    assert checkpoint.open_manager(tmp_path).latest_step() == 1
+    state = final_state(tmp_path)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"batch_size": 6}, "batch_size 6 does not divide"),
+        ({"mesh.data": 3}, "does not fit 8 devices"),
+        ({"data.sources": ()}, "data.sources is empty"),
+        ({"data.sources": ("train=-1",)}, "PATH=WEIGHT"),
+        ({"data.sources": ("nowhere=1",)}, "nowhere"),
+        ({"model": "tiny"}, "'tiny' is not one of small_16k"),
+        ({"objective.name": "gan"}, "'gan' is not one of vcm"),
+        ({"objective.mix_ratio": 2.0}, "mix_ratio"),
+        ({"optimizer.b1": 1.0}, "optimizer.b1"),
+        ({"steps": 0}, "steps"),
+        ({"init_from": "nowhere"}, "nowhere: no checkpoints"),
+    ],
+)
+def test_runs_that_cannot_start(data, tmp_path, changes, message):
+    with pytest.raises(train.SetupError, match=message) as error:
+        train.train(make_config(data, **changes), tmp_path / "run")
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists(), "nothing is written before the settings are checked"
+
+
+def test_records_of_other_sizes(data, tmp_path):
+    config = make_config(data)
+    config.model_overrides.sync_dim = 7
+    with pytest.raises(train.SetupError, match="records have sync_dim 5, model demo has 7"):
+        train.train(config, tmp_path / "run")
+    config.model_overrides.sync_dims = 5
+    with pytest.raises(train.SetupError, match="unknown keys .'sync_dims'."):
+        train.train(config, tmp_path / "run")
+    write_records(tmp_path / "other", 3, encoders=WeightsFreeEncoders(6, 9, 4))
+    config = make_config(data, **{"data.sources": ("train=1", f"{tmp_path}/other=1")})
+    with pytest.raises(train.SetupError, match="differ in their encoders"):
+        train.train(config, tmp_path / "run")
+
+
+def test_statistics_of_a_mixture(data, tmp_path):
+    class Fake:
+        def __init__(self, mean, std):
+            self.manifest = type("M", (), {"latent_mean": mean, "latent_std": std})
+
+    found = train.mixed_statistics([Fake([0.0], [1.0]), Fake([4.0], [2.0])], [3, 1])
+    np.testing.assert_allclose(found["latent_mean"], [1.0])
+    # E[x^2] = 3/4 * 1 + 1/4 * (16 + 4) = 5.75, minus the squared mean.
+    np.testing.assert_allclose(found["latent_std"], [4.75**0.5])
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.py")), ids=lambda path: path.stem)
+def test_every_config_builds_its_settings(path):
+    config = load_config(path.stem)
+    assert train.step_config(config).steps == config.steps
