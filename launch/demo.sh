@@ -13,12 +13,12 @@ CORES=$(getconf _NPROCESSORS_ONLN)
 # Networks this small leave cores idle unless each core is a device of its own.
 export XLA_FLAGS=${XLA_FLAGS:---xla_force_host_platform_device_count=2}
 
-run python -m vcm_jax.data.impacts --out="$DATA" --train=2400 --val=64 --test=64 --workers="$CORES"
+run python -m vcm_jax.data.impacts --out="$DATA" --train=2400 --val=64 --test=200 --workers="$CORES"
 for split in train val test; do
   codec=()
   [ "$split" = train ] || codec=(--codec="$RECORDS/train/codec")
   run python -m vcm_jax.features.extract --videos="$DATA/$split" --captions="$DATA/$split.tsv" \
-    --out="$RECORDS/$split" --duration=2.56 --clip_dim=64 --sync_dim=128 --text_dim=32 \
+    --out="$RECORDS/$split" --duration=2.56 --clip_dim=64 --sync_dim=256 --text_dim=32 \
     --workers="$CORES" "${codec[@]}"
 done
 run python -m vcm_jax.main --config=configs/impacts.py --config.data.dir="$RECORDS" --workdir="$RUN"

@@ -27,6 +27,7 @@ from vcm_jax.features import media
 from vcm_jax.features.encoders import encoders_from_spec
 from vcm_jax.features.extract import encode_video
 from vcm_jax.features.listing import list_clips
+from vcm_jax.logs import show_ours
 from vcm_jax.models import Conditions, MMDiT, ModelConfig
 
 # One evaluation looks at all of a clip at once: attention grows with the square of its length.
@@ -257,6 +258,7 @@ def _requests(args) -> tuple[list[tuple[Request, Path]], list[tuple[str, str]]]:
 def main(argv):
     if argv[1:]:
         raise app.UsageError(f"not understood: {' '.join(argv[1:])}")
+    show_ours()
     args = flags.FLAGS
     try:
         requests, failures = _requests(args)

@@ -5,11 +5,11 @@ To resume a run, run the same command again.
 
 import sys
 
-import jax
 from absl import app, flags
 from ml_collections import config_flags
 
 from vcm_jax import train
+from vcm_jax.logs import show_ours
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "What to train: a file of configs/.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, events, codec.")
@@ -18,8 +18,7 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, 
 def main(argv):
     if argv[1:]:
         raise app.UsageError(f"not understood: {' '.join(argv[1:])}")
-    # The data pipeline of the main process is NumPy; JAX alone decides what goes to a device.
-    jax.config.update("jax_threefry_partitionable", True)
+    show_ours()
     try:
         train.train(CONFIG.value, WORKDIR.value)
     except (train.SetupError, train.NonFiniteError) as error:

@@ -11,6 +11,7 @@ from sklearn.svm import SVC
 
 _BEFORE, _AFTER = 0.048, 0.16  # seconds of sound around the impact that the classifier sees
 _WINDOW, _HOP, _BANDS = 0.032, 0.016, 40  # seconds, seconds, mel bands
+_COMPONENTS = 40  # principal components that the classifier keeps
 _RANGE = 6.0  # log10 power: what is further below the window's maximum counts as silence
 
 
@@ -73,7 +74,14 @@ def fit_material_classifier(
     Raises: ValueError if there is no isolated impact, or fewer than 40 of them or two materials.
     """
     rows, materials = _collect(audios, impacts, sample_rate)
-    model = make_pipeline(StandardScaler(), PCA(40, whiten=False, random_state=0), SVC(C=10.0))
+    if len(rows) < _COMPONENTS or len(set(materials)) < 2:
+        raise ValueError(
+            f"{len(rows)} isolated impacts of {len(set(materials))} materials: the classifier needs "
+            f"at least {_COMPONENTS} of 2; give more clips"
+        )
+    model = make_pipeline(
+        StandardScaler(), PCA(_COMPONENTS, whiten=False, random_state=0), SVC(C=10.0)
+    )
     return model.fit(rows, materials)
 
 

@@ -108,7 +108,7 @@ MODELS = {
     "demo": ModelConfig(
         latent_dim=20,
         clip_dim=64,
-        sync_dim=128,
+        sync_dim=256,
         text_dim=32,
         hidden_dim=64,
         num_heads=2,

@@ -1,0 +1,178 @@
+"""From a workdir and clips to sounds: lengths, pictures, determinism, complaints."""
+
+import argparse
+import re
+from pathlib import Path
+
+import av
+import jax
+import numpy as np
+import pytest
+
+from vcm_jax import checkpoint, generate, train
+from vcm_jax.data import impacts
+from vcm_jax.features import extract, media
+from vcm_jax.models import MMDiT
+from vcm_jax.report import make_report
+from vcm_jax.sampling import uniform_times
+from vcm_jax.train_state import OptimizerConfig, make_init, make_optimizer
+from vcm_jax.writer import Writer
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Clips, and the workdir of a run whose weights are random and not zero."""
+    folder = tmp_path_factory.mktemp("world")
+    impacts.write_dataset(folder / "data", {"train": 40, "test": 3}, 1.28, seed=0, workers=1)
+    extract.extract(
+        folder / "records", videos=folder / "data/train", captions=folder / "data/train.tsv",
+        duration=1.28, clip_dim=6, sync_dim=5, text_dim=4,
+    )  # fmt: skip
+    from test_train import make_config
+
+    config = make_config(folder, **{"data.sources": ("records=1",)})
+    (source,), weights = train.open_sources(config.data.sources, config.data.dir)
+    model = train.model_config(config, source.manifest)
+    stats = train.mixed_statistics([source], weights) | {"empty_text": source.empty_text}
+    init = make_init(MMDiT(model), stats, make_optimizer(OptimizerConfig()), (0.05,))
+    state = jax.jit(init)(jax.random.key(0))
+    noisy = lambda a: a + 0.1 * jax.random.normal(jax.random.key(a.size), a.shape)
+    state = state.replace(ema=jax.tree.map(noisy, state.ema))
+    workdir = folder / "run"
+    workdir.mkdir()
+    train.describe_run(workdir, config, model, source)
+    with checkpoint.open_manager(workdir) as manager:
+        checkpoint.save(manager, state, {})
+    writer = Writer(workdir)
+    for step in (1, 2):
+        writer.scalars(step, {"train/loss": 1 / step, "train/mse_jump": float("nan")})
+    writer.close()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(world):
+    return generate.load_run(world / "run")
+
+
+def clip(world, number=0):
+    return world / "data/test" / f"{number:06d}.mp4"
+
+
+def sound_of(run, request, batch_size=1, others=()):
+    items = [generate.encode_request(r, run) for r in (*others, request)]
+    found = generate.generate(run, items, uniform_times(1), batch_size=batch_size)
+    return {item.request.id: sound for item, sound in found}[request.id]
+
+
+def test_a_video_keeps_its_picture_and_gets_a_sound_of_its_length(world, run, tmp_path):
+    item = generate.encode_request(generate.Request("a", clip(world), "a metal ball"), run)
+    ((_, sound),) = generate.generate(run, [item], uniform_times(2))
+    assert len(sound) == round(1.28 * 16_000) and np.abs(sound).max() > 1e-3
+    out = tmp_path / "out.mp4"
+    generate.write(item, sound, 16_000, out)
+    info = media.probe(out)
+    assert info.has_audio and info.duration == pytest.approx(1.28, abs=0.01)
+    packets = lambda path: [
+        bytes(packet) for packet in av.open(str(path)).demux(video=0) if packet.size
+    ]
+    assert packets(out) == packets(clip(world))
+    heard = media.read_audio(out, 16_000, len(sound))
+    assert np.corrcoef(heard, sound)[0, 1] > 0.9
+
+
+def test_the_sound_depends_on_video_prompt_and_id_but_not_on_the_batch(world, run):
+    ask = lambda name, number, prompt: generate.Request(name, clip(world, number), prompt)
+    first = sound_of(run, ask("a", 0, "x"))
+    together = sound_of(run, ask("a", 0, "x"), 3, [ask("b", 1, "y"), ask("c", 2, "z")])
+    np.testing.assert_allclose(first, together, atol=1e-4)
+    for other in (ask("a", 1, "x"), ask("a", 0, "glass"), ask("b", 0, "x")):
+        assert np.abs(sound_of(run, other) - first).max() > 1e-3
+
+
+def test_other_lengths(world, run, tmp_path):
+    longer = tmp_path / "longer.mp4"
+    frames = np.random.default_rng(0).integers(0, 255, (60, 32, 32, 3), np.uint8)
+    media.write_mp4(longer, frames, 30)
+    request = generate.Request("long", longer)
+    assert len(sound_of(run, request)) == 2 * 16_000
+    item = generate.encode_request(request, run, duration=0.8)
+    assert item.sequence.duration == 0.8 and len(item.clip) == 6
+    alone = generate.encode_request(generate.Request("rain", None, "rain"), run, duration=1.5)
+    ((_, sound),) = generate.generate(run, [alone], uniform_times(1))
+    assert len(sound) == 24_000
+    with pytest.raises(ValueError, match=r"rain: 500 s is more than 120 s"):
+        generate.encode_request(generate.Request("rain", None, "rain"), run, duration=500)
+    with pytest.raises(ValueError, match=r"longer.mp4: duration 0.3 s is too short"):
+        generate.encode_request(request, run, duration=0.3)
+
+
+def test_a_missing_video_is_the_learned_empty_one(world, run):
+    """Without a video the features are the network's own, so that any numbers there are ignored."""
+    request = generate.Request("rain", None, "rain")
+    item = generate.encode_request(request, run)
+    assert item.clip is None and item.sync is None
+    zeros = generate.Features(
+        request, item.sequence, item.seconds, np.zeros_like(
+            generate.encode_request(generate.Request("v", clip(world)), run).clip),
+        np.zeros((item.sequence.sync_seq_len, 5), np.float32), item.text,
+    )  # fmt: skip
+    (empty,), (other,) = (
+        generate.generate_latents(run, [features], uniform_times(1), 0, 1)
+        for features in (item, zeros)
+    )
+    assert np.abs(empty - other).max() > 1e-3
+
+
+def arguments(**changes):
+    given = dict(video="", prompt="", captions="", out="x.mp4", format="mp4")
+    return argparse.Namespace(**given | changes)
+
+
+def test_what_the_command_makes_of_its_flags(world, tmp_path):
+    data = world / "data"
+    requests, failures = generate._requests(
+        arguments(video=str(data / "test"), captions=str(data / "test.tsv"), out=str(tmp_path))
+    )
+    assert [path.name for _, path in requests] == ["000000.mp4", "000001.mp4", "000002.mp4"]
+    assert requests[0][0].prompt.endswith("bouncing") and not failures
+    requests, _ = generate._requests(arguments(video="some/clip.mp4", out="x.wav"))
+    assert requests == [(generate.Request("clip", Path("some/clip.mp4")), Path("x.wav"))]
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({}, "give --video, --prompt, or both"),
+        ({"prompt": "rain"}, "ends in .wav"),
+        ({"video": "a.mp4", "out": "x.txt"}, "ends in .wav or .mp4 or .mov"),
+        ({"captions": "a.tsv"}, "--captions needs --video"),
+        ({"video": ".", "out": "x.mp4"}, "several clips go into a folder"),
+        ({"video": "nowhere", "captions": "a.tsv", "out": "x"}, "nowhere: no such folder"),
+    ],
+)
+def test_flags_that_contradict_each_other(changes, message):
+    with pytest.raises(ValueError, match=message):
+        generate._requests(arguments(**changes))
+
+
+def test_folders_that_are_not_runs(world, tmp_path):
+    with pytest.raises(ValueError, match="not the workdir of a run"):
+        generate.load_run(tmp_path)
+    with pytest.raises(ValueError, match="no checkpoint of step 9"):
+        generate.load_run(world / "run", step=9)
+
+
+def test_the_report(world):
+    results = make_report(world / "run", world / "data", num_clips=3, num_train=40, shown=2)
+    truth, one = results["true sound"], results["1 step"]
+    assert truth["f1"] > 0.85 and truth["frechet"] == 0 and truth["material"] > 0.5
+    assert one["f1"] < truth["f1"] and one["frechet"] > 1
+    page = (world / "run/report.html").read_text()
+    assert page.count("<audio") == 8 and page.count("<img") == 1 + 2 * 5
+    assert not re.findall(r'(?:src|href)="(?!data:)', page), "the page is self-contained"
+    assert f"{truth['f1']:.3f}" in page
+    with pytest.raises(ValueError, match="test_impacts.jsonl has 3 clips, 5 are wanted"):
+        make_report(world / "run", world / "data", num_clips=5, num_train=5, shown=1)
+    with pytest.raises(ValueError, match="at least 2"):
+        make_report(world / "run", world / "data", num_clips=1, num_train=5, shown=1)
