@@ -15,14 +15,14 @@ from configs import s16k
 
 def get_config() -> ConfigDict:
     config = s16k.get_config()
-    config.steps = 3_000
+    config.steps = 2_200
     config.batch_size = 32
     config.dtype = "float32"
     config.model = "demo"
     config.objective.guidance_scale = 3.0
-    config.optimizer.learning_rate = 1e-3
+    config.optimizer.learning_rate = 2e-3
     config.optimizer.warmup_steps = 100
-    config.optimizer.decay_steps = (2_200, 2_700)
+    config.optimizer.decay_steps = (1_700, 2_000)
     config.data.dir = "records/impacts"
     config.data.sources = ("train=1",)
     config.data.val_sources = ("val=1",)

@@ -11,7 +11,15 @@ Expected, with the paper's features, data and metrics (VGGSound test, 1 / 4 eval
 FD_PANNs 5.95 / 5.08, IS 12.54 / 13.62, IB 25.31 / 27.32, DeSync 0.632 / 0.553.
 """
 
+import dataclasses
+
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+from vcm_jax.models import ModelConfig
+
+# Fields of the network that a run may change; its lengths follow from the data's duration.
+MODEL_FIELDS = [f.name for f in dataclasses.fields(ModelConfig) if not f.name.endswith("_seq_len")]
 
 
 def get_config() -> ConfigDict:
@@ -21,7 +29,7 @@ def get_config() -> ConfigDict:
     config.batch_size = 512
     config.dtype = "bfloat16"
     config.model = "small_16k"
-    config.model_overrides = ConfigDict()
+    config.model_overrides = ConfigDict({name: placeholder(int) for name in MODEL_FIELDS})
     config.init_from = ""
 
     config.objective = ConfigDict(

@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the other scripts, from the repository's root: the virtual environment, made once,
 # and `run`, which shows a command and, unless --dry-run was given, executes it.
 # VENV names another folder than .venv, PYTHON another interpreter than python3.
@@ -11,7 +12,8 @@ run() {
   [ -n "${DRY_RUN:-}" ] || "$@"
 }
 
-# make_environment [EXTRA]: installs the requirements, and an extra of setup.py, where they changed.
+# make_environment EXTRA: installs the requirements, and an extra of setup.py ('' for none), where
+# they changed.
 make_environment() {
   local wanted installed="$VENV/.installed"
   wanted=$(cat requirements.txt setup.py; echo "$*")

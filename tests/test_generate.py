@@ -31,7 +31,7 @@ def world(tmp_path_factory):
     from test_train import make_config
 
     config = make_config(folder, **{"data.sources": ("records=1",)})
-    (source,), weights = train.open_sources(config.data.sources, config.data.dir)
+    (source,), weights = train.open_sources(config.data.sources, config.data.dir, "sources")
     model = train.model_config(config, source.manifest)
     stats = train.mixed_statistics([source], weights) | {"empty_text": source.empty_text}
     init = make_init(MMDiT(model), stats, make_optimizer(OptimizerConfig()), (0.05,))

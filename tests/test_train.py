@@ -67,13 +67,15 @@ def data(tmp_path_factory):
     return folder
 
 
+SIZES = dict(clip_dim=6, sync_dim=5, text_dim=4, hidden_dim=16, num_heads=2, depth=2, fused_depth=1)
+
+
 def make_config(data, **changes):
     config = load_config("impacts")
     config.update_from_flattened_dict({
         "steps": 6, "batch_size": 8, "data.dir": str(data), "log_every": 2, "checkpoint_every": 3,
         "eval_every": 3, "eval_batches": 1, "mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2,
-        "model_overrides": dict(clip_dim=6, sync_dim=5, text_dim=4, hidden_dim=16, num_heads=2,
-                                depth=2, fused_depth=1),
+        **{f"model_overrides.{name}": size for name, size in SIZES.items()},
         **changes,
     })  # fmt: skip
     return config
@@ -181,6 +183,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
         ({"optimizer.b1": 1.0}, "optimizer.b1"),
         ({"steps": 0}, "steps"),
         ({"init_from": "nowhere"}, "nowhere: no checkpoints"),
+        ({"data.val_sources": ("nowhere=1",)}, "nowhere"),
     ],
 )
 def test_runs_that_cannot_start(data, tmp_path, changes, message):

@@ -67,11 +67,9 @@ def model_config(config: ConfigDict, manifest) -> ModelConfig:
     """The network's sizes: of the named model, with lengths that follow the data's duration."""
     if config.model not in MODELS:
         raise SetupError(f"config.model {config.model!r} is not one of {', '.join(MODELS)}")
-    overrides = dict(config.model_overrides)
-    sizes = dataclasses.asdict(MODELS[config.model])
-    if unknown := overrides.keys() - sizes.keys():
-        raise SetupError(f"config.model_overrides has unknown keys {sorted(unknown)}")
-    model = ModelConfig(**(sizes | overrides)).with_lengths(manifest.sequence)
+    sizes = dataclasses.asdict(MODELS[config.model].with_lengths(manifest.sequence))
+    sizes |= {name: value for name, value in config.model_overrides.items() if value is not None}
+    model = _dataclass_from(ModelConfig, sizes, "model_overrides")
     for name, width in (
         ("latent_dim", manifest.latent_dim),
         ("clip_dim", manifest.encoders["clip_dim"]),
@@ -86,21 +84,26 @@ def model_config(config: ConfigDict, manifest) -> ModelConfig:
     return model
 
 
-def open_sources(sources, directory: str):
-    """([RecordSource], weights) of 'PATH=WEIGHT' strings, checked to belong together."""
-    if not sources:
-        raise SetupError("config.data.sources is empty: name at least one 'PATH=WEIGHT'")
-    parsed = [mixture.parse_source(text) for text in sources]
-    opened = [RecordSource(Path(directory) / path) for path, _ in parsed]
-    first = opened[0]
-    for source in opened[1:]:
+def open_sources(texts, directory: str, key: str, like: RecordSource | None = None):
+    """([RecordSource], weights) of the 'PATH=WEIGHT' strings of `config.data.KEY`.
+
+    Raises:
+      SetupError: when they differ from each other, or from `like`, in what makes features and
+        latents.
+    """
+    parsed = [mixture.parse_source(text) for text in texts]
+    if not parsed:
+        raise SetupError(f"config.data.{key} is empty: name at least one 'PATH=WEIGHT'")
+    sources = [RecordSource(Path(directory) / path) for path, _ in parsed]
+    like = like or sources[0]
+    for source in sources:
         for what in ("sequence", "encoders", "codec"):
-            ours, theirs = getattr(first.manifest, what), getattr(source.manifest, what)
+            ours, theirs = getattr(like.manifest, what), getattr(source.manifest, what)
             if ours != theirs:
                 raise SetupError(
-                    f"{source.path} and {first.path} differ in their {what}: {theirs} and {ours}"
+                    f"{source.path} and {like.path} differ in their {what}: {theirs} and {ours}"
                 )
-    return opened, [weight for _, weight in parsed]
+    return sources, [weight for _, weight in parsed]
 
 
 def mixed_statistics(sources, weights) -> dict[str, np.ndarray]:
@@ -183,9 +186,11 @@ def _train(config: ConfigDict, workdir: Path, stack: contextlib.ExitStack) -> No
     with _setup_errors():
         mesh = sharding.make_mesh(**config.mesh)
         sharding.check_batch_size(config.batch_size, mesh)
-        sources, weights = open_sources(config.data.sources, config.data.dir)
-        manifest = sources[0].manifest
-        model = model_config(config, manifest)
+        sources, weights = open_sources(config.data.sources, config.data.dir, "sources")
+        val = None
+        if config.data.val_sources and config.eval_every:
+            val = open_sources(config.data.val_sources, config.data.dir, "val_sources", sources[0])
+        model = model_config(config, sources[0].manifest)
         settings = step_config(config)
         optimizer_config = _dataclass_from(OptimizerConfig, dict(config.optimizer), "optimizer")
     leader = jax.process_index() == 0
@@ -195,12 +200,13 @@ def _train(config: ConfigDict, workdir: Path, stack: contextlib.ExitStack) -> No
     net = MMDiT(model, dtype=jnp.dtype(config.dtype))
     optimizer = make_optimizer(optimizer_config)
     stats = mixed_statistics(sources, weights) | {"empty_text": sources[0].empty_text}
+    init = make_init(net, stats, optimizer, config.ema_sigma_rels)
+    key = jax.random.key(config.seed)
+    abstract = jax.eval_shape(init, key)
     params = None
     if config.init_from:
         params = checkpoint.restore_weights(config.init_from)["params"]
-    init = make_init(net, stats, optimizer, config.ema_sigma_rels, params)
-    key = jax.random.key(config.seed)
-    abstract = jax.eval_shape(init, key)
+        checkpoint.check_shapes(params, abstract.params, f"init_from {config.init_from}")
     shardings = sharding.state_shardings(abstract, mesh, model.num_heads)
     if leader:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -208,7 +214,7 @@ def _train(config: ConfigDict, workdir: Path, stack: contextlib.ExitStack) -> No
         checkpoint.open_manager(workdir, keep_every=config.keep_every or None)
     )
     if manager.latest_step() is None:
-        state = jax.jit(init, out_shardings=shardings)(key)
+        state = jax.jit(init, out_shardings=shardings)(key, params)
         logging.info(
             "\n%s", parameter_overview.get_parameter_overview(state.params, include_stats=False)
         )
@@ -242,9 +248,10 @@ def _train(config: ConfigDict, workdir: Path, stack: contextlib.ExitStack) -> No
         num_workers=config.data.num_workers,
     )  # fmt: skip
     val_batches = []
-    if config.data.val_sources and config.eval_every:
-        val = mixture.mix(*open_sources(config.data.val_sources, config.data.dir), seed=0)
-        val_batches = list(read(val, first_step=0, last_step=config.eval_batches))
+    if val:
+        val_batches = list(
+            read(mixture.mix(*val, seed=0), first_step=0, last_step=config.eval_batches)
+        )
 
     # The step: compiled once, ahead of the loop.
     whole = sharding.replicated(mesh)
@@ -296,16 +303,8 @@ def _train(config: ConfigDict, workdir: Path, stack: contextlib.ExitStack) -> No
             writer.scalars(step, values)
             if leader:
                 shown = {k: values[f"train/{k}"] for k in ("loss", "mse", "grad_norm")}
-                print(
-                    progress_line(
-                        step,
-                        config.steps,
-                        shown,
-                        config.batch_size / seconds,
-                        seconds * (config.steps - step),
-                    ),
-                    flush=True,
-                )
+                line = progress_line(step, config.steps, shown, config.batch_size, seconds)
+                print(line, flush=True)
             pending, pending_from = [], step
             tick, waited = now, 0.0
         if val_batches and _due(config.eval_every, step, config.steps):

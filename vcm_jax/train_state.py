@@ -94,15 +94,16 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     )
 
 
-def make_init(net: MMDiT, stats, optimizer, sigma_rels, params=None):
-    """key -> TrainState before the first step; to be jitted with the state's shardings.
+def make_init(net: MMDiT, stats, optimizer, sigma_rels):
+    """(key, params=None) -> TrainState before the first step; jit it with the state's shardings.
+
+    `params` come in place of random ones.
 
     Args:
       net: the network.
       stats: its collection "stats".
       optimizer: of `make_optimizer`.
       sigma_rels: widths of the averages; they start as copies and forget that at once.
-      params: in place of random ones.
     """
     c = net.config
     cond = Conditions(
@@ -111,18 +112,16 @@ def make_init(net: MMDiT, stats, optimizer, sigma_rels, params=None):
         jnp.zeros((1, c.text_seq_len, c.text_dim)),
     )
 
-    def init(key):
-        start = params
-        if start is None:
+    def init(key, params=None):
+        if params is None:
             x, time = jnp.zeros((1, c.latent_seq_len, c.latent_dim)), jnp.zeros(1)
-            start = net.init(key, x, time, time, cond)["params"]
-        start = jax.tree.map(jnp.asarray, start)
+            params = net.init(key, x, time, time, cond)["params"]
         return TrainState(
             step=jnp.zeros((), jnp.int32),
-            params=start,
+            params=params,
             stats=jax.tree.map(jnp.asarray, stats),
-            opt_state=optimizer.init(start),
-            ema={f"{sigma_rel:g}": jax.tree.map(jnp.copy, start) for sigma_rel in sigma_rels},
+            opt_state=optimizer.init(params),
+            ema={f"{sigma_rel:g}": jax.tree.map(jnp.copy, params) for sigma_rel in sigma_rels},
         )
 
     return init

@@ -1,11 +1,11 @@
 """Where a run's numbers go: TensorBoard events, a JSON-lines file, a progress line."""
 
+import datetime
 import json
 import math
 import time
 from pathlib import Path
 
-import numpy as np
 import tensorboardX
 
 
@@ -37,16 +37,6 @@ class Writer:
             self._events.add_scalar(name, value, step)
         self._lines.write(json.dumps({"step": step, "time": time.time(), **finite}) + "\n")
 
-    def audio(self, step: int, name: str, samples: np.ndarray, sample_rate: int) -> None:
-        """Writes a mono sound, float `n` in [-1, 1]."""
-        if self._events is not None:
-            self._events.add_audio(name, samples[None, :], step, sample_rate=sample_rate)
-
-    def figure(self, step: int, name: str, figure) -> None:
-        """Writes a matplotlib figure and closes it."""
-        if self._events is not None:
-            self._events.add_figure(name, figure, step)
-
     def flush(self) -> None:
         if self._events is not None:
             self._events.flush()
@@ -59,11 +49,9 @@ class Writer:
 
 
 def progress_line(
-    step: int, steps: int, values: dict[str, float], samples_per_s: float, seconds_left: float
+    step: int, steps: int, values: dict[str, float], batch_size: int, seconds: float
 ) -> str:
-    """One line on how the run is going."""
+    """One line on how the run is going; `seconds` is the time of a step."""
     shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
-    minutes, seconds = divmod(round(seconds_left), 60)
-    hours, minutes = divmod(minutes, 60)
-    left = f"{hours}:{minutes:02d}:{seconds:02d}"
-    return f"step {step}/{steps}  {shown}  {samples_per_s:.0f} samples/s  {left} left"
+    left = datetime.timedelta(seconds=round(seconds * (steps - step)))
+    return f"step {step}/{steps}  {shown}  {batch_size / seconds:.0f} samples/s  {left} left"

@@ -76,8 +76,8 @@ def fit_material_classifier(
     rows, materials = _collect(audios, impacts, sample_rate)
     if len(rows) < _COMPONENTS or len(set(materials)) < 2:
         raise ValueError(
-            f"{len(rows)} isolated impacts of {len(set(materials))} materials: the classifier needs "
-            f"at least {_COMPONENTS} of 2; give more clips"
+            f"{len(rows)} isolated impacts of {len(set(materials))} materials: the classifier "
+            f"needs at least {_COMPONENTS} of 2; give more clips"
         )
     model = make_pipeline(
         StandardScaler(), PCA(_COMPONENTS, whiten=False, random_state=0), SVC(C=10.0)
