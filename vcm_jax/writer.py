@@ -54,4 +54,4 @@ def progress_line(
     """One line on how the run is going; `seconds` is the time of a step."""
     shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
     left = datetime.timedelta(seconds=round(seconds * (steps - step)))
-    return f"step {step}/{steps}  {shown}  {batch_size / seconds:.0f} samples/s  {left} left"
+    return f"step {step}/{steps}  {shown}  {batch_size / seconds:.3g} samples/s  {left} left"
