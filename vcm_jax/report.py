@@ -50,7 +50,7 @@ th { border-bottom: 2px solid #888 } td:first-child, th:first-child { text-align
 tr:nth-child(even) td { background: #f4f4f4 } figure { margin: 0 } img { max-width: 100% }
 .clip { display: grid; grid-template-columns: 9em 1fr; gap: .4em 1em; align-items: center;
         border-top: 1px solid #ccc; padding: 1em 0 } .clip h3 { grid-column: 1 / 3; margin: 0 }
-.clip audio { width: 100%; height: 2em } .note { color: #555 }
+.clip audio { width: 100%; height: 2em } .clip img { width: 100% } .note { color: #555 }
 """
 
 
