@@ -83,7 +83,7 @@ def make_config(data, **changes):
 
 
 def final_state(workdir):
-    manager = checkpoint.open_manager(workdir)
+    manager = checkpoint.open_manager(workdir, read_only=True)
     state = manager.restore(manager.latest_step())["state"]
     return jax.tree.map(np.asarray, state)
 
@@ -107,7 +107,7 @@ def test_an_interrupted_run_ends_bit_identical_to_one_that_was_not(data, tmp_pat
     with pytest.raises(Interruption):
         train.train(make_config(data), tmp_path / "stopped")
     monkeypatch.undo()
-    assert checkpoint.open_manager(tmp_path / "stopped").latest_step() == 3
+    assert checkpoint.open_manager(tmp_path / "stopped", read_only=True).latest_step() == 3
     # The data position does not depend on how many processes read ahead.
     flags.FLAGS.mark_as_parsed()
     train.train(make_config(data, **{"data.num_workers": 1}), tmp_path / "stopped")
@@ -167,7 +167,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
     )
     with pytest.raises(train.NonFiniteError, match="is nan at step 2|is inf at step 2"):
         train.train(config, tmp_path)
-    assert checkpoint.open_manager(tmp_path).latest_step() == 1
+    assert checkpoint.open_manager(tmp_path, read_only=True).latest_step() == 1
     state = final_state(tmp_path)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 
@@ -10,26 +11,25 @@ class CheckpointError(ValueError):
     """A checkpoint that is not there or does not fit; one line that says what would."""
 
 
-def open_manager(workdir, max_to_keep: int | None = 3, keep_every: int | None = None):
-    """The checkpoints of a run, under WORKDIR/checkpoints; half-written ones are removed.
+def open_manager(workdir, keep_every: int | None = None, read_only: bool = False):
+    """The checkpoints of a run, under WORKDIR/checkpoints: the last three and some for good.
+
+    Half-written ones are removed, unless it is `read_only`: a run may be writing them just now.
 
     Args:
       workdir: of the run.
-      max_to_keep: how many of the latest stay.
-      keep_every: steps whose checkpoints stay for good.
+      keep_every: checkpoints of every so many steps stay for good.
+      read_only: nothing can be saved, and nothing is removed.
     """
     options = ocp.CheckpointManagerOptions(
-        max_to_keep=max_to_keep, keep_period=keep_every, cleanup_tmp_directories=True
+        max_to_keep=3,
+        keep_period=keep_every,
+        cleanup_tmp_directories=not read_only,
+        read_only=read_only,
     )
     directory = Path(workdir).absolute() / "checkpoints"
     handlers = {"state": ocp.PyTreeCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
     return ocp.CheckpointManager(directory, options=options, item_handlers=handlers)
-
-
-def _restore_arrays(abstract, **kwargs):
-    """Orbax's arguments to restore a tree with the dtypes and shardings of `abstract`."""
-    restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
-    return ocp.args.PyTreeRestore(item=abstract, restore_args=restore_args, **kwargs)
 
 
 def save(manager: ocp.CheckpointManager, state, meta: dict) -> None:
@@ -91,7 +91,13 @@ def restore(manager: ocp.CheckpointManager, abstract_state, step: int | None = N
     check_shapes(saved, abstract_state, f"the checkpoint {manager.directory}/{step}")
     restored = manager.restore(
         step,
-        args=ocp.args.Composite(state=_restore_arrays(abstract_state), meta=ocp.args.JsonRestore()),
+        args=ocp.args.Composite(
+            state=ocp.args.PyTreeRestore(
+                item=abstract_state,
+                restore_args=ocp.checkpoint_utils.construct_restore_args(abstract_state),
+            ),
+            meta=ocp.args.JsonRestore(),
+        ),
     )
     return restored["state"], restored["meta"]
 
@@ -113,7 +119,7 @@ def restore_weights(workdir, step: int | None = None, sigma_rel: float | None = 
     directory = Path(workdir) / "checkpoints"
     if not directory.is_dir():
         raise CheckpointError(f"{workdir}: no checkpoints there (the workdir of a run is wanted)")
-    with open_manager(workdir, max_to_keep=None) as manager:
+    with open_manager(workdir, read_only=True) as manager:
         step = _existing_step(manager, step)
         tree = manager.item_metadata(step)["state"].tree
         widths = sorted(tree["ema"], key=float)
@@ -122,10 +128,11 @@ def restore_weights(workdir, step: int | None = None, sigma_rel: float | None = 
             raise CheckpointError(
                 f"{directory}/{step}: no average of sigma_rel {width}, only {', '.join(widths)}"
             )
-        wanted = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype),
-            {"ema": {width: tree["ema"][width]}, "stats": tree["stats"]},
+        wanted = {"ema": {width: tree["ema"][width]}, "stats": tree["stats"]}
+        # To the host: the devices may be others than those that saved it.
+        on_host = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
+        args = ocp.args.Composite(
+            state=ocp.args.PyTreeRestore(item=wanted, restore_args=on_host, partial_restore=True)
         )
-        args = ocp.args.Composite(state=_restore_arrays(wanted, partial_restore=True))
         restored = manager.restore(step, args=args)["state"]
     return {"params": restored["ema"][width], "stats": restored["stats"]}

@@ -192,7 +192,8 @@ def _curves(workdir: Path) -> str:
             if points:
                 axis.plot(*zip(*points), label=name)
         axis.set_xlabel("step")
-        axis.legend(fontsize=7)
+        if axis.lines:
+            axis.legend(fontsize=7)
     axes[1].set_yscale("log")
     return _image(figure)
 
