@@ -6,7 +6,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 if [ "${1:-}" = --dry-run ]; then DRY_RUN=1; fi
 . launch/env.sh
-make_environment ''
+make_environment test
 
 DATA=${DATA:-data/impacts} RECORDS=${RECORDS:-records/impacts} RUN=${RUN:-runs/impacts}
 CORES=$(getconf _NPROCESSORS_ONLN)

@@ -12,16 +12,19 @@ run() {
   [ -n "${DRY_RUN:-}" ] || "$@"
 }
 
-# make_environment EXTRA: installs the requirements, and an extra of setup.py ('' for none), where
-# they changed.
+# make_environment EXTRA: installs the requirements, and an extra of setup.py, where they changed.
 make_environment() {
   local wanted installed="$VENV/.installed"
   wanted=$(cat requirements.txt setup.py; echo "$*")
   if [ ! -f "$installed" ] || [ "$(cat "$installed")" != "$wanted" ]; then
+    echo "making the environment in $VENV (1.7 GB): about a minute, more on a slow line"
     run "${PYTHON:-python3}" -m venv "$VENV"
     run "$VENV/bin/pip" install --quiet --disable-pip-version-check --requirement requirements.txt
-    run "$VENV/bin/pip" install --quiet --disable-pip-version-check --editable ".${1:+[$1]}"
+    run "$VENV/bin/pip" install --quiet --disable-pip-version-check --editable ".[$1]"
     [ -n "${DRY_RUN:-}" ] || printf '%s\n' "$wanted" > "$installed"
   fi
-  PATH=$PWD/$VENV/bin:$PATH
+  case $VENV in
+    /*) PATH=$VENV/bin:$PATH ;;
+    *) PATH=$PWD/$VENV/bin:$PATH ;;
+  esac
 }

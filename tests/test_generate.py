@@ -156,6 +156,21 @@ def test_flags_that_contradict_each_other(changes, message):
         generate._requests(arguments(**changes))
 
 
+def test_outputs_that_cannot_or_must_not_be_written(tmp_path):
+    video = tmp_path / "a.mp4"
+    video.write_bytes(b"x")
+    check = lambda out: generate.check_outputs([(generate.Request("a", video), out)])
+    check(tmp_path / "new" / "b.mp4")
+    for out, message in (
+        (video, "is the video itself"),
+        (tmp_path, "is a folder"),
+        (video / "b.mp4", "cannot write into"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            check(out)
+    assert video.read_bytes() == b"x"
+
+
 def test_folders_that_are_not_runs(world, tmp_path):
     with pytest.raises(ValueError, match="not the workdir of a run"):
         generate.load_run(tmp_path)

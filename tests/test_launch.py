@@ -30,7 +30,7 @@ def test_dry_runs_change_nothing(name, tmp_path):
     before = set(ROOT.iterdir())
     lines = dry_run(ROOT / f"launch/{name}.sh", tmp_path).splitlines()
     assert set(ROOT.iterdir()) == before and not list(tmp_path.iterdir())
-    assert lines[0].startswith("+ ") and "venv" in lines[0]
+    assert lines[0].startswith("making the environment") and lines[1].startswith("+ ")
     assert any("pip install" in line for line in lines)
 
 
@@ -43,12 +43,21 @@ def test_the_demo_runs_every_part(tmp_path):
     ]  # fmt: skip
 
 
-def test_an_unknown_config_key_is_an_error(tmp_path):
+@pytest.mark.parametrize(
+    "config, change, message",
+    [
+        ("impacts", "optimizer.learning_rat=1", "learning_rat"),
+        ("impacts", "stepz=10", 'Did you mean "steps"'),
+        ("impact", "steps=10", "configs/impact.py"),
+    ],
+)
+def test_a_config_that_is_not_understood_is_one_error_line(tmp_path, config, change, message):
     found = subprocess.run(
-        [sys.executable, "-m", "vcm_jax.main", "--config=configs/impacts.py",
-         f"--workdir={tmp_path}/run", "--config.optimizer.learning_rat=1"],
+        [sys.executable, "-m", "vcm_jax.main", f"--config=configs/{config}.py",
+         f"--workdir={tmp_path}/run", f"--config.{change}"],
         capture_output=True, text=True, cwd=ROOT,
     )  # fmt: skip
     assert found.returncode != 0
-    assert "learning_rat" in found.stderr.splitlines()[-1]
+    assert message in found.stderr and found.stderr.startswith("error: config: ")
+    assert len(found.stderr.splitlines()) == 1
     assert not (tmp_path / "run").exists()

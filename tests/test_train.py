@@ -185,6 +185,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
         ({"objective.mix_ratio": 2.0}, "mix_ratio"),
         ({"optimizer.b1": 1.0}, "optimizer.b1"),
         ({"steps": 0}, "steps"),
+        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"dtype": "float99"}, "'float99' is not one of float32"),
         ({"init_from": "nowhere"}, "nowhere: no checkpoints"),
         ({"data.val_sources": ("nowhere=1",)}, "nowhere"),
     ],
@@ -208,6 +210,11 @@ def test_records_of_other_sizes(data, tmp_path):
     config = make_config(data, **{"data.sources": ("train=1", f"{tmp_path}/other=1")})
     with pytest.raises(train.SetupError, match="differ in their encoders"):
         train.train(config, tmp_path / "run")
+
+
+def test_what_changed_between_two_configs():
+    before, now = {"a": 1, "b": {"c": 2, "d": 3}}, {"a": 1, "b": {"c": 5, "d": 3}, "e": 0}
+    assert train.changes(before, now) == ["config.b.c is 5, was 2", "config.e is 0, was None"]
 
 
 def test_statistics_of_a_mixture(data, tmp_path):

@@ -10,6 +10,7 @@ or a TSV of clips (`--captions`, columns id and caption, with `--video` the fold
 import dataclasses
 import functools
 import json
+import os
 import sys
 import zlib
 from collections.abc import Iterable, Iterator
@@ -18,7 +19,8 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags, logging
+from absl import app, flags
+from tqdm import tqdm
 
 from vcm_jax import checkpoint, sampling
 from vcm_jax.codec import load_codec
@@ -255,6 +257,23 @@ def _requests(args) -> tuple[list[tuple[Request, Path]], list[tuple[str, str]]]:
     return [(Request(name, video, args.prompt), out)], []
 
 
+def check_outputs(requests: list[tuple[Request, Path]]) -> None:
+    """Raises ValueError, before any work, for a path that cannot or must not be written."""
+    for request, path in requests:
+        if request.video and path.exists() and path.samefile(request.video):
+            raise ValueError(f"--out={path} is the video itself: give another path")
+        if path.is_dir():
+            raise ValueError(f"--out={path} is a folder")
+        folder = path.parent
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            writable = os.access(folder, os.W_OK)
+        except OSError:
+            writable = False
+        if not writable:
+            raise ValueError(f"--out: cannot write into {folder}")
+
+
 def main(argv):
     if argv[1:]:
         raise app.UsageError(f"not understood: {' '.join(argv[1:])}")
@@ -262,10 +281,12 @@ def main(argv):
     args = flags.FLAGS
     try:
         requests, failures = _requests(args)
+        check_outputs(requests)
         run = load_run(args.workdir, args.checkpoint, args.sigma_rel)
     except ValueError as error:
         sys.exit(f"error: {error}")
     paths = {request.id: path for request, path in requests}
+    progress = tqdm(total=len(requests), desc="Generating", unit="clip")
 
     def encoded():
         for request, _ in requests:
@@ -280,8 +301,9 @@ def main(argv):
     for item, sound in generate(run, encoded(), times, args.seed, batch_size):
         path = paths[item.request.id]
         write(item, sound, run.codec.sample_rate, path)
-        logging.info("%s (%.2f s)", path, item.seconds)
+        progress.update()
         written += 1
+    progress.close()
     for name, reason in failures:
         print(f"left out: {name}: {reason}", file=sys.stderr)
     print(f"{written} written, {len(failures)} left out")

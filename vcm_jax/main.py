@@ -25,6 +25,15 @@ def main(argv):
         sys.exit(f"error: {error}")
 
 
+def parse_flags(argv):
+    """absl's parser; what a config file or one of its keys has against it becomes one line."""
+    try:
+        return app.parse_flags_with_usage(argv)
+    except (AttributeError, KeyError, OSError) as error:
+        lines = str(error.args[-1] if error.args else error).split("\n")
+        sys.exit("error: config: " + " ".join(line.strip() for line in lines if line.strip()))
+
+
 if __name__ == "__main__":
     flags.mark_flags_as_required(["config", "workdir"])
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)

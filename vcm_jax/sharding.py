@@ -42,6 +42,8 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def check_batch_size(batch_size: int, mesh: Mesh) -> None:
     """Raises ValueError when the devices do not divide the global batch."""
     parts = int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, not {batch_size}")
     if batch_size % parts:
         raise ValueError(
             f"batch_size {batch_size} does not divide over mesh.data x mesh.fsdp = {parts} devices"

@@ -40,6 +40,7 @@ class NonFiniteError(ArithmeticError):
 
 
 OBJECTIVES = ("vcm",)
+DTYPES = ("float32", "bfloat16")
 
 
 def _dataclass_from(cls, config, section: str, **extra):
@@ -145,6 +146,18 @@ def evaluate(eval_step, state, batches, key) -> dict[str, float]:
     return {f"val/{name}": float(value.compute()) for name, value in found.items()}
 
 
+def changes(before: dict, now: dict, prefix: str = "config") -> list[str]:
+    """Which values differ between two configs, a line each."""
+    lines = []
+    for key in sorted(before.keys() | now.keys()):
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            lines += changes(old, new, f"{prefix}.{key}")
+        elif old != new:
+            lines.append(f"{prefix}.{key} is {new!r}, was {old!r}")
+    return lines
+
+
 def collect(pending, first_step: int) -> dict[str, float]:
     """Averages of the metrics of some steps; waits for them.
 
@@ -186,6 +199,8 @@ def _train(config: ConfigDict, workdir: Path, stack: contextlib.ExitStack) -> No
     with _setup_errors():
         mesh = sharding.make_mesh(**config.mesh)
         sharding.check_batch_size(config.batch_size, mesh)
+        if config.dtype not in DTYPES:
+            raise SetupError(f"config.dtype {config.dtype!r} is not one of {', '.join(DTYPES)}")
         sources, weights = open_sources(config.data.sources, config.data.dir, "sources")
         val = None
         if config.data.val_sources and config.eval_every:
@@ -222,8 +237,10 @@ def _train(config: ConfigDict, workdir: Path, stack: contextlib.ExitStack) -> No
         target = jax.tree.map(
             lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings
         )
-        state, _ = checkpoint.restore(manager, target)
+        state, saved = checkpoint.restore(manager, target)
         logging.info("resuming after step %d", int(state.step))
+        for line in changes(saved["config"], json.loads(config.to_json_best_effort())):
+            logging.warning("other than before: %s", line)
     first_step = int(state.step)
     if first_step >= config.steps:
         logging.info("%s is complete: %d of %d steps", workdir, first_step, config.steps)
@@ -273,6 +290,7 @@ def _train(config: ConfigDict, workdir: Path, stack: contextlib.ExitStack) -> No
     writer = stack.enter_context(contextlib.closing(Writer(workdir, first_step, enabled=leader)))
     meta = {"config": json.loads(config.to_json_best_effort())}
 
+    logging.info("compiling the step")
     started = time.perf_counter()
     batch = to_device(next(data))
     step_fn = step_fn.lower(state, batch, run_key).compile()
