@@ -1,12 +1,19 @@
 """Test settings: deterministic, strict about ranks, slow tests on request."""
 
 import os
+from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Eight devices for the sharding tests; tests spend their time compiling, not computing.
 os.environ.setdefault(
     "XLA_FLAGS",
     "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0",
+)
+
+# librosa's compiled functions are cached on disk by numba, whose cache two processes must not write
+# at once: a damaged entry crashes whoever loads it. Every test process has its own.
+os.environ["NUMBA_CACHE_DIR"] = str(
+    Path(__file__).parents[1] / ".pytest_cache" / f"numba-{os.getenv('PYTEST_XDIST_WORKER', '0')}"
 )
 
 import jax
