@@ -5,7 +5,7 @@ from scipy.spatial.distance import cdist
 
 
 class GaussianFlow:
-    """The flow between x0 ~ N(mu, sigma^2), per element, and standard noise (METHOD.md 6)."""
+    """The flow between x0 ~ N(mu, sigma^2), per element, and standard noise."""
 
     def __init__(self, mu=0.7, sigma=0.4):
         self.mu, self.sigma = mu, sigma

@@ -136,69 +136,30 @@ def test_null_rows_and_rows_outside_the_interval_aim_at_the_plain_velocity():
 def test_only_the_trained_prediction_has_a_gradient():
     """Every call of u has its own offset; one alone may move the loss, the others exactly not."""
     x0, x1, t, s = batch(8, num_instant=3, dtype=np.float32)
+    is_null, config = np.arange(8) == 4, VCMConfig(guidance_interval=(0.0, 1.0))
 
-    def loss(offsets):
+    def run(u):
+        args = (x0, x1, t, s, 0.2, cond_of(8), cond_of(8, 1.0), is_null, config)
+        return vcm_loss(u, *args, num_instant=3)
+
+    def with_offsets(offsets):
         calls = iter(offsets)
-        u = lambda *args: linear_u(*args) + next(calls)
-        return vcm_loss(
-            u,
-            x0,
-            x1,
-            t,
-            s,
-            0.2,
-            cond_of(8),
-            cond_of(8, 1.0),
-            np.arange(8) == 4,
-            VCMConfig(guidance_interval=(0.0, 1.0)),
-            num_instant=3,
-        )[0]
+        return run(lambda *args: linear_u(*args) + next(calls))[0]
 
-    gradients = jax.grad(loss)(jnp.zeros(4))
+    gradients = jax.grad(with_offsets)(jnp.zeros(4))
     assert (gradients != 0).tolist() == [True, False, False, False]
 
-    def frozen(theta, copy):
-        """The same loss with the target from a copy of the parameter."""
+    scaled = lambda theta: run(lambda *args: theta * linear_u(*args))
+    frozen = scaled(1.3)[1]
+    x_t = (1 - t)[:, None, None] * x0 + t[:, None, None] * x1
+    cond = {"c": np.where(is_null, 1.0, 0.0)[:, None, None]}
 
-        def run(value):
-            u = lambda *args: value * linear_u(*args)
-            return vcm_loss(
-                u,
-                x0,
-                x1,
-                t,
-                s,
-                0.2,
-                cond_of(8),
-                cond_of(8, 1.0),
-                np.arange(8) == 4,
-                VCMConfig(),
-                num_instant=3,
-            )[1]
+    def against_frozen_target(theta):
+        error = theta * linear_u(x_t, t, s, cond) - frozen["target"]
+        return (jnp.square(error).mean((1, 2)) / (frozen["mse"] + 0.01)).mean()
 
-        x_t = (1 - t)[:, None, None] * x0 + t[:, None, None] * x1
-        cond = {"c": np.where(np.arange(8) == 4, 1.0, 0.0)[:, None, None]}
-        aux = run(copy)
-        error = theta * linear_u(x_t, t, s, cond) - aux["target"]
-        return (jnp.square(error).mean((1, 2)) / (aux["mse"] + 0.01)).mean()
-
-    def whole(theta):
-        u = lambda *args: theta * linear_u(*args)
-        return vcm_loss(
-            u,
-            x0,
-            x1,
-            t,
-            s,
-            0.2,
-            cond_of(8),
-            cond_of(8, 1.0),
-            np.arange(8) == 4,
-            VCMConfig(),
-            num_instant=3,
-        )[0]
-
-    np.testing.assert_allclose(jax.grad(whole)(1.3), jax.grad(frozen)(1.3, 1.3), rtol=1e-4)
+    found = jax.grad(lambda theta: scaled(theta)[0])(1.3)
+    np.testing.assert_allclose(found, jax.grad(against_frozen_target)(1.3), rtol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,7 @@ class StepConfig:
 
 
 def draw_latents(batch, stats, key):
-    """Normalised latents x0 `B N C`, float32: drawn from their mean and std (METHOD.md 4)."""
+    """Normalised latents x0 `B N C`, float32: drawn from their mean and std."""
     mean, std = batch["latent_mean"], batch["latent_std"]
     latents = mean + std * jax.random.normal(key, mean.shape)
     latents = latents - stats["latent_mean"][None, None]

@@ -94,7 +94,7 @@ def latent_sums(mean: np.ndarray, std: np.ndarray) -> np.ndarray:
 
 
 def latent_statistics(sums: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and std per channel, (C,) each, of latents drawn as mean + std * normal (METHOD.md 4).
+    """Mean and std per channel, (C,) each, of latents drawn as mean + std * normal.
 
     The variance is that of the means plus the average of std^2.
     """

@@ -18,7 +18,7 @@ class SequenceConfig:
     """Lengths of a clip's sound, latent and conditions, all derived from its duration.
 
     The defaults are MMAudio's 16 kHz mode; `SequenceConfig.mode_44k()` is its 44.1 kHz mode
-    (MMAudio, model/sequence_config.py; METHOD.md 4).
+    (MMAudio, model/sequence_config.py).
 
     Attributes:
       duration: seconds.

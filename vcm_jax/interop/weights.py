@@ -5,7 +5,7 @@ both sides; PyTorch is not needed. The rule: a number in a torch name is the ind
 `Sequential` or a `ModuleList` and is joined to what precedes it (`t_embed.mlp.0.weight` is
 `t_embed / mlp_0 / kernel`); linear weights `(out, in)` are transposed, convolutions
 `(out, in, k)` become `(k, in, out)`, and the rows of a `qkv` layer, `(h dh + d) 3 + j`, become
-`j, h, d` (ARCHITECTURE: j fastest).
+`j, h, d` (q, k, v is the fastest index there).
 """
 
 import re

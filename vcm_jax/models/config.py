@@ -98,7 +98,7 @@ def _mmaudio(mode: str, hidden_dim: int, num_heads: int, depth: int, fused_depth
     )
 
 
-# MMAudio's sizes (METHOD.md 4), large_16k is BiTCAM's, and `demo` trains on a laptop CPU.
+# MMAudio's sizes (model/networks.py); large_16k is BiTCAM's, and `demo` trains on a laptop's CPU.
 MODELS = {
     "small_16k": _mmaudio("16k", 448, 7, 12, 8),
     "small_44k": _mmaudio("44k", 448, 7, 12, 8),

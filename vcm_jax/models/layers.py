@@ -30,8 +30,7 @@ def at_least_float32(x):
 def conv1d(x, kernel):
     """Cross-correlation over the length with zero padding: `B L I`, `k I O` -> `B L O`.
 
-    Every convolution of the network goes through here. XLA's own convolution is the fastest form
-    on a CPU: 0.8 of the time of one im2col product, 0.65 of k shifted products (PERFORMANCE.md).
+    Every convolution of the network goes through here, so that a faster form has one place to go.
     """
     return jax.lax.conv_general_dilated(
         x, kernel, window_strides=(1,), padding="SAME", dimension_numbers=("NWC", "WIO", "NWC")
