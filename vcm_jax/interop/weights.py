@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from flax import traverse_util
 
+from vcm_jax.interop.state_dict import check_names, list_few
 from vcm_jax.models import Conditions, MMDiT, ModelConfig
 
 # What is not a layer: torch name -> (collection, our name, leading axes of size 1 in torch).
@@ -67,12 +68,6 @@ def _from_torch_layout(path, shape, tensor):
     return tensor.T if path[-1] == "kernel" else tensor.reshape(shape)
 
 
-def _list(names) -> str:
-    names = sorted(names)
-    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-    return ", ".join(names[:4]) + more
-
-
 def variables_from_torch(state_dict: dict, config: ModelConfig) -> dict:
     """The network's variables from a state dict of numpy arrays; `h_embed.*` must be there.
 
@@ -84,21 +79,13 @@ def variables_from_torch(state_dict: dict, config: ModelConfig) -> dict:
     """
     paths = traverse_util.flatten_dict(abstract_variables(config))
     names = {_torch_name(path): path for path in paths}
-    problems = []
-    if missing := names.keys() - state_dict.keys():
-        problems.append(f"missing: {_list(missing)}")
-    if extra := state_dict.keys() - names.keys():
-        problems.append(f"not known: {_list(extra)}")
-    wrong = []
-    for name in names.keys() & state_dict.keys():
-        abstract = np.broadcast_to(np.float32(0), paths[names[name]].shape)
-        expected = _to_torch_layout(names[name], abstract).shape
-        if np.shape(state_dict[name]) != expected:
-            wrong.append(f"{name} {np.shape(state_dict[name])} instead of {expected}")
-    if wrong:
-        problems.append(f"other shapes: {_list(wrong)}")
-    if problems:
-        raise ValueError("state dict does not fit the model: " + "; ".join(problems))
+    expected = {}
+    for name, path in names.items():
+        abstract = np.broadcast_to(np.float32(0), paths[path].shape)
+        expected[name] = _to_torch_layout(path, abstract).shape
+    check_names(
+        {name: np.shape(value) for name, value in state_dict.items()}, expected, "the state dict"
+    )
     flat = {
         path: np.ascontiguousarray(
             _from_torch_layout(path, paths[path].shape, np.asarray(state_dict[name]))
@@ -123,7 +110,7 @@ def variables_to_torch(variables: dict, config: ModelConfig) -> dict[str, np.nda
             for path in flat.keys() | paths.keys()
             if shapes(flat).get(path) != shapes(paths).get(path)
         ]
-        raise ValueError("variables are not the model's: " + _list(map("/".join, wrong)))
+        raise ValueError("variables are not the model's: " + list_few(map("/".join, wrong)))
     return {
         _torch_name(path): np.ascontiguousarray(_to_torch_layout(path, np.asarray(value)))
         for path, value in flat.items()
