@@ -5,6 +5,9 @@ from pathlib import Path
 
 from vcm_jax.codec.linear import LinearCodec as LinearCodec
 from vcm_jax.codec.linear import fit_linear_codec as fit_linear_codec
+from vcm_jax.codec.neural import NeuralCodec as NeuralCodec
+
+_KINDS = {kind.name: kind for kind in (LinearCodec, NeuralCodec)}
 
 
 def load_codec(folder):
@@ -24,9 +27,9 @@ def load_codec(folder):
         raise ValueError(f"{folder}: not a codec folder (it has no codec.json)") from None
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: damaged ({error})") from None
-    if name != LinearCodec.name:
-        raise ValueError(f"{path}: unknown codec {name!r}, known: {LinearCodec.name!r}")
-    return LinearCodec.load(folder)
+    if name not in _KINDS:
+        raise ValueError(f"{path}: unknown codec {name!r}, known: {', '.join(_KINDS)}")
+    return _KINDS[name].load(folder)
 
 
 def check_codec(codec, sequence) -> None:

@@ -1,0 +1,143 @@
+"""BigVGAN, mel spectrogram to sound (Lee et al., "BigVGAN: A Universal Neural Vocoder", 2023).
+
+The 16 kHz vocoder of MMAudio and NVIDIA's BigVGAN-v2 for 44.1 kHz. Pure functions over a flat dict
+of arrays under the names of the original state dict, weight norm folded in; rates and widths are
+those of the arrays. Time comes before channels.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vcm_jax.codec.conv import conv, precision
+
+_TAPS = 12
+_KERNELS = (3, 7, 11)  # of the three AMP blocks of a stage
+_DILATIONS = (1, 3, 5)
+
+
+def _low_pass() -> np.ndarray:
+    """The anti-aliasing filter, (12,) float32: a Kaiser-windowed sinc, cutoff 1/4, sum 1."""
+    attenuation = 2.285 * (_TAPS / 2 - 1) * math.pi * 4 * 0.3 + 7.95
+    window = np.kaiser(_TAPS, 0.1102 * (attenuation - 8.7))
+    taps = window * np.sinc(0.5 * (np.arange(_TAPS) - (_TAPS - 1) / 2))
+    return (taps / taps.sum()).astype(np.float32)
+
+
+def _shifted_sum(taps, x: jax.Array, length: int) -> jax.Array:
+    """sum_j taps[j] x[:, j : j + length]: a convolution, per channel, with one filter for all."""
+    return sum(float(tap) * x[:, j : j + length] for j, tap in enumerate(taps))
+
+
+def _edge(x: jax.Array, count: int) -> jax.Array:
+    """One frame, repeated: (B, 1, C) -> (B, count, C)."""
+    return jnp.broadcast_to(x, (x.shape[0], count, x.shape[2]))
+
+
+def anti_aliased_up(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Twice the rate, edges repeated: the even and the odd samples, (B, L, C) each."""
+    taps, length = 2 * _low_pass()[::-1], x.shape[1]
+    x = jnp.concatenate([_edge(x[:, :1], 3), x, _edge(x[:, -1:], 3)], axis=1)
+    return _shifted_sum(taps[0::2], x, length), _shifted_sum(taps[1::2], x[:, 1:], length)
+
+
+def anti_aliased_down(even: jax.Array, odd: jax.Array) -> jax.Array:
+    """Half the rate of the signal with these even and odd samples, edges repeated."""
+    taps, length = _low_pass(), even.shape[1]
+    first, last = even[:, :1], odd[:, -1:]
+    even = jnp.concatenate([_edge(first, 2), even, _edge(last, 3)], axis=1)
+    odd = jnp.concatenate([_edge(first, 3), odd, _edge(last, 2)], axis=1)
+    return _shifted_sum(taps[1::2], even, length) + _shifted_sum(taps[0::2], odd, length)
+
+
+def activation(params: dict, name: str, x: jax.Array) -> jax.Array:
+    """SnakeBeta, x + sin^2(a x) / b with a and b per channel, at twice the rate: (B, L, C)."""
+    alpha = jnp.exp(params[f"{name}.act.alpha"])[None, None]
+    beta = jnp.exp(params[f"{name}.act.beta"])[None, None]
+    snake = lambda z: z + jnp.sin(z * alpha) ** 2 / (beta + 1e-9)
+    even, odd = anti_aliased_up(x)
+    return anti_aliased_down(snake(even), snake(odd))
+
+
+def upsample(params: dict, name: str, x: jax.Array) -> jax.Array:
+    """Transposed convolution of stride u and kernel 2u, u / 2 cut off on both sides.
+
+    Args:
+      params: `{name}.weight` (2u, C, D) and `{name}.bias` (D,).
+      x: (B, L, C).
+
+    Returns:
+      (B, u L, D).
+    """
+    kernel = params[f"{name}.weight"]
+    rate = kernel.shape[0] // 2
+    # A frame reaches 2u samples, every sample two frames: no zeros need to be multiplied.
+    here, next_ = (
+        jnp.einsum(
+            "blc,ucd->blud",
+            x.astype(kernel.dtype),
+            half,
+            precision=precision(kernel),
+            preferred_element_type=jnp.float32,
+        ).reshape(x.shape[0], -1, kernel.shape[2])
+        for half in (kernel[:rate], kernel[rate:])
+    )
+    zeros = ((0, 0), (rate, 0), (0, 0)), ((0, 0), (0, rate), (0, 0))
+    y = jnp.pad(next_, zeros[0]) + jnp.pad(here, zeros[1])
+    return y[:, rate // 2 : y.shape[1] - rate // 2] + params[f"{name}.bias"][None, None]
+
+
+def amp_block(params: dict, name: str, x: jax.Array) -> jax.Array:
+    """Anti-aliased multi-periodicity block: (B, L, C) -> (B, L, C)."""
+    for n, dilation in enumerate(_DILATIONS):
+        h = activation(params, f"{name}.activations.{2 * n}", x)
+        h = conv(params, f"{name}.convs1.{n}", h, dilation)
+        h = activation(params, f"{name}.activations.{2 * n + 1}", h)
+        x = x + conv(params, f"{name}.convs2.{n}", h)
+    return x
+
+
+def rates(params: dict) -> list[int]:
+    """The stages' upsampling rates; their product is the samples per frame."""
+    stages = sum(name.startswith("ups.") and name.endswith(".weight") for name in params)
+    return [params[f"ups.{i}.0.weight"].shape[0] // 2 for i in range(stages)]
+
+
+def context(params: dict) -> int:
+    """Frames on either side of a frame that its samples depend on, at most."""
+    per_activation = 6  # 3 frames up, 3 down
+    convolutions = sum((max(_KERNELS) - 1) // 2 * (dilation + 1) for dilation in _DILATIONS)
+    block = 2 * len(_DILATIONS) * per_activation + convolutions
+    frames, rate = 3.0, 1
+    for u in rates(params):
+        frames += 1 / rate  # a transposed convolution looks at the frame beside
+        rate *= u
+        frames += block / rate
+    return math.ceil(frames + (per_activation + 3) / rate)
+
+
+def vocode(params: dict, mel: jax.Array, tanh: bool) -> jax.Array:
+    """Log-mel spectrogram to sound.
+
+    Args:
+      params: as the module says.
+      mel: (B, L, bands).
+      tanh: how the sound is bounded: by tanh, or cut at -1 and 1.
+
+    Returns:
+      (B, L * samples per frame) in [-1, 1].
+    """
+    bound = jnp.tanh if tanh else lambda y: jnp.clip(y, -1.0, 1.0)
+    return bound(vocode_unbounded(params, mel))
+
+
+def vocode_unbounded(params: dict, mel: jax.Array) -> jax.Array:
+    """`vocode` before the bound."""
+    x = conv(params, "conv_pre", mel)
+    for i in range(len(rates(params))):
+        x = upsample(params, f"ups.{i}.0", x)
+        blocks = (f"resblocks.{len(_KERNELS) * i + j}" for j in range(len(_KERNELS)))
+        x = sum(amp_block(params, name, x) for name in blocks) / len(_KERNELS)
+    return conv(params, "conv_post", activation(params, "activation_post", x))[..., 0]

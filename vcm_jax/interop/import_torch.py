@@ -1,0 +1,32 @@
+"""PyTorch weights in, once:
+
+    python -m vcm_jax.interop.import_torch codec --vae=v1-16.pth --vocoder=best_netG.pt --out=DIR
+
+Every subcommand has --help.
+"""
+
+import argparse
+import sys
+
+from vcm_jax.interop import import_codec
+
+_COMMANDS = {"codec": import_codec}  # modules with add_arguments(parser) and run(args)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        prog="python -m vcm_jax.interop.import_torch", description="Converts PyTorch weights."
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, module in _COMMANDS.items():
+        summary = module.__doc__.splitlines()[0]
+        module.add_arguments(commands.add_parser(name, help=summary, description=summary))
+    args = parser.parse_args(argv)
+    try:
+        _COMMANDS[args.command].run(args)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
