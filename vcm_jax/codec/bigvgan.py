@@ -10,6 +10,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from vcm_jax.codec.conv import conv, precision
 
@@ -31,15 +32,20 @@ def _shifted_sum(taps, x: jax.Array, length: int) -> jax.Array:
     return sum(float(tap) * x[:, j : j + length] for j, tap in enumerate(taps))
 
 
-def _edge(x: jax.Array, count: int) -> jax.Array:
-    """One frame, repeated: (B, 1, C) -> (B, count, C)."""
-    return jnp.broadcast_to(x, (x.shape[0], count, x.shape[2]))
+def _pad(x: jax.Array, first: jax.Array, last: jax.Array, before: int, after: int) -> jax.Array:
+    """`x` between so many copies of the frames `first` and `last`, (B, 1, C) each."""
+    # Written over zeros: XLA makes one fusion per piece of a concatenation, and in each computes
+    # what is concatenated anew.
+    copies = lambda frame, count: jnp.broadcast_to(frame, (frame.shape[0], count, frame.shape[2]))
+    x = lax.pad(x, np.float32(0), ((0, 0, 0), (before, after, 0), (0, 0, 0)))
+    x = lax.dynamic_update_slice_in_dim(x, copies(first, before), 0, axis=1)
+    return lax.dynamic_update_slice_in_dim(x, copies(last, after), x.shape[1] - after, axis=1)
 
 
 def anti_aliased_up(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Twice the rate, edges repeated: the even and the odd samples, (B, L, C) each."""
     taps, length = 2 * _low_pass()[::-1], x.shape[1]
-    x = jnp.concatenate([_edge(x[:, :1], 3), x, _edge(x[:, -1:], 3)], axis=1)
+    x = _pad(x, x[:, :1], x[:, -1:], 3, 3)
     return _shifted_sum(taps[0::2], x, length), _shifted_sum(taps[1::2], x[:, 1:], length)
 
 
@@ -47,16 +53,30 @@ def anti_aliased_down(even: jax.Array, odd: jax.Array) -> jax.Array:
     """Half the rate of the signal with these even and odd samples, edges repeated."""
     taps, length = _low_pass(), even.shape[1]
     first, last = even[:, :1], odd[:, -1:]
-    even = jnp.concatenate([_edge(first, 2), even, _edge(last, 3)], axis=1)
-    odd = jnp.concatenate([_edge(first, 3), odd, _edge(last, 2)], axis=1)
+    even, odd = _pad(even, first, last, 2, 3), _pad(odd, first, last, 3, 2)
     return _shifted_sum(taps[1::2], even, length) + _shifted_sum(taps[0::2], odd, length)
+
+
+def sin_squared(x: jax.Array) -> jax.Array:
+    """sin(x)^2 to float32 rounding, several times as fast as the library's sine on CPUs.
+
+    The nearest multiple of pi is taken off in three steps (Cody and Waite's reduction), the first
+    two of which are exact; Taylor's series is good to 1e-9 on what is left, [-pi/2, pi/2].
+    """
+    multiple = jnp.round(x * np.float32(1 / np.pi))
+    for part in (3.140625, 9.67502593994140625e-4, 1.509957990978376432e-7):
+        x = x - multiple * np.float32(part)
+    square, sine = x * x, np.float32(1 / math.factorial(13))
+    for power in (11, 9, 7, 5, 3, 1):
+        sine = sine * square + np.float32((-1) ** (power // 2) / math.factorial(power))
+    return (x * sine) ** 2
 
 
 def activation(params: dict, name: str, x: jax.Array) -> jax.Array:
     """SnakeBeta, x + sin^2(a x) / b with a and b per channel, at twice the rate: (B, L, C)."""
     alpha = jnp.exp(params[f"{name}.act.alpha"])[None, None]
     beta = jnp.exp(params[f"{name}.act.beta"])[None, None]
-    snake = lambda z: z + jnp.sin(z * alpha) ** 2 / (beta + 1e-9)
+    snake = lambda z: z + sin_squared(z * alpha) / (beta + 1e-9)
     even, odd = anti_aliased_up(x)
     return anti_aliased_down(snake(even), snake(odd))
 
