@@ -23,7 +23,7 @@ from absl import app, flags
 from tqdm import tqdm
 
 from vcm_jax import checkpoint, sampling
-from vcm_jax.codec import load_codec
+from vcm_jax.codec import check_codec, load_codec
 from vcm_jax.data.sequence import SequenceConfig
 from vcm_jax.features import media
 from vcm_jax.features.encoders import encoders_from_spec
@@ -54,23 +54,44 @@ class Run:
     codec: object
 
 
-def load_run(workdir, step: int | None = None, sigma_rel: float | None = None) -> Run:
+def load_run(
+    workdir, step: int | None = None, sigma_rel: float | None = None, codec_folder=None
+) -> Run:
     """Reads a workdir of `vcm_jax.main`.
 
+    Args:
+      workdir: of the run.
+      step: of the checkpoint, None for the latest.
+      sigma_rel: width of the weights' average, None for the run's first.
+      codec_folder: the codec to use instead of the run's own, e.g. with another vocoder.
+
     Raises:
-      ValueError: when it is not one, or has no such step or average.
+      ValueError: when it is not one, has no such step or average, or the codec is not one for
+        this run's latents.
     """
     workdir = Path(workdir)
     try:
         run = json.loads((workdir / "run.json").read_text())
     except FileNotFoundError:
         raise ValueError(f"{workdir} is not the workdir of a run: it has no run.json") from None
+    sequence = SequenceConfig(**run["sequence"])
+    codec_folder = codec_folder or workdir / "codec"
+    codec = load_codec(codec_folder)
+    try:
+        check_codec(codec, sequence)
+        for key, value in run["codec"].items():
+            if getattr(codec, key) != value:
+                raise ValueError(
+                    f"its {key} is {getattr(codec, key)}, that of the training data {value}"
+                )
+    except ValueError as error:
+        raise ValueError(f"{codec_folder} does not fit the run {workdir}: {error}") from None
     return Run(
         model=ModelConfig(**run["model"]),
         variables=checkpoint.restore_weights(workdir, step, sigma_rel),
-        sequence=SequenceConfig(**run["sequence"]),
+        sequence=sequence,
         encoders=encoders_from_spec(run["encoders"]),
-        codec=load_codec(workdir / "codec"),
+        codec=codec,
     )
 
 
@@ -226,6 +247,7 @@ def _define_flags():
     flags.DEFINE_integer("batch_size", 8, "Clips at a time, for several.", lower_bound=1)
     flags.DEFINE_integer("seed", 0, "Of the noise.")
     flags.DEFINE_integer("checkpoint", None, "Training step of the checkpoint (the latest).")
+    flags.DEFINE_string("codec", None, "Codec folder (the run's own), e.g. with another vocoder.")
     flags.DEFINE_float("sigma_rel", None, "Width of the weights' average (the run's first).")
 
 
@@ -282,7 +304,7 @@ def main(argv):
     try:
         requests, failures = _requests(args)
         check_outputs(requests)
-        run = load_run(args.workdir, args.checkpoint, args.sigma_rel)
+        run = load_run(args.workdir, args.checkpoint, args.sigma_rel, args.codec)
     except ValueError as error:
         sys.exit(f"error: {error}")
     paths = {request.id: path for request, path in requests}

@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 
 from vcm_jax import checkpoint, sharding
 from vcm_jax.atomic import atomic_path
+from vcm_jax.codec import copy_codec
 from vcm_jax.data import mixture
 from vcm_jax.data.records import RecordError, RecordSource
 from vcm_jax.models import MODELS, MMDiT, ModelConfig
@@ -131,7 +132,7 @@ def describe_run(workdir: Path, config: ConfigDict, model: ModelConfig, source) 
     if not (workdir / "codec").exists():
         temporary = workdir / ".codec.tmp"
         shutil.rmtree(temporary, ignore_errors=True)
-        shutil.copytree(source.path / "codec", temporary)
+        copy_codec(source.path / "codec", temporary)
         temporary.rename(workdir / "codec")
 
 

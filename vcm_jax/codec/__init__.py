@@ -1,6 +1,8 @@
 """Codecs: sound to latents and back."""
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 from vcm_jax.codec.linear import LinearCodec as LinearCodec
@@ -15,7 +17,7 @@ def load_codec(folder):
 
     Returns:
       An object with `name`, `sample_rate` (Hz), `hop`, `latent_downsample`, `latent_dim`,
-      `fingerprint`, `encode(audio) -> (mean, std)` and `decode(latents) -> audio`.
+      `fingerprint`, `on_device`, `encode(audio) -> (mean, std)` and `decode(latents) -> audio`.
 
     Raises:
       ValueError: no codec there, an unknown kind or version, or damaged files.
@@ -30,6 +32,18 @@ def load_codec(folder):
     if name not in _KINDS:
         raise ValueError(f"{path}: unknown codec {name!r}, known: {', '.join(_KINDS)}")
     return _KINDS[name].load(folder)
+
+
+def copy_codec(source, folder) -> None:
+    """Copy a codec folder; its files, which are never changed, are shared where links can be."""
+
+    def copy(path, target):
+        try:
+            os.link(path, target)
+        except OSError:  # another file system, or one without hard links
+            shutil.copyfile(path, target)
+
+    shutil.copytree(source, folder, copy_function=copy)
 
 
 def check_codec(codec, sequence) -> None:

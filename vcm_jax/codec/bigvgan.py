@@ -58,7 +58,7 @@ def anti_aliased_down(even: jax.Array, odd: jax.Array) -> jax.Array:
 
 
 def sin_squared(x: jax.Array) -> jax.Array:
-    """sin(x)^2 to float32 rounding, several times as fast as the library's sine on CPUs.
+    """sin(x)^2 for |x| < 20000 to float32 rounding: on CPUs far faster than the library's sine.
 
     The nearest multiple of pi is taken off in three steps (Cody and Waite's reduction), the first
     two of which are exact; Taylor's series is good to 1e-9 on what is left, [-pi/2, pi/2].
@@ -72,13 +72,17 @@ def sin_squared(x: jax.Array) -> jax.Array:
     return (x * sine) ** 2
 
 
-def activation(params: dict, name: str, x: jax.Array) -> jax.Array:
-    """SnakeBeta, x + sin^2(a x) / b with a and b per channel, at twice the rate: (B, L, C)."""
+def snake_beta(params: dict, name: str, x: jax.Array) -> jax.Array:
+    """x + sin^2(a x) / b, a and b per channel: (B, L, C)."""
     alpha = jnp.exp(params[f"{name}.act.alpha"])[None, None]
     beta = jnp.exp(params[f"{name}.act.beta"])[None, None]
-    snake = lambda z: z + sin_squared(z * alpha) / (beta + 1e-9)
+    return x + sin_squared(x * alpha) / (beta + 1e-9)
+
+
+def activation(params: dict, name: str, x: jax.Array) -> jax.Array:
+    """SnakeBeta at twice the rate, so that its harmonics do not alias: (B, L, C)."""
     even, odd = anti_aliased_up(x)
-    return anti_aliased_down(snake(even), snake(odd))
+    return anti_aliased_down(snake_beta(params, name, even), snake_beta(params, name, odd))
 
 
 def upsample(params: dict, name: str, x: jax.Array) -> jax.Array:

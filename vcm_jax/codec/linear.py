@@ -72,9 +72,11 @@ class LinearCodec:
       token), latent_dim (C): what the latents are.
       explained_variance: share of the training sounds' log-mel variance that C components keep.
       fingerprint: hash of the contents; latents of codecs that differ in it do not mix.
+      on_device: whether encoding wants an accelerator or all cores, so that one process does it.
     """
 
     name = "linear"
+    on_device = False
     sample_rate = MEL_16K.sample_rate
     hop = MEL_16K.hop
     latent_downsample = _STACK

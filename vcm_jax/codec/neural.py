@@ -69,9 +69,11 @@ class NeuralCodec:
       mode: a key of MODES.
       fingerprint: hash of the VAE; latents of codecs that differ in it do not mix. The vocoder has
         no part in it: another one may be used with the same latents.
+      on_device: whether encoding wants an accelerator or all cores, so that one process does it.
     """
 
     name = "vae"
+    on_device = True
     latent_downsample = 2
 
     def __init__(
@@ -165,7 +167,8 @@ class NeuralCodec:
         size, starts = windows(len(mel), context)
         sound = np.empty(len(mel) * self.hop, np.float32)
         for start in starts:
-            piece = np.asarray(_vocode(self._vocoder, mel[None, start : start + size], self._tanh)[0])
+            window = mel[None, start : start + size]
+            piece = np.asarray(_vocode(self._vocoder, window, self._tanh)[0])
             skip = context if start else 0  # what has another beginning than the clip
             sound[(start + skip) * self.hop : (start + size) * self.hop] = piece[skip * self.hop :]
         return sound

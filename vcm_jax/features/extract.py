@@ -30,7 +30,7 @@ from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 from vcm_jax.atomic import atomic_path
-from vcm_jax.codec import check_codec, fit_linear_codec, load_codec
+from vcm_jax.codec import check_codec, copy_codec, fit_linear_codec, load_codec
 from vcm_jax.data import records
 from vcm_jax.data.sequence import SequenceConfig
 from vcm_jax.features.encoders import Encoders, WeightsFreeEncoders, encoders_from_spec
@@ -79,25 +79,38 @@ class _Job:
     codec: object
     video: bool
 
-    def extract(self, clip: Clip) -> tuple[bytes, np.ndarray]:
-        """The clip's record, serialized, and its latents' sums."""
+    def read(self, clip: Clip) -> tuple[dict, np.ndarray]:
+        """The clip's record without its latents, and its sound."""
         shortest = self.sequence.duration if self.video else 0.0
         audio = read_sound(clip.path, self.sequence, shortest)
-        mean, std = self.codec.encode(audio)
-        record = {"id": clip.id, "caption": clip.caption, "latent_mean": mean, "latent_std": std}
+        record = {"id": clip.id, "caption": clip.caption}
         if self.video:
             record["clip"], record["sync"] = encode_video(clip.path, self.sequence, self.encoders)
         record["text"] = self.encoders.encode_text(clip.caption, self.sequence)
+        return record, audio
+
+    def encode(self, record: dict, audio: np.ndarray) -> tuple[bytes, np.ndarray]:
+        """The whole record, serialized, and its latents' sums."""
+        mean, std = self.codec.encode(audio)
+        record |= {"latent_mean": mean, "latent_std": std}
         return records.serialize(record), records.latent_sums(mean, std)
 
-    def try_extract(self, clip: Clip):
-        """(record, sums), or (None, reason): one bad file must not end a run of days."""
+    def attempt(self, clip: Clip, function, *args):
+        """function(*args), or (None, reason): one bad file must not end a run of days."""
         try:
-            return self.extract(clip)
+            return function(*args)
         except (MediaError, records.RecordError) as error:
             return None, str(error)
         except (ValueError, ArithmeticError, OSError) as error:
             return None, f"{clip.path}: {type(error).__name__}: {error}"
+
+    def extract(self, clip: Clip):
+        """The record and the sums of `encode`, or (None, reason)."""
+        return self.finish(clip, self.attempt(clip, self.read, clip))
+
+    def finish(self, clip: Clip, found):
+        """`extract` from what `read` found, or from a reason."""
+        return found if found[0] is None else self.attempt(clip, self.encode, *found)
 
 
 _worker_job = None
@@ -116,14 +129,20 @@ def _start_worker(sequence, spec, codec_folder, video):
 
 
 def _work(clip: Clip):
-    return _worker_job.try_extract(clip)
+    if _worker_job.codec.on_device:
+        return _worker_job.attempt(clip, _worker_job.read, clip)
+    return _worker_job.extract(clip)
 
 
 def _results(job: _Job, codec_folder: Path, clips: list[Clip], workers: int):
-    """try_extract of every clip, in order, from `workers` processes."""
+    """_Job.extract of every clip, in order, from `workers` processes.
+
+    A codec that wants an accelerator, or all cores, works in this process alone.
+    """
     if workers <= 1:
-        yield from map(job.try_extract, clips)
+        yield from map(job.extract, clips)
         return
+    finish = job.finish if job.codec.on_device else lambda clip, found: found
     spawn = multiprocessing.get_context("spawn")
     init = (job.sequence, job.encoders.spec(), codec_folder, job.video)
     with concurrent.futures.ProcessPoolExecutor(workers, spawn, _start_worker, init) as pool:
@@ -131,11 +150,12 @@ def _results(job: _Job, codec_folder: Path, clips: list[Clip], workers: int):
         waiting = []
         try:
             for clip in clips:
-                waiting.append(pool.submit(_work, clip))
+                waiting.append((clip, pool.submit(_work, clip)))
                 if len(waiting) >= 8 * workers:
-                    yield waiting.pop(0).result()
-            while waiting:
-                yield waiting.pop(0).result()
+                    clip, found = waiting.pop(0)
+                    yield finish(clip, found.result())
+            for clip, found in waiting:
+                yield finish(clip, found.result())
         except concurrent.futures.process.BrokenProcessPool:
             raise ExtractError("a worker process died (killed, or out of memory)") from None
 
@@ -218,7 +238,7 @@ def _prepare_codec(out: Path, source, clips: list[Clip], sequence: SequenceConfi
             if source is None:
                 _fit_codec(clips, sequence).save(temporary)
             else:
-                shutil.copytree(source, temporary)
+                copy_codec(source, temporary)
             try:
                 temporary.rename(folder)
             except OSError:  # another process was faster: theirs it is

@@ -76,9 +76,9 @@ def vocoder_shapes(mode: Mode) -> dict[str, tuple[int, ...]]:
 
 
 def normalize_magnitude(weight: np.ndarray) -> np.ndarray:
-    """A magnitude-preserving convolution's weight as it is used: every output channel a unit vector.
+    """The weight (out, in, k) of a magnitude-preserving convolution, as the convolution uses it.
 
-    Karras et al. 2024, equation 66, with MMAudio's place of the epsilon; weight (out, in, k).
+    Every output channel becomes a unit vector (Karras et al. 2024; the epsilon is MMAudio's).
     """
     fan_in = weight[0].size
     norm = np.sqrt(np.sum(np.square(weight, dtype=np.float64), axis=(1, 2), keepdims=True))
@@ -115,12 +115,17 @@ def fold_weight_norm(state_dict: dict) -> dict:
 
 def _looks_like(state_dict: dict) -> str:
     """The end of a message: what the file holds, where that can be told from its names."""
-    for mode, sizes in MODES.items():
-        for what, shapes in (("VAE", vae_shapes(sizes)), ("vocoder", vocoder_shapes(sizes))):
-            same = sum(np.shape(value) == shapes.get(name) for name, value in state_dict.items())
-            if same > 0.7 * len(shapes):
-                return f" (it looks like the {what} of mode {mode})"
-    return ""
+    found = {name: np.shape(value) for name, value in fold_weight_norm(state_dict).items()}
+    known = {
+        f"the {what} of mode {mode}": shapes(sizes)
+        for mode, sizes in MODES.items()
+        for what, shapes in (("VAE", vae_shapes), ("vocoder", vocoder_shapes))
+    }
+    share = {
+        what: len(shapes.items() & found.items()) / len(shapes) for what, shapes in known.items()
+    }
+    best = max(share, key=share.get)
+    return f" (it looks like {best})" if share[best] > 0.5 else ""
 
 
 def codec_from_torch(vae: dict, vocoder: dict, mode: str, files=("VAE", "vocoder")) -> NeuralCodec:
@@ -179,8 +184,8 @@ def _guess_mode(vae: dict, file) -> str:
         if shape == vae_shapes(sizes)["decoder.conv_in.weight"]:
             return mode
     raise StateDictError(
-        f"{file}: not the VAE of a mode ({', '.join(MODES)})"
-        + (_looks_like(fold_weight_norm(vae)) or f": decoder.conv_in.weight is {shape or 'missing'}")
+        f"{file}: not a VAE of the modes {' and '.join(MODES)}: "
+        f"decoder.conv_in.weight {f'is {shape}' if shape else 'is missing'}{_looks_like(vae)}"
     )
 
 
