@@ -44,6 +44,9 @@ def imports(path: Path):
                 yield name, id(node) in top
 
 
+# These define torch modules; nobody imports them at the top.
+TORCH_MODULES = {"interop.torch_model"}
+
 MODULES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path
     for path in PACKAGE.rglob("*.py")
@@ -73,10 +76,21 @@ def test_torch_stays_in_interop_and_tensorflow_away():
             package = imported.split(".")[0]
             assert package != "tensorflow", name
             if package in ("torch", "transformers"):
-                assert name.startswith("interop.") and not at_top, name
+                assert name.startswith("interop.") and (not at_top or name in TORCH_MODULES), name
 
 
 def test_no_library_module_reads_a_config():
     for name, path in MODULES.items():
         if any(imported.startswith("ml_collections") for imported, _ in imports(path)):
             assert name in ("main", "train"), name
+
+
+def test_modules_that_need_torch_are_imported_lazily():
+    for name, path in MODULES.items():
+        for imported, at_top in imports(path):
+            assert not at_top or imported.removeprefix("vcm_jax.") not in TORCH_MODULES, name
+
+
+def test_the_torch_model_needs_torch_alone():
+    names = {imported.split(".")[0] for imported, _ in imports(MODULES["interop.torch_model"])}
+    assert names == {"math", "torch"}

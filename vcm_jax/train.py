@@ -216,12 +216,16 @@ def _train(config: ConfigDict, workdir: Path, stack: contextlib.ExitStack) -> No
     net = MMDiT(model, dtype=jnp.dtype(config.dtype))
     optimizer = make_optimizer(optimizer_config)
     stats = mixed_statistics(sources, weights) | {"empty_text": sources[0].empty_text}
+    if config.init_from:
+        start = checkpoint.restore_weights(config.init_from)
+        # These weights were trained on latents that were normalised with their own statistics.
+        stats |= {name: start["stats"][name] for name in ("latent_mean", "latent_std")}
     init = make_init(net, stats, optimizer, config.ema_sigma_rels)
     key = jax.random.key(config.seed)
     abstract = jax.eval_shape(init, key)
     params = None
     if config.init_from:
-        params = checkpoint.restore_weights(config.init_from)["params"]
+        params = start["params"]
         checkpoint.check_shapes(params, abstract.params, f"init_from {config.init_from}")
     shardings = sharding.state_shardings(abstract, mesh, model.num_heads)
     if leader:

@@ -1,6 +1,7 @@
 """PyTorch weights in, once:
 
     python -m vcm_jax.interop.import_torch codec --vae=v1-16.pth --vocoder=best_netG.pt --out=DIR
+    python -m vcm_jax.interop.import_torch network mmaudio_small_16k.pth --out=DIR
 
 Every subcommand has --help.
 """
@@ -8,9 +9,12 @@ Every subcommand has --help.
 import argparse
 import sys
 
-from vcm_jax.interop import import_codec
+from vcm_jax.interop import import_codec, import_network
 
-_COMMANDS = {"codec": import_codec}  # modules with add_arguments(parser) and run(args)
+_COMMANDS = {
+    "codec": import_codec,
+    "network": import_network,
+}  # modules with add_arguments(parser) and run(args)
 
 
 def main(argv=None):

@@ -68,6 +68,13 @@ def _from_torch_layout(path, shape, tensor):
     return tensor.T if path[-1] == "kernel" else tensor.reshape(shape)
 
 
+def torch_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the state dict of a network: MMAudio's, plus `h_embed.*`."""
+    paths = traverse_util.flatten_dict(abstract_variables(config))
+    layout = lambda path: _to_torch_layout(path, np.broadcast_to(np.float32(0), paths[path].shape))
+    return {_torch_name(path): layout(path).shape for path in paths}
+
+
 def variables_from_torch(state_dict: dict, config: ModelConfig) -> dict:
     """The network's variables from a state dict of numpy arrays; `h_embed.*` must be there.
 
@@ -78,19 +85,16 @@ def variables_from_torch(state_dict: dict, config: ModelConfig) -> dict:
       ValueError: on missing or extra names, or other shapes; names the first few of each.
     """
     paths = traverse_util.flatten_dict(abstract_variables(config))
-    names = {_torch_name(path): path for path in paths}
-    expected = {}
-    for name, path in names.items():
-        abstract = np.broadcast_to(np.float32(0), paths[path].shape)
-        expected[name] = _to_torch_layout(path, abstract).shape
     check_names(
-        {name: np.shape(value) for name, value in state_dict.items()}, expected, "the state dict"
+        {name: np.shape(value) for name, value in state_dict.items()},
+        torch_shapes(config),
+        "the state dict",
     )
     flat = {
         path: np.ascontiguousarray(
-            _from_torch_layout(path, paths[path].shape, np.asarray(state_dict[name]))
+            _from_torch_layout(path, leaf.shape, np.asarray(state_dict[_torch_name(path)]))
         )
-        for name, path in names.items()
+        for path, leaf in paths.items()
     }
     return traverse_util.unflatten_dict(flat)
 

@@ -1,0 +1,199 @@
+"""MMAudio's weights in, ours out: against MMAudio's numbers and against PyTorch."""
+
+import dataclasses
+import functools
+import json
+import types
+
+import golden
+import jax
+import numpy as np
+import pytest
+
+from vcm_jax import checkpoint, sampling
+from vcm_jax.interop import export_torch, import_network, import_torch, state_dict
+from vcm_jax.interop.weights import variables_from_torch, variables_to_torch
+from vcm_jax.models import Conditions, MMDiT, ModelConfig
+
+NETWORK = golden.DATA / "network"
+INFO, ARRAYS = golden.load(NETWORK, "small")
+CONFIG = ModelConfig(**INFO["config"])
+
+
+@functools.cache
+def two_times():
+    """State dict with the second embedder, deterministic weights."""
+    return golden.fill(json.loads((NETWORK / "small_state_dict.json").read_text()))
+
+
+def one_time():
+    """As MMAudio's file: without it."""
+    return {name: v for name, v in two_times().items() if not name.startswith("h_embed.")}
+
+
+def inputs():
+    seeds, batch, c = INFO["seeds"], INFO["batch"], CONFIG
+    x = golden.randn(seeds["latent"], (batch, c.latent_seq_len, c.latent_dim))
+    cond = Conditions(
+        golden.randn(seeds["clip_f"], (batch, c.clip_seq_len, c.clip_dim)),
+        golden.randn(seeds["sync_f"], (batch, c.sync_seq_len, c.sync_dim)),
+        golden.randn(seeds["text_f"], (batch, c.text_seq_len, c.text_dim)),
+    )
+    return x, golden.uniform(seeds["t"], batch), golden.uniform(seeds["s"], batch), cond
+
+
+APPLY = jax.jit(MMDiT(CONFIG).apply)
+
+
+def test_imported_weights_are_minus_mmaudios_velocity_at_the_reversed_time():
+    x, tau, other, cond = inputs()
+    variables = import_network.network_from_mmaudio(one_time(), CONFIG)
+    t = np.float32(1 - tau.astype(np.float64))
+    reference = -ARRAYS["output_original_one_time"]
+    for s in (t, t * other, np.zeros_like(t)):
+        assert golden.relative_error(APPLY(variables, x, t, s, cond), reference) < 1e-5
+    assert np.abs(variables["params"]["h_embed"]["mlp_0"]["kernel"]).max() > 0
+
+
+def test_what_is_imported_can_be_exported_again():
+    variables = import_network.network_from_mmaudio(one_time(), CONFIG)
+    again = export_torch.to_mmaudio(variables_to_torch(variables, CONFIG))
+    assert again.keys() == one_time().keys()
+    for name, value in one_time().items():
+        np.testing.assert_allclose(again[name], value, atol=1e-6, err_msg=name)
+
+
+def test_mmaudios_convention_keeps_what_the_second_embedder_says_of_zero():
+    x, t, _, cond = inputs()
+    before = APPLY(variables_from_torch(two_times(), CONFIG), x, t, t, cond)
+    theirs = export_torch.to_mmaudio(two_times())
+    ours = import_network.network_from_mmaudio(theirs, CONFIG)
+    assert golden.relative_error(APPLY(ours, x, t, t, cond), before) < 1e-5
+
+
+@pytest.fixture
+def known(monkeypatch):
+    """The small network as one that is known by name."""
+    monkeypatch.setattr(import_network, "MODELS", {"tiny": CONFIG})
+
+
+def save(path, tensors):
+    torch = pytest.importorskip("torch")
+    torch.save({name: torch.from_numpy(value) for name, value in tensors.items()}, path)
+    return str(path)
+
+
+@pytest.fixture
+def run_folder(tmp_path, known):
+    """The workdir of a run with these weights, made through the import command."""
+
+    def make(objective="vcm", tensors=None):
+        out = tmp_path / "run"
+        file = save(tmp_path / "mmaudio.pth", tensors or one_time())
+        import_torch.main(["network", file, f"--out={out}"])
+        config = {"objective": {"name": objective}}
+        run = {"config": config, "model": dataclasses.asdict(CONFIG)}
+        (out / "run.json").write_text(json.dumps(run))
+        return out
+
+    return make
+
+
+def test_import_command_writes_what_init_from_reads(run_folder, capsys):
+    out = run_folder(tensors=one_time() | {"t_embed.freqs": np.zeros(128, np.float32)})
+    assert "tiny, to start from with --config.init_from" in capsys.readouterr().out
+    restored = checkpoint.restore_weights(out)
+    expected = import_network.network_from_mmaudio(one_time(), CONFIG)
+    jax.tree.map(np.testing.assert_array_equal, restored, expected)
+
+
+def test_torch_and_jax_sample_alike(run_folder, tmp_path, monkeypatch):
+    torch = pytest.importorskip("torch")
+    from vcm_jax.interop.torch_model import AverageVelocity
+
+    # A network with two times: what a run of ours has.
+    variables = variables_from_torch(two_times(), CONFIG)
+    monkeypatch.setattr(import_network, "network_from_mmaudio", lambda *_: variables)
+    file = tmp_path / "ours.pth"
+    export_torch.main([f"--workdir={run_folder()}", f"--out={file}"])
+    model = AverageVelocity.from_state_dict(torch.load(file, weights_only=True))
+    x, t, s, cond = inputs()
+    features = [torch.from_numpy(getattr(cond, name)) for name in ("clip", "sync", "text")]
+    with torch.no_grad():
+        output = model(*map(torch.from_numpy, (x, t, s)), *features)
+    assert golden.relative_error(output.numpy(), ARRAYS["output"]) < 1e-4
+    u = functools.partial(MMDiT(CONFIG).apply, variables)
+    sample = jax.jit(sampling.sample, static_argnums=(0, 2))
+    for times in ((1.0, 0.0), (1.0, 0.75, 0.5, 0.25, 0.0), (1.0, 0.6, 0.1)):
+        ours = sample(u, x, times, cond)
+        n = len(times) - 1
+        theirs = model.sample(torch.from_numpy(x), times if n == 2 else n, *features)
+        assert golden.relative_error(theirs.numpy(), ours) < 1e-4
+    np.testing.assert_array_equal(model.latent_std[0, 0].detach(), variables["stats"]["latent_std"])
+
+
+def test_mmaudios_convention_is_for_flow_matching(run_folder, tmp_path):
+    torch = pytest.importorskip("torch")
+    run, file = run_folder("flow_matching"), tmp_path / "fm.pth"
+    export_torch.main([f"--workdir={run}", f"--out={file}", "--convention=mmaudio"])
+    found = torch.load(file, weights_only=True)
+    np.testing.assert_allclose(found["final_layer.conv.bias"], one_time()["final_layer.conv.bias"])
+    config = {"config": {"objective": {"name": "vcm"}}, "model": dataclasses.asdict(CONFIG)}
+    (run / "run.json").write_text(json.dumps(config))
+    other = tmp_path / "other.pth"
+    with pytest.raises(SystemExit, match="one time only.*'vcm'"):
+        export_torch.main([f"--workdir={run}", f"--out={other}", "--convention=mmaudio"])
+    assert not other.exists()
+
+
+def without(name):
+    return {k: v for k, v in one_time().items() if k != name}
+
+
+@pytest.mark.parametrize(
+    "tensors, message",
+    [
+        (without("clip_cond_proj.bias"), "missing: clip_cond_proj.bias"),
+        (one_time() | {"what": np.zeros(1)}, "not known: what"),
+        (one_time() | {"sync_pos_emb": np.zeros((1, 1, 8, 3))}, r"emb \(1, 1, 8, 3\) inst"),
+        (two_times(), "second time embedder"),
+        (one_time() | {"clip_input_proj.2.w1.weight": np.zeros(1)}, "version 2"),
+        ({"encoder.conv_in.weight": np.zeros(3)}, "not MMAudio's network"),
+        (without("fused_blocks.1.linear1.bias") | {"fused_blocks.7.x": np.zeros(1)}, "no known"),
+    ],
+)  # fmt: skip
+def test_a_file_that_does_not_fit_is_refused_before_anything_is_written(
+    tensors, message, known, tmp_path
+):
+    file = save(tmp_path / "weights.pth", tensors)
+    with pytest.raises(SystemExit, match=message):
+        import_torch.main(["network", file, f"--out={tmp_path / 'out'}"])
+    assert not (tmp_path / "out").exists()
+
+
+def test_damaged_files_and_full_folders_are_refused(known, tmp_path):
+    file = tmp_path / "weights.pth"
+    save(file, one_time())
+    file.write_bytes(file.read_bytes()[:5000])
+    with pytest.raises(SystemExit, match="weights.pth: truncated, or not a PyTorch file"):
+        import_torch.main(["network", str(file), f"--out={tmp_path / 'out'}"])
+    with pytest.raises(SystemExit, match="no such file"):
+        import_torch.main(["network", "nowhere.pth", f"--out={tmp_path / 'out'}"])
+    (tmp_path / "out" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(SystemExit, match="holds checkpoints already"):
+        import_torch.main(["network", str(file), f"--out={tmp_path / 'out'}"])
+    with pytest.raises(SystemExit, match="not the workdir of a run"):
+        export_torch.main([f"--workdir={tmp_path}", f"--out={tmp_path / 'x.pth'}"])
+
+
+def test_without_torch_the_commands_say_how_to_get_it(monkeypatch, tmp_path):
+    def absent(name):
+        raise ImportError(name)
+
+    monkeypatch.setattr(state_dict, "importlib", types.SimpleNamespace(import_module=absent))
+    file = tmp_path / "weights.pth"
+    file.write_bytes(b"")
+    with pytest.raises(SystemExit, match="needs PyTorch: pip install torch"):
+        import_torch.main(["network", str(file), f"--out={tmp_path / 'out'}"])
+    with pytest.raises(SystemExit, match="needs PyTorch: pip install torch"):
+        export_torch.main([f"--workdir={tmp_path}", f"--out={tmp_path / 'x.pth'}"])

@@ -1,0 +1,87 @@
+"""A run's weights as a PyTorch state dict:
+
+    python -m vcm_jax.interop.export_torch --workdir=RUN --out=vcm_s16k.pth
+    python -m vcm_jax.interop.export_torch --workdir=RUN --out=fm_s16k.pth --convention=mmaudio
+
+Names are MMAudio's, plus the second time embedder's, `h_embed.*`; latent statistics and the empty
+text's features are among them. `vcm_jax/interop/torch_model.py` loads the file. A model of
+instantaneous velocities alone (trained with flow matching) can be written in MMAudio's own
+convention (one time, 0 is noise), and then runs in MMAudio's code.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from vcm_jax import checkpoint
+from vcm_jax.atomic import atomic_path
+from vcm_jax.interop.import_network import reverse
+from vcm_jax.interop.state_dict import import_torch
+from vcm_jax.interop.weights import variables_to_torch
+from vcm_jax.models import ModelConfig
+
+# Objectives that train s = t alone.
+ONE_TIME = ("flow_matching", "reflow", "wcfm")
+
+
+def to_mmaudio(state_dict: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """MMAudio's own state dict for u(x, t, t, c): time runs the other way, no second embedder.
+
+    At s = t the second embedder sees 0 and is a constant, which goes into the first one's last
+    bias. The inverse of `network_from_mmaudio`, where that constant is 0.
+    """
+    second = {n: np.float64(v) for n, v in state_dict.items() if n.startswith("h_embed.")}
+    features = np.concatenate([np.ones(128), np.zeros(128)])  # cos 0 and sin 0
+    hidden = second["h_embed.mlp.0.weight"] @ features + second["h_embed.mlp.0.bias"]
+    hidden = hidden / (1 + np.exp(-hidden))
+    constant = second["h_embed.mlp.2.weight"] @ hidden + second["h_embed.mlp.2.bias"]
+    first = {name: value for name, value in state_dict.items() if name not in second}
+    last = "t_embed.mlp.2.bias"
+    return reverse(first | {last: np.float32(first[last] + constant)})
+
+
+def main(argv=None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m vcm_jax.interop.export_torch", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("--workdir", required=True, help="of the run")
+    parser.add_argument("--out", required=True, help="file to write, .pth")
+    parser.add_argument("--step", type=int, help="which checkpoint; the latest by default")
+    parser.add_argument("--sigma_rel", type=float, help="width of the average; the narrowest")
+    parser.add_argument("--convention", default="vcm", choices=["vcm", "mmaudio"])
+    args = parser.parse_args(argv)
+    try:
+        run(args)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+def run(args) -> None:
+    """Read, convert, write; nothing is written before everything fits."""
+    torch = import_torch("export_torch")
+    path = Path(args.workdir) / "run.json"
+    if not path.is_file():
+        raise ValueError(f"{args.workdir} is not the workdir of a run: it has no run.json")
+    described = json.loads(path.read_text())
+    objective = described["config"]["objective"]["name"]
+    if args.convention == "mmaudio" and objective not in ONE_TIME:
+        raise ValueError(
+            f"--convention=mmaudio holds one time only, and {args.workdir} was trained with "
+            f"{objective!r}, which has two; it is for {', '.join(ONE_TIME)}"
+        )
+    config = ModelConfig(**described["model"])
+    variables = checkpoint.restore_weights(args.workdir, args.step, args.sigma_rel)
+    state_dict = variables_to_torch(variables, config)
+    if args.convention == "mmaudio":
+        state_dict = to_mmaudio(state_dict)
+    tensors = {name: torch.from_numpy(np.array(value)) for name, value in state_dict.items()}
+    with atomic_path(args.out) as temporary:
+        torch.save(tensors, temporary)
+    print(f"{args.out}: {len(tensors)} tensors")
+
+
+if __name__ == "__main__":
+    main()
