@@ -175,7 +175,7 @@ def test_encode_and_decode(monkeypatch):
 
 def test_bfloat16_products(monkeypatch):
     exact = tiny_codec(monkeypatch)
-    short = neural.NeuralCodec("16k", exact._arrays, exact.fingerprint, jnp.bfloat16)
+    short = neural.NeuralCodec("16k", exact.arrays, exact.fingerprint, jnp.bfloat16)
     sound = chirp(MODES["16k"][0], 0, 3000, 16_000)
     error = golden.relative_error(short.encode(sound)[0], exact.encode(sound)[0])
     assert 1e-4 < error < 0.2
@@ -220,7 +220,7 @@ def test_save_and_load(monkeypatch, tmp_path):
     loaded.save(tmp_path / "b")
     assert load_codec(tmp_path / "b").fingerprint == codec.fingerprint
     # Another vocoder leaves the latents what they are, another encoder does not.
-    change = lambda name: neural.NeuralCodec("16k", codec._arrays | {name: codec._arrays[name] + 1})
+    change = lambda name: neural.NeuralCodec("16k", codec.arrays | {name: codec.arrays[name] + 1})
     assert change("vocoder.conv_pre.bias").fingerprint == codec.fingerprint
     assert change("encoder.conv_in.weight").fingerprint != codec.fingerprint
 
@@ -242,7 +242,7 @@ def test_damaged_folders(monkeypatch, tmp_path):
     (tmp_path / "codec.npz").write_bytes(whole[:-1000])
     with pytest.raises(ValueError, match="codec.npz: missing or damaged"):
         load_codec(tmp_path)
-    position = whole.index(codec._arrays["encoder.conv_in.weight"].tobytes())
+    position = whole.index(codec.arrays["encoder.conv_in.weight"].tobytes())
     (tmp_path / "codec.npz").write_bytes(whole[:position] + b"?" + whole[position + 1 :])
     with pytest.raises(ValueError, match="weights are damaged .*encoder.conv_in.weight"):
         load_codec(tmp_path).encode(np.ones(1000))
