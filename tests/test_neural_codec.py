@@ -246,3 +246,30 @@ def test_damaged_folders(monkeypatch, tmp_path):
     (tmp_path / "codec.npz").write_bytes(whole[:position] + b"?" + whole[position + 1 :])
     with pytest.raises(ValueError, match="weights are damaged .*encoder.conv_in.weight"):
         load_codec(tmp_path).encode(np.ones(1000))
+
+
+def test_activations_and_variances_are_bounded(monkeypatch):
+    """Which no healthy weights reach, so that the reference numbers do not show it."""
+    codec = tiny_codec(monkeypatch)
+    sizes, res_block = [], vae.res_block
+
+    def watched(params, name, x):
+        y = res_block(params, name, x)
+        sizes.append((name, float(jnp.abs(x).max()), float(jnp.abs(y).max())))
+        return y
+
+    monkeypatch.setattr(vae, "res_block", watched)
+    blocks = ("mid.block_2", "up.2.block.0", "up.1.block.2", "up.0.block.1")
+    for name in blocks:
+        codec._decoder[f"decoder.{name}.conv2.weight"] *= 1e4
+    vae.decode(codec._decoder, golden.randn(0, (1, 6, 20)))
+    large = [after for before, after in zip(sizes, sizes[1:]) if before[2] > 256]
+    sizes_after = [size for name, size, _ in large if not name.endswith("up.0.block.0")]
+    assert len(large) == 4 and sizes_after == [256] * 3
+    sizes.clear()
+    for name in ("down.1.block.0", "down.2.block.1"):
+        codec._encoder[f"encoder.{name}.conv2.weight"] *= 1e4
+    codec._encoder["encoder.conv_out.weight"] *= 1e4
+    _, std = vae.encode(codec._encoder, golden.randn(1, (1, 12, 80)))
+    assert [size for before, (_, size, _) in zip(sizes, sizes[1:]) if before[2] > 256] == [256, 256]
+    np.testing.assert_allclose([std.min(), std.max()], np.exp([-15, 10]), rtol=1e-5)
