@@ -8,9 +8,12 @@ import av
 import jax
 import numpy as np
 import pytest
+from codecs_for_tests import tiny_codec
 
 from vcm_jax import checkpoint, generate, train
+from vcm_jax.codec import NeuralCodec
 from vcm_jax.data import impacts
+from vcm_jax.data.records import RecordSource
 from vcm_jax.features import extract, media
 from vcm_jax.models import MMDiT
 from vcm_jax.report import make_report
@@ -19,14 +22,12 @@ from vcm_jax.train_state import OptimizerConfig, make_init, make_optimizer
 from vcm_jax.writer import Writer
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
+def make_world(folder, clips: int, **extraction):
     """Clips, and the workdir of a run whose weights are random and not zero."""
-    folder = tmp_path_factory.mktemp("world")
-    impacts.write_dataset(folder / "data", {"train": 40, "test": 3}, 1.28, seed=0, workers=1)
+    impacts.write_dataset(folder / "data", {"train": clips, "test": 3}, 1.28, seed=0, workers=1)
     extract.extract(
         folder / "records", videos=folder / "data/train", captions=folder / "data/train.tsv",
-        duration=1.28, clip_dim=6, sync_dim=5, text_dim=4,
+        duration=1.28, clip_dim=6, sync_dim=5, text_dim=4, **extraction,
     )  # fmt: skip
     from test_train import make_config
 
@@ -48,6 +49,11 @@ def world(tmp_path_factory):
         writer.scalars(step, {"train/loss": 1 / step, "train/mse_jump": float("nan")})
     writer.close()
     return folder
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return make_world(tmp_path_factory.mktemp("world"), 40)
 
 
 @pytest.fixture(scope="module")
@@ -176,6 +182,37 @@ def test_folders_that_are_not_runs(world, tmp_path):
         generate.load_run(tmp_path)
     with pytest.raises(ValueError, match="no checkpoint of step 9"):
         generate.load_run(world / "run", step=9)
+
+
+def test_a_run_in_the_neural_codecs_latents(tmp_path, monkeypatch):
+    """From extraction in several processes to a sound, and with other codec folders."""
+    codec = tiny_codec(monkeypatch)
+    codec.save(tmp_path / "codec")
+    make_world(tmp_path, 10, codec=tmp_path / "codec", workers=2)
+    source = RecordSource(tmp_path / "records")
+    assert source.manifest.codec["fingerprint"] == codec.fingerprint and len(source) == 10
+    heard = media.read_audio(tmp_path / "data/train/000000.mp4", 16_000, 40 * 512)
+    record = next(source[i] for i in range(10) if source[i]["id"] == "000000")
+    for name, value in zip(("latent_mean", "latent_std"), codec.encode(heard)):
+        np.testing.assert_allclose(record[name], value, atol=1e-5)
+    same = (tmp_path / "run/codec/codec.npz").stat().st_ino
+    assert same == (tmp_path / "codec/codec.npz").stat().st_ino  # a gigabyte is kept once
+
+    request = generate.Request("a", clip(tmp_path), "a metal ball")
+    own = sound_of(generate.load_run(tmp_path / "run"), request)
+    assert len(own) == round(1.28 * 16_000) and own.std() > 1e-3
+
+    def use(codec, name):
+        codec.save(tmp_path / name)
+        return generate.load_run(tmp_path / "run", codec_folder=tmp_path / name)
+
+    changed = lambda name: codec.arrays | {name: codec.arrays[name] + 0.1}
+    vocoder = NeuralCodec("16k", changed("vocoder.conv_post.bias"))
+    assert np.abs(sound_of(use(vocoder, "vocoder"), request) - own).max() > 1e-3
+    with pytest.raises(ValueError, match="its fingerprint is .*, that of the training data"):
+        use(NeuralCodec("16k", changed("encoder.conv_in.weight")), "other")
+    with pytest.raises(ValueError, match="vae codec has sample_rate 44100, the data 16000"):
+        use(tiny_codec(monkeypatch, "44k"), "44k")
 
 
 def test_the_report(world):

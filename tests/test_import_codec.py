@@ -57,10 +57,11 @@ def test_both_modes(files, tmp_path, capsys):
         assert (codec.mode, codec.sample_rate) == (mode, rate)
         expected = import_codec.codec_from_torch(*state_dicts(mode), mode)
         assert codec.fingerprint == expected.fingerprint
-        for name, value in expected._arrays.items():
-            np.testing.assert_allclose(codec._arrays[name], value, rtol=1e-5, atol=1e-7)
+        for name, value in expected.arrays.items():
+            np.testing.assert_allclose(codec.arrays[name], value, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated:FutureWarning")
 @pytest.mark.parametrize("old", [True, False])
 def test_weight_norm_is_torchs(old):
     """`torch.nn.utils.weight_norm` and the newer parametrization, of both convolutions."""

@@ -175,7 +175,7 @@ def test_encode_and_decode(monkeypatch):
 
 def test_bfloat16_products(monkeypatch):
     exact = tiny_codec(monkeypatch)
-    short = neural.NeuralCodec("16k", exact._arrays, exact.fingerprint, jnp.bfloat16)
+    short = neural.NeuralCodec("16k", exact.arrays, exact.fingerprint, jnp.bfloat16)
     sound = chirp(MODES["16k"][0], 0, 3000, 16_000)
     error = golden.relative_error(short.encode(sound)[0], exact.encode(sound)[0])
     assert 1e-4 < error < 0.2
@@ -220,7 +220,7 @@ def test_save_and_load(monkeypatch, tmp_path):
     loaded.save(tmp_path / "b")
     assert load_codec(tmp_path / "b").fingerprint == codec.fingerprint
     # Another vocoder leaves the latents what they are, another encoder does not.
-    change = lambda name: neural.NeuralCodec("16k", codec._arrays | {name: codec._arrays[name] + 1})
+    change = lambda name: neural.NeuralCodec("16k", codec.arrays | {name: codec.arrays[name] + 1})
     assert change("vocoder.conv_pre.bias").fingerprint == codec.fingerprint
     assert change("encoder.conv_in.weight").fingerprint != codec.fingerprint
 
@@ -242,7 +242,34 @@ def test_damaged_folders(monkeypatch, tmp_path):
     (tmp_path / "codec.npz").write_bytes(whole[:-1000])
     with pytest.raises(ValueError, match="codec.npz: missing or damaged"):
         load_codec(tmp_path)
-    position = whole.index(codec._arrays["encoder.conv_in.weight"].tobytes())
+    position = whole.index(codec.arrays["encoder.conv_in.weight"].tobytes())
     (tmp_path / "codec.npz").write_bytes(whole[:position] + b"?" + whole[position + 1 :])
     with pytest.raises(ValueError, match="weights are damaged .*encoder.conv_in.weight"):
         load_codec(tmp_path).encode(np.ones(1000))
+
+
+def test_activations_and_variances_are_bounded(monkeypatch):
+    """Which no healthy weights reach, so that the reference numbers do not show it."""
+    codec = tiny_codec(monkeypatch)
+    sizes, res_block = [], vae.res_block
+
+    def watched(params, name, x):
+        y = res_block(params, name, x)
+        sizes.append((name, float(jnp.abs(x).max()), float(jnp.abs(y).max())))
+        return y
+
+    monkeypatch.setattr(vae, "res_block", watched)
+    blocks = ("mid.block_2", "up.2.block.0", "up.1.block.2", "up.0.block.1")
+    for name in blocks:
+        codec._decoder[f"decoder.{name}.conv2.weight"] *= 1e4
+    vae.decode(codec._decoder, golden.randn(0, (1, 6, 20)))
+    large = [after for before, after in zip(sizes, sizes[1:]) if before[2] > 256]
+    sizes_after = [size for name, size, _ in large if not name.endswith("up.0.block.0")]
+    assert len(large) == 4 and sizes_after == [256] * 3
+    sizes.clear()
+    for name in ("down.1.block.0", "down.2.block.1"):
+        codec._encoder[f"encoder.{name}.conv2.weight"] *= 1e4
+    codec._encoder["encoder.conv_out.weight"] *= 1e4
+    _, std = vae.encode(codec._encoder, golden.randn(1, (1, 12, 80)))
+    assert [size for before, (_, size, _) in zip(sizes, sizes[1:]) if before[2] > 256] == [256, 256]
+    np.testing.assert_allclose([std.min(), std.max()], np.exp([-15, 10]), rtol=1e-5)

@@ -67,6 +67,7 @@ class NeuralCodec:
       name, sample_rate (Hz), hop (samples per spectrogram frame), latent_downsample (frames per
       token), latent_dim (C): what the latents are.
       mode: a key of MODES.
+      arrays: the weights, as the constructor got them.
       fingerprint: hash of the VAE; latents of codecs that differ in it do not mix. The vocoder has
         no part in it: another one may be used with the same latents.
       on_device: whether encoding wants an accelerator or all cores, so that one process does it.
@@ -92,7 +93,7 @@ class NeuralCodec:
           dtype: of the products in convolutions, float32 (exact on every platform) or bfloat16
             (faster on accelerators).
         """
-        self.mode, self._arrays, self._dtype = mode, arrays, dtype
+        self.mode, self.arrays, self._dtype = mode, arrays, dtype
         self._mel, self._tanh = MODES[mode].mel, MODES[mode].tanh
         self.sample_rate, self.hop = self._mel.sample_rate, self._mel.hop
         self.latent_dim = int(MODES[mode].latent_dim)
@@ -106,8 +107,8 @@ class NeuralCodec:
 
         try:
             return {
-                name.removeprefix(strip): cast(self._arrays[name])
-                for name in self._arrays
+                name.removeprefix(strip): cast(self.arrays[name])
+                for name in self.arrays
                 if name.startswith(prefixes)
             }
         except (zipfile.BadZipFile, OSError, ValueError) as error:
@@ -185,7 +186,7 @@ class NeuralCodec:
         """Write codec.npz and codec.json into a folder; the json comes last."""
         folder = Path(folder)
         with atomic_path(folder / "codec.npz") as temporary, open(temporary, "wb") as file:
-            np.savez(file, **dict(self._arrays) | {"fingerprint": np.array(self.fingerprint)})
+            np.savez(file, **dict(self.arrays) | {"fingerprint": np.array(self.fingerprint)})
         fields = ("name", "mode", "sample_rate", "hop", "latent_downsample", "latent_dim")
         meta = {key: getattr(self, key) for key in (*fields, "fingerprint")}
         with atomic_path(folder / "codec.json") as temporary:

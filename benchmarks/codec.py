@@ -1,0 +1,66 @@
+"""What sound to latents and back costs: one JSON line each for encode, decode and vocode.
+
+    python benchmarks/codec.py --codec=codecs/16k --seconds=8
+    python benchmarks/codec.py --mode=44k --dtype=bfloat16      # random weights
+
+Decode is latents to mel spectrogram, vocode is mel spectrogram to sound. `first_s` includes the
+reading of the weights and the compilation; `peak_memory_gb` is the most so far.
+"""
+
+import argparse
+import time
+
+import harness
+import jax.numpy as jnp
+import numpy as np
+
+from vcm_jax.codec.neural import MODES, NeuralCodec
+from vcm_jax.interop import import_codec
+
+
+def random_codec(mode: str, dtype) -> NeuralCodec:
+    """A codec of a mode's size whose weights are noise."""
+    rng = np.random.default_rng(0)
+
+    def noise(shape):
+        return rng.standard_normal(shape, np.float32) / np.sqrt(max(1, np.prod(shape[1:])))
+
+    vae = {name: noise(shape) for name, shape in import_codec.vae_shapes(MODES[mode]).items()}
+    vae["data_std"] = np.abs(vae["data_std"]) + 1
+    vocoder = {name: noise(s) for name, s in import_codec.vocoder_shapes(MODES[mode]).items()}
+    arrays = import_codec.codec_from_torch(vae, vocoder, mode).arrays
+    return NeuralCodec(mode, arrays, "random", dtype)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--codec", help="codec folder")
+    source.add_argument("--mode", choices=list(MODES), help="instead of a folder: random weights")
+    parser.add_argument("--seconds", type=float, default=8.0)
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--repeats", type=int, default=5)
+    args = parser.parse_args()
+
+    dtype = jnp.dtype(args.dtype)
+    codec = NeuralCodec.load(args.codec, dtype) if args.codec else random_codec(args.mode, dtype)
+    sound = np.random.default_rng(0).uniform(-0.5, 0.5, round(args.seconds * codec.sample_rate))
+    value = sound.astype(np.float32)
+    for step, call in (
+        ("encode", lambda x: codec.encode(x)[0]),
+        ("decode", codec.decode_mel),
+        ("vocode", codec.vocode),
+    ):
+        start = time.perf_counter()
+        result = call(value)
+        first = time.perf_counter() - start
+        figures = harness.timed(lambda call=call, x=value: call(x), args.repeats, warmup=0)
+        harness.print_line(
+            benchmark="codec", step=step, mode=codec.mode, seconds=args.seconds, dtype=args.dtype,
+            first_s=first, **figures, peak_memory_gb=harness.peak_memory_bytes() / 1e9,
+        )  # fmt: skip
+        value = result
+
+
+if __name__ == "__main__":
+    main()
