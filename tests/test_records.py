@@ -78,10 +78,14 @@ def test_what_float16_cannot_hold_fails(value):
 def test_other_bytes_fail(monkeypatch):
     with pytest.raises(RecordError, match="not a record"):
         records.deserialize(b"\x81\xa1")
-    monkeypatch.setattr(records, "VERSION", 0)
+    whole = records.serialize(record(1))
+    for length in (0, 1, 40, len(whole) // 2, len(whole) - 1):
+        with pytest.raises(RecordError, match="not a record"):
+            records.deserialize(whole[:length])
+    monkeypatch.setattr(records, "VERSION", 1)
     old = records.serialize(record(1))
     monkeypatch.undo()
-    with pytest.raises(RecordError, match="version 0, this program reads version 1"):
+    with pytest.raises(RecordError, match="version 1, this program reads version 2"):
         records.deserialize(old)
 
 
@@ -133,7 +137,7 @@ def test_folders_that_are_not_whole(tmp_path):
     (more / "extra.array_record").write_bytes(b"")
     fails("extra.array_record: not in the manifest", more)
     fails("7 records, the manifest says 6", fresh("count", num_records=6))
-    fails("records of version 2, this program reads version 1", fresh("version", version=2))
+    fails("records of version 1, this program reads version 2", fresh("version", version=1))
     fails("no records", fresh("empty", counts=()))
     garbage = fresh("garbage")
     size = (garbage / shard.name).stat().st_size

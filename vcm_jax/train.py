@@ -105,7 +105,10 @@ def open_sources(texts, directory: str, key: str, like: RecordSource | None = No
                 raise SetupError(
                     f"{source.path} and {like.path} differ in their {what}: {theirs} and {ours}"
                 )
-    return sources, [weight for _, weight in parsed]
+        source.check_statistics()
+    weights = [weight for _, weight in parsed]
+    mixture.check_sources(sources, weights)
+    return sources, weights
 
 
 def mixed_statistics(sources, weights) -> dict[str, np.ndarray]:

@@ -1,24 +1,29 @@
 """Records: the one schema of extracted clips, their files, and the manifest that makes them whole.
 
 A records folder holds NAME.array_record files, manifest.json (written last), empty_text.npy (the
-text encoder's features of ""), and codec/ (what turns the latents into sound).
+text encoder's features of ""), codec/ (what turns the latents into sound), and, where captions
+repeat, text_table (an ArrayRecord file): the text features of each caption, once. A record is a
+tf.train.Example as TensorFlow Datasets writes them (arrays as bytes), so that `tfds.data_source`
+reads the same files; nothing here needs TensorFlow.
 """
 
 import dataclasses
+import functools
 import json
 import operator
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 
 import numpy as np
 from array_record.python import array_record_data_source, array_record_module
-from flax import serialization
+from etils import epath
 
 from vcm_jax.atomic import atomic_path
+from vcm_jax.data import example
 from vcm_jax.data.sequence import SequenceConfig
 
-VERSION = 1
-MANIFEST, EMPTY_TEXT = "manifest.json", "empty_text.npy"
+VERSION = 2
+MANIFEST, EMPTY_TEXT, TEXT_TABLE = "manifest.json", "empty_text.npy", "text_table"
+CHECKED_CLIPS = 64  # that the statistics are compared with when training starts
 # Any larger group ruins random access; float16 features hardly compress.
 _WRITER_OPTIONS = "group_size:1,uncompressed"
 _DTYPES = {
@@ -27,6 +32,7 @@ _DTYPES = {
     "clip": np.float16,  # Tc Dc
     "sync": np.float16,  # Ts Ds
     "text": np.float16,  # Tt Dt
+    "text_row": np.int32,  # a scalar, in place of `text`: its row in the text table
 }
 
 
@@ -35,37 +41,60 @@ class RecordError(ValueError):
 
 
 def serialize(record: Mapping) -> bytes:
-    """Pack a record: {id: str, caption: str, latent_mean, latent_std, text[, clip, sync]: arrays}.
+    """Pack a record: {id: str, caption: str, latent_mean, latent_std, text or text_row[, clip,
+    sync]}.
 
-    Latents become float32, features float16. A record without video lacks clip and sync.
+    Latents become float32, features float16. A record without video lacks clip and sync; one whose
+    text features are in the folder's text table has `text_row` (an integer) in place of `text`.
 
     Raises:
       RecordError: a value that is not finite, also one too large for float16.
     """
-    packed = {"id": record["id"], "caption": record["caption"], "version": VERSION}
-    for name in _DTYPES:
+    values, shapes = {}, {}
+    for name, dtype in _DTYPES.items():
         if name in record:
             with np.errstate(over="ignore"):
-                packed[name] = np.asarray(record[name]).astype(_DTYPES[name])
-            if not np.isfinite(packed[name]).all():
-                kind = np.dtype(_DTYPES[name]).name
-                raise RecordError(f"{record['id']}: {name} is not finite as {kind}")
-    return serialization.msgpack_serialize(packed)
+                array = np.asarray(record[name]).astype(dtype)
+            if not np.isfinite(array).all():
+                raise RecordError(f"{record['id']}: {name} is not finite as {np.dtype(dtype).name}")
+            values[name], shapes[name] = array.tobytes(), array.shape
+    # A feature beyond those that TFDS is told of: it makes a record readable by itself.
+    schema = json.dumps({"version": VERSION, "shapes": shapes}).encode()
+    texts = {"schema": schema, "id": record["id"].encode(), "caption": record["caption"].encode()}
+    return example.pack(texts | values)
+
+
+@functools.lru_cache(maxsize=64)
+def _parse_schema(schema: bytes) -> dict:
+    schema = json.loads(schema)
+    if schema["version"] != VERSION:
+        raise RecordError(
+            f"a record of version {schema['version']}, this program reads version {VERSION}"
+        )
+    return schema["shapes"]
 
 
 def deserialize(data: bytes) -> dict:
-    """Unpack what `serialize` packed; the arrays are read-only views.
+    """Unpack what `serialize` packed; the arrays are read-only views, which are not aligned.
 
     Raises:
       RecordError: not a record, or one of another version.
     """
+    record = {}
     try:
-        record = serialization.msgpack_restore(data)
-        version = record.pop("version")
-    except Exception as error:  # msgpack has no common class for what damaged bytes raise
-        raise RecordError(f"not a record: {error}") from error
-    if version != VERSION:
-        raise RecordError(f"a record of version {version}, this program reads version {VERSION}")
+        spans = example.unpack(data)
+        shapes = _parse_schema(data[slice(*spans["schema"])])
+        for name in ("id", "caption"):
+            record[name] = data[slice(*spans[name])].decode()
+        for name, shape in shapes.items():
+            start, end = spans[name]
+            dtype = _DTYPES[name]
+            count = (end - start) // dtype().itemsize
+            record[name] = np.frombuffer(data, dtype, count, start).reshape(shape)
+    except RecordError:
+        raise
+    except Exception as error:  # damaged bytes can raise whatever the steps above raise
+        raise RecordError(f"not a record: {type(error).__name__}: {error}") from error
     return record
 
 
@@ -82,6 +111,32 @@ def write_shard(path, records: Iterable[bytes]) -> None:
             writer.close()
         if temporary.stat().st_size < size:
             raise OSError(f"{path}: could not be written whole (is the disk full?)")
+
+
+def write_text_table(folder, features: Iterable[np.ndarray]) -> dict:
+    """Write the text features that records name by `text_row`; returns Manifest.text_table.
+
+    Args:
+      folder: of the records.
+      features: (Tt, Dt) each, in the order of their rows; any iterable, nothing is kept.
+
+    Raises:
+      RecordError: features that are not finite as float16.
+    """
+    path, rows = epath.Path(folder) / TEXT_TABLE, 0
+
+    def packed():
+        nonlocal rows
+        for array in features:
+            with np.errstate(over="ignore"):
+                array = np.asarray(array).astype(np.float16)
+            if not np.isfinite(array).all():
+                raise RecordError(f"{path}: text features of row {rows} are not finite as float16")
+            rows += 1
+            yield array.tobytes()
+
+    write_shard(path, packed())
+    return {"rows": rows, "bytes": path.stat().length}
 
 
 def latent_sums(mean: np.ndarray, std: np.ndarray) -> np.ndarray:
@@ -113,10 +168,11 @@ class Manifest:
       has_video: whether records have clip and sync features.
       num_records: in all.
       num_failures: clips left out.
-      fields: {name: {"shape": [...], "dtype": str}} of the arrays in each record.
+      fields: {name: {"shape": [...], "dtype": str}} of the arrays in each record as it is read.
       latent_mean, latent_std: per channel, of the drawn latents.
       shards: [{"name", "records", "bytes"}] in reading order.
       fingerprint: hash of the records.
+      text_table: {"rows", "bytes"} of the text table, or None: the records hold the text features.
     """
 
     sequence: SequenceConfig
@@ -130,6 +186,7 @@ class Manifest:
     latent_std: list[float]
     shards: list[dict]
     fingerprint: str
+    text_table: dict | None = None
     version: int = VERSION
 
     @property
@@ -139,7 +196,7 @@ class Manifest:
 
 
 def describe_fields(record: Mapping) -> dict:
-    """Manifest.fields of a deserialized record."""
+    """Manifest.fields of a record."""
     return {
         name: {"shape": list(record[name].shape), "dtype": record[name].dtype.name}
         for name in _DTYPES
@@ -149,7 +206,7 @@ def describe_fields(record: Mapping) -> dict:
 
 def write_manifest(folder, manifest: Manifest) -> None:
     """Write manifest.json, atomically: from then on the folder counts as whole."""
-    with atomic_path(Path(folder) / MANIFEST) as temporary:
+    with atomic_path(epath.Path(folder) / MANIFEST) as temporary:
         temporary.write_text(json.dumps(dataclasses.asdict(manifest), indent=1) + "\n")
 
 
@@ -159,7 +216,7 @@ def read_manifest(folder) -> Manifest:
     Raises:
       RecordError: no such folder, no manifest, a damaged one, or one of another version.
     """
-    folder = Path(folder)
+    folder = epath.Path(folder)
     path = folder / MANIFEST
     if not folder.is_dir():
         raise RecordError(f"{folder}: no such records folder")
@@ -184,7 +241,7 @@ class RecordSource:
     """Random access to a records folder: picklable, for any number of threads and processes.
 
     Attributes:
-      path: the folder.
+      path: the folder, local or of a remote file system that etils.epath knows (gs://...).
       manifest: its Manifest.
 
     Raises:
@@ -193,52 +250,107 @@ class RecordSource:
     """
 
     def __init__(self, path):
-        self.path = Path(path)
+        self.path = epath.Path(path)
         self.manifest = read_manifest(self.path)
-        shards = {shard["name"]: shard for shard in self.manifest.shards}
-        there = {file.name: file for file in self.path.glob("*.array_record")}
-        for name, shard in shards.items():
+        files = {shard["name"]: shard for shard in self.manifest.shards}
+        shards = list(files)
+        if self.manifest.text_table:
+            files[TEXT_TABLE] = self.manifest.text_table
+        there = {file.name: file for file in self.path.iterdir()}
+        for name, file in files.items():
             if name not in there:
                 raise RecordError(f"{self.path / name}: missing, the manifest lists it")
-            size = there[name].stat().st_size
-            if size != shard["bytes"]:
+            size = there[name].stat().length
+            if size != file["bytes"]:
                 raise RecordError(
-                    f"{self.path / name}: {size} bytes, the manifest says {shard['bytes']}: "
+                    f"{self.path / name}: {size} bytes, the manifest says {file['bytes']}: "
                     "cut off or replaced"
                 )
-        if extra := sorted(there.keys() - shards.keys()):
+        if extra := sorted(n for n in there if n.endswith(".array_record") and n not in files):
             raise RecordError(f"{self.path / extra[0]}: not in the manifest")
         if not shards or not self.manifest.num_records:
             raise RecordError(f"{self.path}: no records")
+        self._reader = self._open(shards, self.manifest.num_records)
+        self._texts = None
+        if self.manifest.text_table:
+            self._texts = self._open([TEXT_TABLE], self.manifest.text_table["rows"])
+
+    def _open(self, names: list[str], count: int):
         try:
             # Picklable itself: each process opens the files when it first reads from them.
-            self._reader = array_record_data_source.ArrayRecordDataSource(
-                [str(self.path / name) for name in shards]
+            reader = array_record_data_source.ArrayRecordDataSource(
+                [str(self.path / name) for name in names]
             )
         except Exception as error:  # its C++ code raises what it likes
             raise RecordError(f"{self.path}: unreadable ({error})") from error
-        if len(self._reader) != self.manifest.num_records:
-            raise RecordError(
-                f"{self.path}: {len(self._reader)} records, the manifest says "
-                f"{self.manifest.num_records}"
-            )
+        if len(reader) != count:
+            raise RecordError(f"{self.path}: {len(reader)} records, the manifest says {count}")
+        return reader
 
     @property
     def empty_text(self) -> np.ndarray:
         """The text encoder's features of the empty text, (Tt, Dt) float32."""
-        return np.load(self.path / EMPTY_TEXT)
+        with (self.path / EMPTY_TEXT).open("rb") as file:
+            return np.load(file)
 
     def __len__(self) -> int:
         return self.manifest.num_records
 
     def __getitem__(self, index: int) -> dict:
-        """Record `index`: see `serialize` for its fields.
+        """Record `index`: see `serialize` for its fields; `text` is always there.
 
         Raises:
           IndexError: no such record.
-          RecordError: damaged.
+          RecordError: damaged, or not as the manifest says; names the folder and the record.
         """
         index = operator.index(index)
         if not 0 <= index < len(self):
             raise IndexError(f"record {index} of {len(self)}")
-        return deserialize(self._reader[index])
+        try:
+            record = deserialize(self._reader[index])
+            if self._texts is not None:
+                row = int(record.pop("text_row"))
+                shape = self.manifest.fields["text"]["shape"]
+                record["text"] = np.frombuffer(self._texts[row], np.float16).reshape(shape)
+        except Exception as error:  # the C++ reader has no class of its own for damaged bytes
+            raise RecordError(f"{self.path}, record {index}: {error}") from error
+        for name, field in self.manifest.fields.items():
+            if name not in record or list(record[name].shape) != field["shape"]:
+                found = record[name].shape if name in record else "missing"
+                raise RecordError(
+                    f"{self.path}, record {index}: {name} is {found}, the manifest says "
+                    f"{tuple(field['shape'])}"
+                )
+        return record
+
+    def check_statistics(self, count: int = CHECKED_CLIPS) -> None:
+        """Compare the manifest's latent statistics with those of some clips, evenly chosen.
+
+        Means may be off by ten standard errors (from the spread between the clips) and a tenth of
+        the standard deviation, stds by a factor of 2: more than chance does, less than latents of
+        another codec or scale. All clips together must agree to 0.1%.
+
+        Raises:
+          RecordError: they do not fit the records.
+        """
+        count = min(count, len(self))
+        chosen = np.linspace(0, len(self) - 1, count).round().astype(int)
+        clips = [self[i] for i in chosen]
+        sums = np.stack([latent_sums(clip["latent_mean"], clip["latent_std"]) for clip in clips])
+        mean, std = latent_statistics(sums.sum(axis=0))
+        told_mean = np.array(self.manifest.latent_mean)
+        told_std = np.array(self.manifest.latent_std)
+        scale = np.maximum(told_std, 1e-6)
+        if count == len(self):
+            good = (abs(mean - told_mean) <= 1e-3 * scale) & (abs(std - told_std) <= 1e-3 * scale)
+        else:
+            error = (sums[:, 1] / sums[:, 0]).std(axis=0) / np.sqrt(count)
+            ratio = np.maximum(std, 1e-6) / scale
+            good = (abs(mean - told_mean) <= 10 * error + 0.1 * scale) & (abs(np.log2(ratio)) <= 1)
+        if not good.all():
+            worst = int(np.argmin(good))
+            raise RecordError(
+                f"{self.path / MANIFEST}: its latent statistics do not fit the records: channel "
+                f"{worst} has mean {told_mean[worst]:.4g}, std {told_std[worst]:.4g} there, "
+                f"{mean[worst]:.4g}, {std[worst]:.4g} over {count} records: extract again"
+            )

@@ -21,6 +21,7 @@ import secrets
 import shutil
 import sys
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
@@ -78,6 +79,7 @@ class _Job:
     encoders: Encoders
     codec: object
     video: bool
+    text_rows: Mapping[str, int]  # of each caption in the text table
 
     def read(self, clip: Clip) -> tuple[dict, np.ndarray]:
         """The clip's record without its latents, and its sound."""
@@ -86,7 +88,7 @@ class _Job:
         record = {"id": clip.id, "caption": clip.caption}
         if self.video:
             record["clip"], record["sync"] = encode_video(clip.path, self.sequence, self.encoders)
-        record["text"] = self.encoders.encode_text(clip.caption, self.sequence)
+        record["text_row"] = self.text_rows[clip.caption]
         return record, audio
 
     def encode(self, record: dict, audio: np.ndarray) -> tuple[bytes, np.ndarray]:
@@ -116,13 +118,14 @@ class _Job:
 _worker_job = None
 
 
-def _start_worker(sequence, spec, codec_folder, video):
+def _start_worker(sequence, spec, codec_folder, video, text_rows):
     global _worker_job
     # One process per core: further threads only get into each other's way, and an accelerator
     # has no room for several processes.
     threadpool_limits(1)
     jax.config.update("jax_platforms", "cpu")
-    _worker_job = _Job(sequence, encoders_from_spec(spec), load_codec(codec_folder), video)
+    encoders, codec = encoders_from_spec(spec), load_codec(codec_folder)
+    _worker_job = _Job(sequence, encoders, codec, video, text_rows)
     parent = multiprocessing.parent_process()
     # A worker that waits for work does not notice that its parent was killed.
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
@@ -144,7 +147,7 @@ def _results(job: _Job, codec_folder: Path, clips: list[Clip], workers: int):
         return
     finish = job.finish if job.codec.on_device else lambda clip, found: found
     spawn = multiprocessing.get_context("spawn")
-    init = (job.sequence, job.encoders.spec(), codec_folder, job.video)
+    init = (job.sequence, job.encoders.spec(), codec_folder, job.video, job.text_rows)
     with concurrent.futures.ProcessPoolExecutor(workers, spawn, _start_worker, init) as pool:
         # Submitted a few at a time: results that wait to be written take memory.
         waiting = []
@@ -253,7 +256,7 @@ def _prepare_codec(out: Path, source, clips: list[Clip], sequence: SequenceConfi
 
 
 def _merge(out: Path, chunks: int, listed: list, job: _Job) -> records.Manifest:
-    """Write failures.tsv, the empty text's features, and, last, the manifest.
+    """Write failures.tsv, the text features, and, last, the manifest.
 
     Raises:
       ExtractError: no clip could be used.
@@ -275,7 +278,15 @@ def _merge(out: Path, chunks: int, listed: list, job: _Job) -> records.Manifest:
             f"none of {len(failures)} clips could be used, the first: {failures[0][1]}"
         )
     with atomic_path(out / records.EMPTY_TEXT) as temporary, open(temporary, "wb") as file:
-        np.save(file, job.encoders.encode_text("", job.sequence).astype(np.float32))
+        empty_text = job.encoders.encode_text("", job.sequence).astype(np.float32)
+        np.save(file, empty_text)
+    captions = tqdm(job.text_rows, desc="Captions", unit="caption")
+    text_table = records.write_text_table(
+        out, (job.encoders.encode_text(caption, job.sequence) for caption in captions)
+    )
+    fields = next(part["fields"] for part in parts if part["records"])
+    del fields["text_row"]
+    fields["text"] = {"shape": list(empty_text.shape), "dtype": "float16"}
     mean, std = records.latent_statistics(
         np.sum([part["sums"] for part in parts if part["records"]], axis=0)
     )
@@ -287,11 +298,12 @@ def _merge(out: Path, chunks: int, listed: list, job: _Job) -> records.Manifest:
         has_video=job.video,
         num_records=sum(shard["records"] for shard in shards),
         num_failures=len(failures),
-        fields=next(part["fields"] for part in parts if part["records"]),
+        fields=fields,
         latent_mean=mean.tolist(),
         latent_std=std.tolist(),
         shards=shards,
         fingerprint=hashlib.sha256(hashes.encode()).hexdigest()[:16],
+        text_table=text_table,
     )
     records.write_manifest(out, manifest)
     return manifest
@@ -360,7 +372,9 @@ def extract(
     })  # fmt: skip
     used = _prepare_codec(out, codec, clips, sequence)
     check_codec(used, sequence)
-    job = _Job(sequence, encoders, used, video)
+    # Every shard numbers the captions alike; repeated ones are encoded and stored once.
+    text_rows = {text: row for row, text in enumerate(sorted({clip.caption for clip in clips}))}
+    job = _Job(sequence, encoders, used, video, text_rows)
     if (out / records.MANIFEST).exists():
         print(f"{out}: already complete")
         return records.read_manifest(out)
