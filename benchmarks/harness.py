@@ -1,4 +1,4 @@
-"""What the benchmarks share: timing, the machine's peak, inputs of the right shapes, the JSON line."""
+"""What the benchmarks share: timing, the machine's peak, inputs, the JSON line."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from vcm_jax.models import Conditions
 
 
 def timed(call, repeats: int, warmup: int = 1) -> dict[str, float]:
-    """Milliseconds of `call()`, waiting for its result: minimum, median, maximum, number of runs."""
+    """Milliseconds of `call()` with its result awaited: minimum, median, maximum, how many."""
     for _ in range(warmup):
         jax.block_until_ready(call())
     ms = []
@@ -62,14 +62,15 @@ def peak_memory_bytes() -> int:
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def conditions(config, batch_size: int, like=np.zeros) -> Conditions:
-    """Raw features of a batch; `like(shape, dtype)` makes each array."""
+def conditions(config, batch_size: int) -> Conditions:
+    """Shapes of the raw features of a batch."""
     shape = lambda name: (
         batch_size,
         getattr(config, f"{name}_seq_len"),
         getattr(config, f"{name}_dim"),
     )
-    return Conditions(*(like(shape(name), jnp.float32) for name in ("clip", "sync", "text")))
+    like = lambda name: jax.ShapeDtypeStruct(shape(name), jnp.float16)
+    return Conditions(*map(like, ("clip", "sync", "text")))
 
 
 def random_like(tree, seed: int = 0):

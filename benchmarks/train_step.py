@@ -27,7 +27,7 @@ def abstract_batch(config, batch_size: int) -> dict:
     """Shapes of the batch that the data pipeline gives."""
     like = jax.ShapeDtypeStruct
     latent = like((batch_size, config.latent_seq_len, config.latent_dim), jnp.float32)
-    cond = harness.conditions(config, batch_size, like)
+    cond = harness.conditions(config, batch_size)
     flag = like((batch_size,), jnp.bool_)
     return {
         "latent_mean": latent, "latent_std": latent, "clip": cond.clip, "sync": cond.sync,
