@@ -4,6 +4,10 @@ Sequences are channel-last, `B L D`. Modules take `dtype`, the dtype of matrix p
 activations; parameters stay float32, and normalisations are computed in at least float32.
 Names of modules and parameters follow MMAudio's state dict, so that
 `interop.weights` can map them by rule.
+
+Elementwise functions between two matrix products are under `jax.checkpoint`: the backward pass
+computes them again from their inputs, which are kept anyway. That brings small_16k in bfloat16 from
+205 to 121 MiB of activations a sample, at the same speed, and repeats no matrix product.
 """
 
 import flax.linen as nn
@@ -70,6 +74,12 @@ def zero_dense(features: int, kernel_size: int | None = None, **kwargs) -> Dense
     return Dense(features, kernel_size, kernel_init=zeros, bias_init=zeros, **kwargs)
 
 
+@jax.checkpoint
+def gate(a, b):
+    """`silu(a) * b`."""
+    return nn.silu(a) * b
+
+
 class GatedMLP(nn.Module):
     """`w2(silu(w1 x) * w3 x)` without biases; with `kernel_size` the three are convolutions."""
 
@@ -82,8 +92,8 @@ class GatedMLP(nn.Module):
         layer = lambda features, name: Dense(
             features, self.kernel_size, use_bias=False, dtype=self.dtype, name=name
         )
-        gate = nn.silu(layer(self.mlp_dim, "w1")(x))
-        return layer(x.shape[-1], "w2")(gate * layer(self.mlp_dim, "w3")(x))
+        gated = gate(layer(self.mlp_dim, "w1")(x), layer(self.mlp_dim, "w3")(x))
+        return layer(x.shape[-1], "w2")(gated)
 
 
 def layer_norm(x):
@@ -94,20 +104,10 @@ def layer_norm(x):
     return y.astype(x.dtype)
 
 
-def modulate(x, shift, scale):
-    """`x (1 + scale) + shift`."""
-    return x * (1 + scale) + shift
-
-
-class RMSNorm(nn.Module):
-    """Root-mean-square normalisation over the last axis with a learned scale."""
-
-    @nn.compact
-    def __call__(self, x):
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
-        y = at_least_float32(x)
-        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + FLOAT32_EPS)
-        return (y * scale.reshape((1,) * (y.ndim - 1) + (-1,))).astype(x.dtype)
+@jax.checkpoint
+def modulated_norm(x, shift, scale):
+    """`layer_norm(x) (1 + scale) + shift`."""
+    return layer_norm(x) * (1 + scale) + shift
 
 
 class TimestepEmbedder(nn.Module):
@@ -148,6 +148,24 @@ def rotate(x, angles):
     return rotated.reshape(x.shape).astype(x.dtype)
 
 
+class RMSNorm(nn.Module):
+    """Root-mean-square normalisation over the last axis with a learned scale, then `rotate`."""
+
+    @nn.compact
+    def __call__(self, x, angles=None):
+        """`B L H dh`; rotated where angles `L dh/2` are given."""
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+
+        @jax.checkpoint
+        def normalised(x, scale):
+            y = at_least_float32(x)
+            y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + FLOAT32_EPS)
+            y = (y * scale.reshape((1,) * (y.ndim - 1) + (-1,))).astype(x.dtype)
+            return y if angles is None else rotate(y, angles)
+
+        return normalised(x, scale)
+
+
 class HeadsDense(nn.Module):
     """Linear layer to queries, keys and values of every head: `B L D` -> `3 B L H dh`."""
 
@@ -180,10 +198,7 @@ class QKV(nn.Module):
     @nn.compact
     def __call__(self, x, angles=None):
         q, k, v = HeadsDense(self.num_heads, self.dtype, name="qkv")(x)
-        q, k = RMSNorm(name="q_norm")(q), RMSNorm(name="k_norm")(k)
-        if angles is not None:
-            q, k = rotate(q, angles), rotate(k, angles)
-        return q, k, v
+        return RMSNorm(name="q_norm")(q, angles), RMSNorm(name="k_norm")(k, angles), v
 
 
 def attention(q, k, v):
@@ -228,12 +243,12 @@ class StreamBlock(nn.Module):
 
     def qkv(self, x, m, angles=None):
         """What the stream brings to the attention."""
-        return self.attn(modulate(layer_norm(x), m[0], m[1]), angles)
+        return self.attn(modulated_norm(x, m[0], m[1]), angles)
 
     def update(self, x, attended, m):
         """The stream after the attention and the MLP, `B L D`."""
         x = x + self.linear1(attended) * m[2]
-        return x + self.ffn(modulate(layer_norm(x), m[3], m[4])) * m[5]
+        return x + self.ffn(modulated_norm(x, m[3], m[4])) * m[5]
 
 
 class FusedBlock(StreamBlock):

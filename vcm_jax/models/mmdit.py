@@ -186,5 +186,5 @@ class FinalLayer(nn.Module):
     def __call__(self, x, c):
         m = layers.zero_dense(2 * x.shape[-1], dtype=self.dtype, name="adaLN_modulation_1")(c)
         shift, scale = jnp.split(m, 2, -1)
-        x = layers.modulate(layers.layer_norm(x), shift, scale)
+        x = layers.modulated_norm(x, shift, scale)
         return layers.zero_dense(self.features, 7, dtype=self.dtype, name="conv")(x)

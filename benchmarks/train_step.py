@@ -1,0 +1,105 @@
+"""What one training step costs, as one JSON line.
+
+    python benchmarks/train_step.py --model=small_16k --batch=4
+    python benchmarks/train_step.py --model=small_16k --batch=512 --dtype=bfloat16
+    python benchmarks/train_step.py --model=small_16k --batch=64 --count_only
+
+The step is the whole of it: latents drawn, all forward passes, the backward pass, clipping, AdamW
+and two averages. `mfu` is model_gflop_per_sample x samples_per_s / (peak_tflops x devices), where
+the peak is a matrix product measured in the same run.
+"""
+
+import argparse
+import functools
+
+import harness
+import jax
+import jax.numpy as jnp
+
+from vcm_jax import sharding
+from vcm_jax.models import MODELS, MMDiT
+from vcm_jax.models.flops import vcm_step_flops
+from vcm_jax.train_state import OptimizerConfig, make_init, make_optimizer
+from vcm_jax.train_step import StepConfig, train_step
+
+
+def abstract_batch(config, batch_size: int) -> dict:
+    """Shapes of the batch that the data pipeline gives."""
+    like = jax.ShapeDtypeStruct
+    latent = like((batch_size, config.latent_seq_len, config.latent_dim), jnp.float32)
+    cond = harness.conditions(config, batch_size)
+    flag = like((batch_size,), jnp.bool_)
+    return {
+        "latent_mean": latent, "latent_std": latent, "clip": cond.clip, "sync": cond.sync,
+        "text": cond.text, "has_video": flag, "has_text": flag,
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="small_16k", choices=list(MODELS))
+    parser.add_argument("--batch", type=int, default=4, help="global batch size")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--mesh", default="-1,1,1", help="data,fsdp,tensor")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--count_only", action="store_true", help="compile and count, do not run")
+    args = parser.parse_args()
+
+    model, dtype = MODELS[args.model], jnp.dtype(args.dtype)
+    mesh = sharding.make_mesh(*map(int, args.mesh.split(",")))
+    sharding.check_batch_size(args.batch, mesh)
+    net, config = MMDiT(model, dtype), StepConfig(steps=300_000)
+    optimizer = make_optimizer(OptimizerConfig())
+    stats = {
+        "latent_mean": jnp.zeros(model.latent_dim),
+        "latent_std": jnp.ones(model.latent_dim),
+        "empty_text": jnp.zeros((model.text_seq_len, model.text_dim)),
+    }
+    init, key = make_init(net, stats, optimizer, (0.05, 0.10)), jax.random.key(0)
+    shardings = sharding.state_shardings(jax.eval_shape(init, key), mesh, model.num_heads)
+    rows, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
+    constrain = lambda tree: jax.lax.with_sharding_constraint(tree, rows)
+    step = jax.jit(
+        functools.partial(
+            train_step, net=net, optimizer=optimizer, config=config, constrain=constrain
+        ),
+        in_shardings=(shardings, rows, whole),
+        out_shardings=(shardings, whole),
+        donate_argnums=0,
+    )
+    shapes = abstract_batch(model, args.batch)
+    step, compile_s = harness.compiled(step, jax.eval_shape(init, key), shapes, key)
+    memory = step.memory_analysis()
+    model_gflop = vcm_step_flops(model, config.instant_ratio) / 1e9
+    figures = {
+        "benchmark": "train_step", "model": args.model, "batch": args.batch, "dtype": args.dtype,
+        "mesh": args.mesh, "objective": "vcm", "compile_s": compile_s,
+        "model_gflop_per_sample": model_gflop,
+        "xla_gflop_per_sample": harness.xla_flops(step) / args.batch / 1e9,
+        "state_bytes_per_device": memory.argument_size_in_bytes,
+        "temporary_bytes_per_device": memory.temp_size_in_bytes,
+    }  # fmt: skip
+    if not args.count_only:
+        state = jax.jit(init, out_shardings=shardings)(key)
+        batch = jax.device_put(harness.random_like(shapes), rows)
+        key = jax.device_put(key, whole)
+
+        def call():
+            nonlocal state
+            state, metrics = step(state, batch, key)
+            return metrics
+
+        figures |= harness.timed(call, args.repeats, warmup=2)
+        rate = args.batch / figures["ms_min"] * 1e3
+        peak = harness.peak_tflops(dtype)
+        figures |= {
+            "samples_per_s": rate,
+            "peak_tflops": peak,
+            "mfu": model_gflop * rate / 1e3 / (peak * len(jax.devices())),
+            "peak_memory_bytes": harness.peak_memory_bytes(),
+        }
+    harness.print_line(**figures)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""What the network's matrix products cost, counted by hand: the yardstick of the MFU.
+
+One multiply-add is two operations; norms, activations and the softmax are left out. XLA's own count
+of a compiled program is the other yardstick (`benchmarks/train_step.py` prints both).
+"""
+
+from vcm_jax.models.config import ModelConfig
+
+
+def forward_flops(config: ModelConfig) -> dict[str, float]:
+    """Operations of one forward pass over one clip, by part; the reference's arrangement.
+
+    Returns:
+      `conditions` (the projections of clip, sync and text and the global condition), `audio` (the
+      projector of the latents), `adaln`, `projections` (to queries, keys and values, and the
+      linear layers of the text stream and the time embedders), `attention`, `convolutions` (of the
+      blocks and the final layer).
+    """
+    c, width = config, config.hidden_dim
+    latent, clip, text = c.latent_seq_len, c.clip_seq_len, c.text_seq_len
+    dense = lambda rows, inputs, outputs, kernel=1: 2.0 * rows * inputs * outputs * kernel
+    mlp = lambda rows, kernel=1: 3 * dense(rows, width, c.mlp_dim, kernel)
+    attend = lambda queries, keys: 2 * dense(queries, keys, width)
+
+    cost = {
+        "conditions": dense(clip, c.clip_dim, width) + mlp(clip, 3)
+        + dense(c.sync_seq_len, c.sync_dim, width, 7) + mlp(c.sync_seq_len, 3)
+        + dense(text, c.text_dim, width) + mlp(text)
+        + dense(2, width, width) + mlp(1),
+        "audio": dense(latent, c.latent_dim, width, 7) + mlp(latent, c.audio_kernel),
+        "adaln": dense(1, width, 2 * width),
+        "projections": 2 * (dense(1, 256, width) + dense(1, width, width)),
+        "attention": 0.0,
+        "convolutions": dense(latent, width, c.latent_dim, 7),
+    }  # fmt: skip
+    for block in range(c.depth):
+        joint, last = block < c.joint_depth, block == c.joint_depth - 1
+        tokens = latent + (clip + text) * joint
+        cost["adaln"] += dense(latent, width, 6 * width)
+        cost["adaln"] += 2 * dense(1, width, (2 if last else 6) * width) * joint
+        cost["projections"] += dense(tokens, width, 3 * width)
+        cost["attention"] += attend(latent if last else tokens, tokens)
+        cost["convolutions"] += dense(latent, width, width, 3) + mlp(latent, 3)
+        if joint and not last:
+            cost["convolutions"] += dense(clip, width, width, 3) + mlp(clip, 3)
+            cost["projections"] += dense(text, width, width) + mlp(text)
+    return cost
+
+
+def vcm_step_flops(config: ModelConfig, instant_ratio: float = 0.75) -> float:
+    """Operations a sample of the VCM training step: 262e9 for small_16k at the ratio 0.75.
+
+    The null branch for all rows, the guided velocity and the later average velocity of the s < t
+    rows, and one differentiated pass, which counts three times; the conditions are encoded once,
+    the null condition once per batch, and the passes that share x_t share its projector.
+    """
+    cost, later = forward_flops(config), 1 - instant_ratio
+    passes = 1 + 2 * later + 3
+    repeated = 3 * cost["conditions"] + (3 + later) * cost["audio"]
+    rest = sum(cost.values()) - cost["conditions"] - cost["audio"]
+    return passes * rest + repeated
