@@ -121,11 +121,11 @@ def rate(make_batches) -> dict:
     }
 
 
-def reader(folder: Path, workers: int):
+def reader(folder: Path, workers: int, batch_size: int):
     """count -> that many batches through the library."""
     mixed = mixture.mix([records.RecordSource(folder)], [1.0], 0)
     return lambda count: mixture.batches(
-        mixed, SHAPES, batch_size=BATCH.value, first_step=0, last_step=count, num_workers=workers
+        mixed, SHAPES, batch_size=batch_size, first_step=0, last_step=count, num_workers=workers
     )
 
 
@@ -167,14 +167,12 @@ def _private_mb() -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1024
 
 
-def memory(folder: Path, queue) -> None:
-    """In a fresh process: memory before and after 50 batches from all over a corpus."""
+def memory(folder: Path, batch_size: int) -> dict:
+    """Private memory in MB before and after 50 batches from all over a corpus."""
     before = _private_mb()
-    start = time.perf_counter()
-    found = reader(folder, 0)(50)
-    for _ in range(50):
-        next(found)
-    queue.put((before, _private_mb(), time.perf_counter() - start))
+    for _ in reader(folder, 0, batch_size)(50):
+        pass
+    return {"before": round(before), "after": round(_private_mb())}
 
 
 def resume_seconds(folder: Path) -> float:
@@ -199,23 +197,20 @@ def main(_):
             "text_in_records": round(size(inline) / RECORDS.value / 1024, 1),
         },
         "memmap": rate(memmap_reader(root / "memmap")),
-        "text_in_records": rate(reader(inline, 0)),
+        "text_in_records": rate(reader(inline, 0, BATCH.value)),
     }
     for workers in map(int, WORKERS.value):
-        result[f"workers_{workers}"] = rate(reader(table, workers))
+        result[f"workers_{workers}"] = rate(reader(table, workers, BATCH.value))
     result["resume_s"] = round(min(resume_seconds(table) for _ in range(3)), 3)
     if LARGE.value:
         large = link_corpus(root / "large", table, LARGE.value)
         result["large_gb"] = round(size(large) / 1e9, 1)
         result["large_resume_s"] = round(min(resume_seconds(large) for _ in range(3)), 3)
-        spawn = multiprocessing.get_context("spawn")
         for name, folder in (("small", table), ("large", large)):
-            queue = spawn.Queue()
-            process = spawn.Process(target=memory, args=(folder, queue))
-            process.start()
-            before, after, _ = queue.get()
-            process.join()
-            result[f"{name}_private_mb"] = {"before": round(before), "after": round(after)}
+            spawn = multiprocessing.get_context("spawn")
+            with concurrent.futures.ProcessPoolExecutor(1, spawn) as fresh:
+                found = fresh.submit(memory, folder, BATCH.value).result()
+            result[f"{name}_private_mb"] = found
         shutil.rmtree(large)
     print(json.dumps(result))
 

@@ -11,6 +11,7 @@ FLOORS = [
      "metrics", "models"},
     {"sampling", "sharding", "data"},
     {"features"},
+    {"data.corpora", "data.builder", "data.validate"},
     {"train_state"},
     {"train_step", "checkpoint", "writer", "interop"},
     {"train"},

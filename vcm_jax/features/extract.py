@@ -59,13 +59,16 @@ def encode_video(
     return encoders.encode_frames(frames, sequence)
 
 
-def read_sound(path, sequence: SequenceConfig, shortest: float) -> np.ndarray:
-    """A clip's sound, (sequence.num_samples,) float32, cut or zero-padded.
+def read_sound(path, sequence: SequenceConfig, shortest: float, start: float = 0.0) -> np.ndarray:
+    """A clip's sound from `start` (seconds) on, (sequence.num_samples,) float32, cut or
+    zero-padded.
 
     Raises:
       MediaError: unreadable, no sound, shorter than `shortest` seconds, or digital silence.
     """
-    audio = read_audio(path, sequence.sample_rate, sequence.num_samples, shortest)
+    skipped = round(start * sequence.sample_rate)
+    num_samples = skipped + sequence.num_samples
+    audio = read_audio(path, sequence.sample_rate, num_samples, shortest)[skipped:]
     if is_silent(audio):
         raise MediaError(f"{path}: digital silence")
     return audio
@@ -84,7 +87,7 @@ class _Job:
     def read(self, clip: Clip) -> tuple[dict, np.ndarray]:
         """The clip's record without its latents, and its sound."""
         shortest = self.sequence.duration if self.video else 0.0
-        audio = read_sound(clip.path, self.sequence, shortest)
+        audio = read_sound(clip.path, self.sequence, shortest, clip.start)
         record = {"id": clip.id, "caption": clip.caption}
         if self.video:
             record["clip"], record["sync"] = encode_video(clip.path, self.sequence, self.encoders)
@@ -212,7 +215,7 @@ def _fit_codec(clips: list[Clip], sequence: SequenceConfig):
         with tqdm(total=min(len(clips), _FIT_CLIPS), desc="Fitting the codec", unit="clip") as bar:
             for index in order:
                 try:
-                    sound = read_sound(clips[index].path, sequence, 0.0)
+                    sound = read_sound(clips[index].path, sequence, 0.0, clips[index].start)
                 except MediaError as error:
                     reasons.append(str(error))
                     continue
@@ -360,7 +363,8 @@ def extract(
         raise ExtractError(f"none of {len(listed)} rows can be used, the first: {listed[0]}")
 
     encoders = WeightsFreeEncoders(clip_dim, sync_dim, text_dim)
-    names = [[clip.id, clip.caption] for clip in clips] + [clip_id for clip_id, _ in listed]
+    names = [[clip.id, clip.caption, clip.start] for clip in clips]
+    names += [clip_id for clip_id, _ in listed]
     out.mkdir(parents=True, exist_ok=True)
     _claim(out, {
         "version": records.VERSION,
@@ -402,10 +406,12 @@ def extract(
     return _merge(out, chunks, listed, job)
 
 
-def _define_flags():
-    flags.DEFINE_string("videos", None, "Folder of videos.")
-    flags.DEFINE_string("sounds", None, "Folder of sounds, instead of videos.")
-    flags.DEFINE_string("captions", None, "TSV with the columns id and caption.")
+def define_flags(sources: bool = True):
+    """The flags of this command; without `sources` those that a corpus' own command shares."""
+    if sources:
+        flags.DEFINE_string("videos", None, "Folder of videos.")
+        flags.DEFINE_string("sounds", None, "Folder of sounds, instead of videos.")
+        flags.DEFINE_string("captions", None, "TSV with the columns id and caption.")
     flags.DEFINE_string("out", None, "Records folder to write.", required=True)
     flags.DEFINE_string("codec", None, "Codec folder; without it one is fitted.")
     flags.DEFINE_float("duration", 8.0, "Seconds per clip.")
@@ -416,25 +422,35 @@ def _define_flags():
     flags.DEFINE_string("shard", "0/1", "i/n: this process does the i-th of n shares.")
 
 
+def settings_from_flags() -> dict:
+    """Arguments of `extract` from those flags, apart from `out`.
+
+    Raises:
+      ExtractError: --shard is not i/n.
+    """
+    names = [n for n in inspect.signature(extract).parameters if n not in ("out", "shard")]
+    index, _, count = flags.FLAGS.shard.partition("/")
+    if not (index.isdecimal() and count.isdecimal()):
+        raise ExtractError("--shard must be i/n, for example 0/4")
+    settings = {name: flags.FLAGS[name].value for name in names if name in flags.FLAGS}
+    return settings | {"shard": (int(index), int(count))}
+
+
 def main(argv):
     if argv[1:]:
         raise app.UsageError(f"not understood: {' '.join(argv[1:])}")
-    names = [name for name in inspect.signature(extract).parameters if name != "shard"]
-    args = {name: flags.FLAGS[name].value for name in names}
+    out = flags.FLAGS["out"].value
     try:
-        index, _, count = flags.FLAGS.shard.partition("/")
-        if not (index.isdecimal() and count.isdecimal()):
-            raise ExtractError("--shard must be i/n, for example 0/4")
-        manifest = extract(**args, shard=(int(index), int(count)))
+        manifest = extract(out, **settings_from_flags())
     except ValueError as error:
         sys.exit(f"error: {error}")
     if manifest:
         print(
-            f"{args['out']}: {manifest.num_records} records, {manifest.num_failures} clips left out"
+            f"{out}: {manifest.num_records} records, {manifest.num_failures} clips left out"
             + (" (listed in failures.tsv)" if manifest.num_failures else "")
         )
 
 
 if __name__ == "__main__":
-    _define_flags()
+    define_flags()
     app.run(main)

@@ -15,15 +15,16 @@ class ListError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Clip:
-    """A clip's id, file, and caption ("" if it has none)."""
+    """A clip's id, file, caption ("" if it has none), and where in the file it starts (seconds)."""
 
     id: str
     path: Path
     caption: str = ""
+    start: float = 0.0
 
 
-def _read_captions(path) -> list[tuple[str, str]]:
-    """[(id, caption)] of a TSV."""
+def _read_captions(path) -> list[tuple[str, str, str, float]]:
+    """[(id, caption, file, start)] of a TSV; without these columns, file is the id and start 0."""
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
@@ -39,7 +40,15 @@ def _read_captions(path) -> list[tuple[str, str]]:
         )
     if not rows:
         raise ListError(f"{path}: no rows below the header")
-    return [((row["id"] or "").strip(), (row["caption"] or "").strip()) for row in rows]
+    found = []
+    for number, row in enumerate(rows, 2):
+        row = {key: (value or "").strip() for key, value in row.items() if isinstance(key, str)}
+        try:
+            start = float(row.get("start") or 0)
+        except ValueError:
+            raise ListError(f"{path}, line {number}: start {row['start']!r} is no number") from None
+        found.append((row["id"], row["caption"], row.get("file") or row["id"], start))
+    return found
 
 
 def list_clips(
@@ -50,8 +59,9 @@ def list_clips(
     Args:
       folder: searched with its subfolders for files with one of the `suffixes`.
       captions: TSV with the columns id and caption. An id is the path of a file inside `folder`,
-        with or without its suffix, or its stem. None takes all files in order of their paths, with
-        empty captions and their paths without suffix as ids.
+        with or without its suffix, or its stem; a column `file` names the file instead, and a
+        column `start` (seconds) where in a sound the clip begins. None takes all files in order of
+        their paths, with empty captions and their paths without suffix as ids.
 
     Returns:
       clips, in the order of the TSV, and [(id, reason)] of the rows that cannot be used.
@@ -70,7 +80,8 @@ def list_clips(
     if not files:
         raise ListError(f"{folder}: no files that end in {', '.join(suffixes)}")
     if captions is None:
-        rows = [(Path(file).with_suffix("").as_posix(), "") for file in files]
+        ids = [Path(file).with_suffix("").as_posix() for file in files]
+        rows = [(clip_id, "", clip_id, 0.0) for clip_id in ids]
     else:
         rows = _read_captions(captions)
     # The more exact way to name a file wins.
@@ -79,8 +90,8 @@ def list_clips(
         names[1][Path(file).with_suffix("").as_posix()].append(file)
         names[2][Path(file).stem].append(file)
     clips, failures, seen = [], [], set()
-    for clip_id, caption in rows:
-        found = next((table[clip_id] for table in names if clip_id in table), [])
+    for clip_id, caption, file, start in rows:
+        found = next((table[file] for table in names if file in table), [])
         if clip_id in seen:
             failures.append((clip_id, "duplicate id"))
         elif len(found) > 1:
@@ -88,6 +99,6 @@ def list_clips(
         elif not found:
             failures.append((clip_id, f"no such file in {folder}"))
         else:
-            clips.append(Clip(clip_id, folder / found[0], caption))
+            clips.append(Clip(clip_id, folder / found[0], caption, start))
         seen.add(clip_id)
     return clips, failures
