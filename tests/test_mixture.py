@@ -2,8 +2,10 @@ import collections
 
 import numpy as np
 import pytest
+from absl import flags
 
 from vcm_jax.data import mixture
+from vcm_jax.data.records import RecordError
 
 SHAPES = mixture.Shapes(clip=(2, 3), sync=(8, 3))
 
@@ -93,3 +95,60 @@ def test_parsing_of_sources():
 def test_a_batch_that_the_processes_do_not_divide():
     with pytest.raises(ValueError, match="batch_size 6 .* 4 processes"):
         read(parts=4)
+
+
+class Damaged(Source):
+    """A source some of whose records cannot be read."""
+
+    def __init__(self, first, size, damaged):
+        super().__init__(first, size)
+        self.damaged = damaged
+
+    def __getitem__(self, index):
+        if index in self.damaged:
+            raise RecordError(f"record {index}: damaged")
+        return super().__getitem__(index)
+
+
+def test_a_damaged_record_is_passed_over_and_reported(caplog):
+    caplog.set_level("WARNING")
+    mixed = mixture.mix([Damaged(0, 7, {2, 3})], [1], 0)
+    kwargs = dict(batch_size=7, first_step=0, last_step=1)
+    (batch,) = mixture.batches(mixed, SHAPES, **kwargs)
+    seen = batch["latent_mean"][:, 0, 0].astype(int).tolist()
+    assert sorted(seen) == [0, 1, 4, 4, 4, 5, 6]
+    assert [i if i not in (2, 3) else 4 for i in (mixed.locate(k)[1] for k in range(7))] == seen
+    assert "damaged record 3 passed over: record 3: damaged" in caplog.text
+    with pytest.raises(RecordError, match="3 damaged records, the last: record [23]: damaged"):
+        list(mixture.batches(mixed, SHAPES, max_damaged=2, **kwargs))
+    with pytest.raises(RecordError, match="damaged"):
+        list(mixture.batches(mixture.mix([Damaged(0, 2, {0, 1})], [1], 0), SHAPES, **kwargs))
+
+
+def test_the_stream_goes_on_exactly_with_other_hosts_and_workers():
+    """From step 1,000 on, whatever reads it, it is the stream of one host that never stopped."""
+    flags.FLAGS.mark_as_parsed()  # worker processes want it
+    mixed = mixture.mix(sources(), [1, 1], 0)
+    sample = lambda i: mixed[i]["latent_mean"][0, 0]
+    expected = [[sample(6 * step + row) for row in range(6)] for step in range(1000, 1004)]
+    for parts, workers in ((1, 0), (3, 0), (1, 2)):
+        found = [
+            numbers(read(1000, 1004, part=part, parts=parts, num_workers=workers))
+            for part in range(parts)
+        ]
+        assert [sum(rows, []) for rows in zip(*found)] == expected, (parts, workers)
+
+
+def test_sources_and_weights_that_do_not_fit():
+    one = Source(0, 3)
+    one.path = "records/a"
+    for reason, given, weights in (
+        ("records/a: weight -1", [one], [-1]),
+        ("records/a: weight 0", [one], [0]),
+        ("0 data sources", [], []),
+        ("1 data sources and 2 weights", [one], [1, 1]),
+        ("records/a is listed twice", [one, one], [1, 1]),
+        ("0: no records", [Source(0, 0)], [1]),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            mixture.mix(given, weights, 0)

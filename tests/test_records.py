@@ -172,3 +172,54 @@ def test_a_shard_appears_whole_or_not_at_all(tmp_path):
     with pytest.raises(RuntimeError):
         records.write_shard(tmp_path / "part.array_record", broken())
     assert not list(tmp_path.iterdir())
+
+
+def test_text_features_can_be_in_a_table(tmp_path):
+    rng = np.random.default_rng(0)
+    texts = rng.standard_normal((3, 77, 5)).astype(np.float16)
+    table = records.write_text_table(tmp_path, texts)
+    packed = []
+    for i in range(4):
+        original = {name: value for name, value in record(i).items() if name != "text"}
+        packed.append(records.serialize(original | {"text_row": i % 3}))
+    path = tmp_path / "part-00000.array_record"
+    records.write_shard(path, packed)
+    shard = {"name": path.name, "records": 4, "bytes": path.stat().st_size}
+    fields = records.describe_fields(records.deserialize(records.serialize(record(0))))
+    folder = write(
+        tmp_path, counts=(), fields=fields, shards=[shard], num_records=4, text_table=table
+    )
+    source = RecordSource(folder)
+    for i in range(4):
+        np.testing.assert_array_equal(source[i]["text"], texts[i % 3])
+        assert "text_row" not in source[i]
+    (folder / records.TEXT_TABLE).unlink()
+    with pytest.raises(RecordError, match="text_table: missing"):
+        RecordSource(folder)
+
+
+def test_a_record_of_another_shape_names_the_field(tmp_path):
+    source = RecordSource(write(tmp_path))
+    source.manifest.fields["sync"]["shape"] = [9, 7]
+    with pytest.raises(RecordError, match=r"record 3: sync is \(8, 7\), .* says \(9, 7\)"):
+        source[3]
+
+
+def test_latent_statistics_are_compared_with_the_records(tmp_path):
+    folder = write(tmp_path, counts=(40, 40))
+    source = RecordSource(folder)
+    sums = sum(records.latent_sums(r["latent_mean"], r["latent_std"]) for r in source)
+    mean, std = records.latent_statistics(sums)
+    good = dataclasses.replace(source.manifest, latent_mean=mean.tolist(), latent_std=std.tolist())
+    for change, fits in (
+        ({}, True),
+        ({"latent_std": (3 * std).tolist()}, False),
+        ({"latent_mean": (mean + 3 * std).tolist()}, False),
+    ):
+        records.write_manifest(folder, dataclasses.replace(good, **change))
+        for count in (20, 80):
+            if fits:
+                RecordSource(folder).check_statistics(count)
+                continue
+            with pytest.raises(RecordError, match="manifest.json: its latent statistics do not"):
+                RecordSource(folder).check_statistics(count)

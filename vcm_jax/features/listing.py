@@ -23,7 +23,7 @@ class Clip:
     start: float = 0.0
 
 
-def _read_captions(path) -> list[tuple[str, str, str, float]]:
+def read_captions(path) -> list[tuple[str, str, str, float]]:
     """[(id, caption, file, start)] of a TSV; without these columns, file is the id and start 0."""
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
@@ -83,7 +83,7 @@ def list_clips(
         ids = [Path(file).with_suffix("").as_posix() for file in files]
         rows = [(clip_id, "", clip_id, 0.0) for clip_id in ids]
     else:
-        rows = _read_captions(captions)
+        rows = read_captions(captions)
     # The more exact way to name a file wins.
     names = [{file: [file] for file in files}, defaultdict(list), defaultdict(list)]
     for file in files:

@@ -110,6 +110,20 @@ def probe(path) -> MediaInfo:
         )
 
 
+def stream_offset(path) -> float:
+    """Seconds from the start of the picture to the start of the sound by the container's time
+    stamps; 0 for a file that lacks one of them. `read_audio` makes up for it.
+
+    Raises:
+      MediaError: the file is missing or unreadable.
+    """
+    with _opened(path) as container:
+        video = _picture(container)
+        if video is None or not container.streams.audio:
+            return 0.0
+        return _start(container.streams.audio[0]) - _start(video)
+
+
 class _FrameRate:
     """FFmpeg's fps filter at one rate, followed by a transform of each frame."""
 
