@@ -218,7 +218,11 @@ def read_manifest(folder) -> Manifest:
     """
     folder = epath.Path(folder)
     path = folder / MANIFEST
-    if not folder.is_dir():
+    try:
+        there = folder.is_dir()
+    except ImportError as error:  # epath loads what a remote file system needs when it is used
+        raise RecordError(f"{folder}: {error}") from error
+    if not there:
         raise RecordError(f"{folder}: no such records folder")
     if not path.exists():
         raise RecordError(
