@@ -37,6 +37,7 @@ from vcm_jax.data.sequence import SequenceConfig
 from vcm_jax.features.encoders import Encoders, WeightsFreeEncoders, encoders_from_spec
 from vcm_jax.features.listing import SOUND_SUFFIXES, VIDEO_SUFFIXES, Clip, list_clips
 from vcm_jax.features.media import MediaError, is_silent, read_audio, read_frames
+from vcm_jax.logs import show_ours
 
 _CHUNK = 256  # clips per part file: what a stopped run repeats at most
 _FIT_CLIPS = 400  # sounds that the linear codec is fitted on
@@ -419,6 +420,7 @@ def _define_flags():
 def main(argv):
     if argv[1:]:
         raise app.UsageError(f"not understood: {' '.join(argv[1:])}")
+    show_ours()
     names = [name for name in inspect.signature(extract).parameters if name != "shard"]
     args = {name: flags.FLAGS[name].value for name in names}
     try:
