@@ -167,6 +167,8 @@ def test_encode_and_decode(monkeypatch):
         assert back.shape == (tokens * 2 * codec.hop,) and back.dtype == np.float32
         np.testing.assert_array_equal(back, codec.vocode(codec.decode_mel(mean)))
         assert codec.encode(sound[:100])[0].shape == (1, codec.latent_dim)
+        codec._vocoder["conv_post.weight"] *= 1e4
+        assert np.abs(codec.decode(mean)).max() == 1
         with pytest.raises(ValueError, match=r"\(samples,\), not \(0,\)"):
             codec.encode(sound[:0])
         with pytest.raises(ValueError, match=rf"\(N, {codec.latent_dim}\), not \(5, 7\)"):

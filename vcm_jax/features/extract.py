@@ -37,6 +37,7 @@ from vcm_jax.data.sequence import SequenceConfig
 from vcm_jax.features.encoders import Encoders, WeightsFreeEncoders, encoders_from_spec
 from vcm_jax.features.listing import SOUND_SUFFIXES, VIDEO_SUFFIXES, Clip, list_clips
 from vcm_jax.features.media import MediaError, is_silent, read_audio, read_frames
+from vcm_jax.logs import show_ours
 
 _CHUNK = 256  # clips per part file: what a stopped run repeats at most
 _FIT_CLIPS = 400  # sounds that the linear codec is fitted on
@@ -439,6 +440,7 @@ def settings_from_flags() -> dict:
 def main(argv):
     if argv[1:]:
         raise app.UsageError(f"not understood: {' '.join(argv[1:])}")
+    show_ours()
     out = flags.FLAGS["out"].value
     try:
         manifest = extract(out, **settings_from_flags())
