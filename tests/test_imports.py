@@ -14,8 +14,9 @@ FLOORS = [
     {"train_state"},
     {"train_step", "checkpoint", "writer", "interop"},
     {"train"},
-    {"main", "generate"},
-    {"report"},
+    {"main", "generate", "evaluate_caches"},
+    {"evaluate_sounds"},
+    {"report", "evaluate"},
 ]  # fmt: skip
 
 
