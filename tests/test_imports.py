@@ -15,7 +15,7 @@ FLOORS = [
     {"train_step", "checkpoint", "writer", "interop"},
     {"train"},
     {"main", "generate", "evaluate_caches"},
-    {"evaluate_sounds"},
+    {"evaluate_sounds", "generate_records"},
     {"report", "evaluate"},
 ]  # fmt: skip
 

@@ -132,7 +132,7 @@ def _image(figure) -> str:
 def _player(sound, sample_rate: int) -> str:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "sound.wav"
-        media.write_wav(path, sound, sample_rate)
+        media.write_sound(path, sound, sample_rate)
         return f'<audio controls src="{_data_uri("audio/wav", path.read_bytes())}"></audio>'
 
 
