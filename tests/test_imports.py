@@ -13,6 +13,7 @@ FLOORS = [
     {"features"},
     {"train_state"},
     {"train_step", "checkpoint", "writer", "interop"},
+    {"validation"},
     {"train"},
     {"main", "generate", "evaluate_caches"},
     {"evaluate_sounds", "generate_records"},
