@@ -10,14 +10,14 @@ FLOORS = [
     {"atomic", "logs", "times", "guidance", "ema", "data.sequence", "objectives", "codec",
      "metrics", "models"},
     {"sampling", "sharding", "data"},
-    {"features"},
+    {"features", "page"},
     {"train_state"},
     {"train_step", "checkpoint", "writer", "interop"},
     {"validation"},
     {"train"},
     {"main", "generate", "evaluate_caches"},
     {"evaluate_sounds", "generate_records"},
-    {"report", "evaluate"},
+    {"report", "evaluate", "compare"},
 ]  # fmt: skip
 
 
