@@ -90,6 +90,12 @@ def test_figures_of_a_network_are_repeatable_and_limited(clips):
     )  # fmt: skip
     first = score(batches, 3)
     assert first == score(batches[:1], 3) != score(batches, 5)
+    broken = jax.tree.map(lambda a: a * np.float32(np.nan), stats)
+    values = figures(
+        MMDiT(SIZES), state.params, stats | {"latent_mean": broken["latent_mean"]}, batches, codec,
+        jax.random.key(1), steps=(1,), max_clips=2,
+    )  # fmt: skip
+    assert len(values) == 6 and all(np.isnan(list(values.values())))
     with pytest.raises(ValueError, match="no validation clips"):
         score([], 3)
 

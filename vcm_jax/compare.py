@@ -144,8 +144,12 @@ def score(paths: dict, clips: list[Clip], duration: float) -> SoundFigures:
 
 
 def winners(sets: dict[str, SoundFigures], figure: str) -> list[str | None]:
-    """Who wins each clip by a figure of `SoundFigures.per_clip`; None for a tie or no number."""
-    values = np.array([figures.per_clip[figure] for figures in sets.values()])
+    """Who wins each clip by a figure of `SoundFigures.per_clip`; None for a tie or no number.
+
+    Figures that agree in the three digits that the page shows are a tie.
+    """
+    shown = lambda values: [float(f"{value:.3g}") for value in values]
+    values = np.array([shown(figures.per_clip[figure]) for figures in sets.values()])
     values = values if _DECIDING[figure][1] else -values
     names, found = list(sets), []
     for column in values.T:
@@ -283,7 +287,9 @@ def compare(
         lines += [
             "<p class=note>Against the true sounds, at 16 kHz, from waveforms alone: this "
             "project's own figures, not the papers'. Onset F1: onsets detected in both sounds, "
-            "50 ms. Log-mel FD: Frechet distance of single log-mel frames. Spectral convergence "
+            "50 ms. Log-mel FD: Frechet distance of single log-mel frames; it grows as clips get "
+            "fewer, and with it its intervals, which lie too high for few clips. Spectral "
+            "convergence "
             "and log-mel error compare spectrograms frame by frame, loudness error A-weighted "
             "levels: many sounds fit one picture, so that a good sound need not score 0."
             + (f" {silent} true sounds are silent and have no spectral convergence." * bool(silent))

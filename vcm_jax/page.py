@@ -22,7 +22,7 @@ body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto
 table { border-collapse: collapse; margin: 1em 0 } th, td { padding: .3em .8em; text-align: right }
 th { border-bottom: 2px solid #888 } td:first-child, th:first-child { text-align: left }
 tr:nth-child(even) td { background: #f4f4f4 } figure { margin: 0 } img { max-width: 100% }
-.clip { display: grid; grid-template-columns: 9em 1fr; gap: .4em 1em; align-items: center;
+.clip { display: grid; grid-template-columns: 13em 1fr; gap: .4em 1em; align-items: center;
         border-top: 1px solid #ccc; padding: 1em 0 } .clip h3 { grid-column: 1 / 3; margin: 0 }
 .clip audio { width: 100%; height: 2em } .clip img { width: 100% } .note { color: #555 }
 .win { font-weight: 600 } small { color: #555 }

@@ -5,11 +5,14 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import jax
+import librosa
 import numpy as np
+from absl import logging
 from jax.experimental import multihost_utils
 
 from vcm_jax import checkpoint, sampling
 from vcm_jax.metrics import SoundFigures, frechet_distance
+from vcm_jax.metrics.sounds import FIGURES
 from vcm_jax.train_step import StepConfig, fill_conditions
 
 
@@ -61,8 +64,10 @@ def figures(
       "val/FIGURE_N_steps" for the figures of `SoundFigures.values`, and latent_fd, the Frechet
       distance of single latent tokens in units of the training data's standard deviation.
 
+      NaN where the weights make sounds that are not finite.
+
     Raises:
-      ValueError: no clips, or latents that are not finite.
+      ValueError: no clips.
     """
     found = {num: ([], []) for num in steps}
     count = 0
@@ -81,10 +86,17 @@ def figures(
     truth = [codec.decode(latent) for latent in found[steps[0]][1]]
     for num, (latents, true_latents) in found.items():
         sounds = SoundFigures(codec.sample_rate)
-        for i, latent in enumerate(latents):
-            sounds.add(f"validation clip {i}, {num} steps", codec.decode(latent), truth[i])
-        rows = [np.concatenate(side) / std for side in (latents, true_latents)]
-        one = sounds.values() | {"latent_fd": frechet_distance(*rows)}
+        try:
+            for i, latent in enumerate(latents):
+                sounds.add(f"validation clip {i}", codec.decode(latent), truth[i])
+            rows = [np.concatenate(side) / std for side in (latents, true_latents)]
+            one = sounds.values() | {"latent_fd": frechet_distance(*rows)}
+        except (
+            ValueError,
+            librosa.ParameterError,
+        ) as error:  # bad weights must not end a run that may recover
+            logging.warning("no figures in %d steps: %s", num, error)
+            one = dict.fromkeys([*FIGURES, "latent_fd"], float("nan"))
         values |= {f"val/{name}_{num}_steps": value for name, value in one.items()}
     return values
 
