@@ -1,6 +1,7 @@
 """What av-benchmark is given, and how what it leaves is checked, with a stand-in for it."""
 
 import json
+import shutil
 import sys
 
 import numpy as np
@@ -155,8 +156,12 @@ def test_what_it_cannot_be_run_on(folders, tmp_path):
         assert "\n" not in str(error.value)
 
     refused("nowhere: no such folder", tmp_path / "nowhere")
-    refused("mp4: 2.00 s, av-benchmark would drop it: 8 s needed", audio, videos)
-    refused(r"wav: 2.00 s of sound, shorter than the 7.9 s", audio)
+    refused("wav: 2.00 s, av-benchmark takes clips of 8 s", audio)
+    (tmp_path / "long").mkdir()
+    soundfile.write(tmp_path / "long/clip.wav", noise(8), RATE)
+    (tmp_path / "short").mkdir()
+    shutil.copy(videos / "clip.mp4", tmp_path / "short")
+    refused("mp4: 2.00 s, av-benchmark takes clips of 8 s", tmp_path / "long", tmp_path / "short")
     assert not (tmp_path / "out/manifest.json").exists()
     (videos / "clip.mp4").rename(videos / "else.mp4")
     refused("has no video of 1 clips: clip", audio, videos, duration=2.0)

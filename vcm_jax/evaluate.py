@@ -116,7 +116,11 @@ def evaluate(args) -> tuple[dict, str]:
         if args.captions or args.duration:
             raise EvaluateError("--captions and --duration are for folders of sounds, not caches")
         result = evaluate_caches(pred, truth, args.synchformer, args.allow_unpaired)
-        return {"protocol": "av-benchmark"} | result, table_of_caches(result)
+        table = table_of_caches(result) + (
+            "\nThe papers' rows: VGGSound test, about 15,000 clips. FD and ISC change with the "
+            "number of clips."
+        )
+        return {"protocol": "av-benchmark"} | result, table
     if args.synchformer:
         raise EvaluateError("--synchformer is for caches of av-benchmark, not folders of sounds")
     result = evaluate_sounds(pred, truth, args.captions, args.duration, args.allow_unpaired)

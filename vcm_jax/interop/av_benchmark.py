@@ -144,14 +144,15 @@ def plan(audio, videos=None, captions=None, duration: float = 8.0) -> dict:
         if name in names:
             raise BenchmarkError(f"{names[name]} and {clip.id} would both be called {name}")
         names[name] = clip.id
-        video, digest = pictures.get(clip.id), _digest(clip.path)
-        if video is not None:
-            length = probe(video).duration
+        video = pictures.get(clip.id)
+        for path in filter(None, (clip.path, video)):
+            length = probe(path).duration
             if length < duration - _SHORT_BY:
                 raise BenchmarkError(
-                    f"{video}: {length:.2f} s, av-benchmark would drop it: {duration:g} s needed"
+                    f"{path}: {length:.2f} s, av-benchmark takes clips of {duration:g} s and would "
+                    "drop it or fail: leave it out, or give another --duration"
                 )
-            digest += _digest(video)
+        digest = _digest(clip.path) + (_digest(video) if video is not None else "")
         entries.append(
             {
                 "id": clip.id,
