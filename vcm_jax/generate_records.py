@@ -183,12 +183,13 @@ def generate_records(
         sound = run.codec.decode(latent)[: round(seconds * rate)]
         media.write_sound(path, sound, rate)
 
+    threads = 1 if run.codec.on_device else os.cpu_count()
     put = functools.partial(jax.device_put, device=rows)
     with (
         tqdm(
             total=len(range(part, len(source), parts)), desc="Generating", unit="clip"
         ) as progress,
-        concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool,
+        concurrent.futures.ThreadPoolExecutor(threads) as pool,
     ):
         # Two batches are under way: the devices work on one while the other becomes sound.
         waiting, batch = [], []
