@@ -73,4 +73,6 @@ def get_config() -> ConfigDict:
     config.keep_every = 50_000
     config.eval_every = 5_000
     config.eval_batches = 4
+    config.eval_sample_steps = (1, 4)  # what validation clips are generated in; (): none are
+    config.eval_clips = 64
     return config

@@ -178,9 +178,9 @@ def test_complete_or_other_records_are_not_touched(videos, whole, tmp_path, caps
 def test_sounds_make_text_audio_records(tmp_path, whole):
     sounds = tmp_path / "sounds"
     (sounds / "Music Loops").mkdir(parents=True)
-    media.write_wav(sounds / "Music Loops" / "Cave [1].wav", noise(0, 0.3), RATE)
-    media.write_wav(sounds / "long.wav", noise(1, 2.0), RATE)
-    media.write_wav(sounds / "silent.wav", np.zeros(8000), RATE)
+    media.write_sound(sounds / "Music Loops" / "Cave [1].wav", noise(0, 0.3), RATE)
+    media.write_sound(sounds / "long.wav", noise(1, 2.0), RATE)
+    media.write_sound(sounds / "silent.wav", np.zeros(8000), RATE)
     captions = tmp_path / "captions.tsv"
     captions.write_text(
         'year\tcaption\tid\n2020\t"big" cave\tMusic Loops/Cave [1].wav\n'

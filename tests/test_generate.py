@@ -151,7 +151,7 @@ def test_what_the_command_makes_of_its_flags(world, tmp_path):
     [
         ({}, "give --video, --prompt, or both"),
         ({"prompt": "rain"}, "ends in .wav"),
-        ({"video": "a.mp4", "out": "x.txt"}, "ends in .wav or .mp4 or .mov"),
+        ({"video": "a.mp4", "out": "x.txt"}, "ends in .wav or .flac or .mp4 or .mov"),
         ({"captions": "a.tsv"}, "--captions needs --video"),
         ({"video": ".", "out": "x.mp4"}, "several clips go into a folder"),
         ({"video": "nowhere", "captions": "a.tsv", "out": "x"}, "nowhere: no such folder"),

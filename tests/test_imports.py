@@ -10,14 +10,15 @@ FLOORS = [
     {"atomic", "logs", "times", "guidance", "ema", "data.sequence", "objectives", "codec",
      "metrics", "models"},
     {"sampling", "sharding", "data"},
-    {"features"},
-    {"data.corpora", "data.builder", "data.validate",
-     "data.validate_page"},
+    {"features", "page"},
+    {"data.corpora", "data.builder", "data.validate", "data.validate_page"},
     {"train_state"},
     {"train_step", "checkpoint", "writer", "interop"},
+    {"validation"},
     {"train"},
-    {"main", "generate"},
-    {"report"},
+    {"main", "generate", "evaluate_caches"},
+    {"evaluate_sounds", "generate_records"},
+    {"report", "evaluate", "compare"},
 ]  # fmt: skip
 
 

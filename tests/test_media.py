@@ -239,7 +239,7 @@ def test_bad_files_get_one_line(clip, folder):
 
 def test_missing_streams(folder):
     media.write_mp4(folder / "mute.mp4", flashes(10, 25), 25)
-    media.write_wav(folder / "sound.wav", clicks(1.0), RATE)
+    media.write_sound(folder / "sound.wav", clicks(1.0), RATE)
     with pytest.raises(MediaError, match="mute.mp4: no audio stream"):
         media.read_audio(folder / "mute.mp4", RATE)
     with pytest.raises(MediaError, match="sound.wav: no video stream"):

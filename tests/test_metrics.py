@@ -107,7 +107,7 @@ def test_frechet_distance_in_closed_form_and_with_few_rows():
     [
         (np.zeros((1, 3)), np.zeros((5, 3)), r"pred must be \(n, d\) with n >= 2, got \(1, 3\)"),
         (np.zeros((5, 3)), np.zeros(5), r"truth must be"),
-        (np.zeros((5, 3)), np.zeros((5, 4)), r"widths differ: pred \(5, 3\), truth \(5, 4\)"),
+        (np.zeros((5, 3)), np.zeros((5, 4)), r"widths differ: pred \(n, 3\), truth \(n, 4\)"),
         (np.zeros((5, 3)), np.full((5, 3), np.nan), "truth holds 15 values that are not finite"),
     ],
 )

@@ -75,7 +75,8 @@ def make_config(data, **changes):
     config = load_config("impacts")
     config.update_from_flattened_dict({
         "steps": 6, "batch_size": 8, "data.dir": str(data), "log_every": 2, "checkpoint_every": 3,
-        "eval_every": 3, "eval_batches": 1, "mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2,
+        "eval_every": 3, "eval_batches": 1, "eval_sample_steps": (1,),
+        "mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2,
         **{f"model_overrides.{name}": size for name, size in SIZES.items()},
         **changes,
     })  # fmt: skip
@@ -125,9 +126,18 @@ def test_an_interrupted_run_ends_bit_identical_to_one_that_was_not(data, tmp_pat
         "train/grad_norm",
         "speed/samples_per_s",
         "val/mse_instant",
+        "val/log_mel_fd_1_steps",
         "train/learning_rate",
     } <= set(tags)
     lines = (tmp_path / "stopped" / "metrics.jsonl").read_text().splitlines()
+    # The step with the best figure is kept, as a workdir to generate from.
+    figures = {r["step"]: r["val/log_mel_fd_1_steps"] for r in map(json.loads, lines)
+               if "val/log_mel_fd_1_steps" in r}  # fmt: skip
+    best = tmp_path / "stopped" / "best"
+    assert list(figures) == [3, 6] and (best / "run.json").exists() and (best / "codec").is_dir()
+    kept = checkpoint.open_manager(best, read_only=True).latest_step()
+    assert kept == min(figures, key=figures.get)
+    assert set(checkpoint.restore_weights(best)) == {"params", "stats"}
     train.train(make_config(data), tmp_path / "stopped")
     assert (tmp_path / "stopped" / "metrics.jsonl").read_text().splitlines() == lines
     whole_lines = (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()

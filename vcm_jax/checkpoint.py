@@ -102,6 +102,11 @@ def restore(manager: ocp.CheckpointManager, abstract_state, step: int | None = N
     return restored["state"], restored["meta"]
 
 
+def read_meta(manager, step: int) -> dict:
+    """The `meta` that was saved with a step."""
+    return manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+
+
 def restore_weights(workdir, step: int | None = None, sigma_rel: float | None = None):
     """The averaged weights of a run, as the network's variables, on the default device.
 

@@ -5,6 +5,8 @@
 
 A video alone, a prompt alone (`--duration`, to a .wav), a folder of videos (`--out` is a folder),
 or a TSV of clips (`--captions`, columns id and caption, with `--video` the folder they are in).
+`--records=RECORDS` takes extracted features instead, a whole test set in one resumable run on all
+devices; `--out` is then a folder of sounds, and `--shard=0/2` half of them, for two hosts.
 """
 
 import dataclasses
@@ -24,6 +26,7 @@ from tqdm import tqdm
 
 from vcm_jax import checkpoint, sampling
 from vcm_jax.codec import check_codec, load_codec
+from vcm_jax.data.records import RecordSource
 from vcm_jax.data.sequence import SequenceConfig
 from vcm_jax.features import media
 from vcm_jax.features.encoders import encoders_from_spec
@@ -162,29 +165,33 @@ def _noise(seed: int, request_id: str, shape) -> np.ndarray:
     )
 
 
-def generate_latents(run: Run, items: list[Features], times, seed: int, batch_size: int):
-    """Latents of items of one length, `N C` each, in their order; `times` as `sampling.sample`'s.
+def start_latents(run: Run, items: list[Features], times, seed: int, batch_size: int, put=None):
+    """Latents of one batch of items of one length, `batch_size N C`, as the device's promise.
 
-    The last batch is filled up with copies, so that one program serves all.
+    The batch is filled up with copies, so that one program serves all. `put` places its arrays.
     """
     model = run.model.with_lengths(items[0].sequence)
     shape = (model.latent_seq_len, model.latent_dim)
+    filled = items + items[-1:] * (batch_size - len(items))
+    conds = Conditions(
+        clip=_stack([f.clip for f in filled], (model.clip_seq_len, model.clip_dim)),
+        sync=_stack([f.sync for f in filled], (model.sync_seq_len, model.sync_dim)),
+        text=np.stack([f.text for f in filled]).astype(np.float32),
+    )
+    has_video = np.array([f.clip is not None for f in filled])
+    noise = np.stack([_noise(seed, f.request.id, shape) for f in filled])
+    if put is not None:
+        conds, has_video, noise = put((conds, has_video, noise))
+    times = tuple(float(time) for time in times)
+    return _sample(run.variables, model, times, conds, has_video, noise)
+
+
+def generate_latents(run: Run, items: list[Features], times, seed: int, batch_size: int):
+    """Latents of items of one length, `N C` each, in order; `times` as `sampling.sample`'s."""
     latents = []
     for start in range(0, len(items), batch_size):
         batch = items[start : start + batch_size]
-        filled = batch + batch[-1:] * (batch_size - len(batch))
-        found = _sample(
-            run.variables,
-            model,
-            tuple(float(time) for time in times),
-            Conditions(
-                clip=_stack([f.clip for f in filled], (model.clip_seq_len, model.clip_dim)),
-                sync=_stack([f.sync for f in filled], (model.sync_seq_len, model.sync_dim)),
-                text=np.stack([f.text for f in filled]),
-            ),
-            np.array([f.clip is not None for f in filled]),
-            np.stack([_noise(seed, f.request.id, shape) for f in filled]),
-        )
+        found = start_latents(run, batch, times, seed, batch_size)
         latents += list(np.asarray(found)[: len(batch)])
     return latents
 
@@ -192,7 +199,7 @@ def generate_latents(run: Run, items: list[Features], times, seed: int, batch_si
 def _stack(features, shape):
     """Stacks features; those that are None become zeros, which `_sample` does not look at."""
     zeros = np.zeros(shape, np.float32)
-    return np.stack([zeros if f is None else f for f in features])
+    return np.stack([zeros if f is None else f for f in features]).astype(np.float32)
 
 
 def generate(
@@ -228,9 +235,9 @@ def generate(
 
 
 def write(item: Features, sound: np.ndarray, sample_rate: int, path: Path) -> None:
-    """Writes the sound as .wav, or the request's own picture with it as .mp4 or .mov."""
-    if path.suffix.lower() == ".wav":
-        media.write_wav(path, sound, sample_rate)
+    """Writes the sound as .wav or .flac, or the request's own picture with it as .mp4 or .mov."""
+    if path.suffix.lower() in (".wav", ".flac"):
+        media.write_sound(path, sound, sample_rate)
     else:
         media.mux_audio(item.request.video, sound, sample_rate, path, item.seconds)
 
@@ -241,7 +248,12 @@ def _define_flags():
     flags.DEFINE_string("prompt", "", "What is to be heard.")
     flags.DEFINE_string("captions", "", "TSV with columns id and caption, of videos in --video.")
     flags.DEFINE_string("out", None, "OUT.mp4 or OUT.wav; a folder for several.", required=True)
-    flags.DEFINE_enum("format", "mp4", ["mp4", "wav"], "What is written into a folder.")
+    flags.DEFINE_string("records", "", "Folder of extracted records, instead of --video.")
+    flags.DEFINE_string("shard", "0/1", "i/n: of --records, make every n-th from the i-th on.")
+    flags.DEFINE_enum(
+        "format", None, ["mp4", "wav", "flac"],
+        "What is written into a folder (mp4; wav for --records).",
+    )  # fmt: skip
     flags.DEFINE_integer("steps", 1, "Network evaluations per clip.", lower_bound=1)
     flags.DEFINE_float("duration", 0.0, "Seconds: at most so much of a video; a prompt's length.")
     flags.DEFINE_integer("batch_size", 8, "Clips at a time, for several.", lower_bound=1)
@@ -268,10 +280,13 @@ def _requests(args) -> tuple[list[tuple[Request, Path]], list[tuple[str, str]]]:
             raise ValueError(f"--out={out}: several clips go into a folder")
         clips, failures = list_clips(video, Path(args.captions) if args.captions else None)
         return [
-            (Request(c.id, c.path, c.caption or args.prompt), out / f"{c.id}.{args.format}")
+            (
+                Request(c.id, c.path, c.caption or args.prompt),
+                out / f"{c.id}.{args.format or 'mp4'}",
+            )
             for c in clips
         ], failures
-    known = (".wav",) if video is None else (".wav", ".mp4", ".mov")
+    known = (".wav", ".flac") if video is None else (".wav", ".flac", ".mp4", ".mov")
     if out.suffix.lower() not in known:
         what = "a prompt alone" if video is None else "a video"
         raise ValueError(f"--out={out}: for {what} it ends in {' or '.join(known)}")
@@ -296,11 +311,42 @@ def check_outputs(requests: list[tuple[Request, Path]]) -> None:
             raise ValueError(f"--out: cannot write into {folder}")
 
 
+def _main_records(args):
+    from vcm_jax import generate_records  # which imports this module
+
+    try:
+        for name in ("video", "prompt", "captions", "duration"):
+            if getattr(args, name):
+                raise ValueError(f"--records has its own clips: leave out --{name}")
+        if args.format == "mp4" or Path(args.out).suffix:
+            raise ValueError("--records makes a folder of sounds: --format=wav or flac")
+        part, _, parts = args.shard.partition("/")
+        if not (part.isdigit() and parts.isdigit() and int(part) < int(parts)):
+            raise ValueError(f"--shard={args.shard}: must be i/n with 0 <= i < n")
+        # Several processes that know of each other share each shard.
+        part = int(part) * jax.process_count() + jax.process_index()
+        source = RecordSource(args.records)
+        run = load_run(args.workdir, args.checkpoint, args.sigma_rel, args.codec)
+        done = generate_records.generate_records(
+            run, source, args.out, sampling.uniform_times(args.steps), seed=args.seed,
+            batch_size=args.batch_size, suffix=args.format or "wav",
+            part=part, parts=int(parts) * jax.process_count(),
+        )  # fmt: skip
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    print(f"{done.written} written, {done.kept} were there")
+    if done.timed:
+        speed, devices = done.timed / done.seconds, jax.local_device_count()
+        print(f"{speed:.3g} clips/s after the first batch, on {devices} devices")
+
+
 def main(argv):
     if argv[1:]:
         raise app.UsageError(f"not understood: {' '.join(argv[1:])}")
     show_ours()
     args = flags.FLAGS
+    if args.records:
+        return _main_records(args)
     try:
         requests, failures = _requests(args)
         check_outputs(requests)

@@ -6,21 +6,18 @@
 synchrony can be scored. All figures are this project's own, not the papers'.
 """
 
-import base64
 import html
-import io
 import itertools
 import json
 import sys
-import tempfile
 import time
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 from absl import app, flags, logging
+from matplotlib import pyplot as plt
 
-from vcm_jax import sampling
+from vcm_jax import page, sampling
 from vcm_jax.atomic import atomic_path
 from vcm_jax.data import impacts
 from vcm_jax.features import media
@@ -37,21 +34,8 @@ from vcm_jax.metrics import (
     spectral_sharpness,
 )
 
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
-
 STEPS = (1, 4)
 MIN_CLIPS = 2
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; color: #222;
-       padding: 0 1em }
-table { border-collapse: collapse; margin: 1em 0 } th, td { padding: .3em .8em; text-align: right }
-th { border-bottom: 2px solid #888 } td:first-child, th:first-child { text-align: left }
-tr:nth-child(even) td { background: #f4f4f4 } figure { margin: 0 } img { max-width: 100% }
-.clip { display: grid; grid-template-columns: 9em 1fr; gap: .4em 1em; align-items: center;
-        border-top: 1px solid #ccc; padding: 1em 0 } .clip h3 { grid-column: 1 / 3; margin: 0 }
-.clip audio { width: 100%; height: 2em } .clip img { width: 100% } .note { color: #555 }
-"""
 
 
 def read_split(data: Path, split: str, count: int) -> list[dict]:
@@ -118,57 +102,6 @@ def figures(sounds, clips, truth, classifier, sample_rate: int) -> dict[str, flo
     }
 
 
-def _data_uri(kind: str, content: bytes) -> str:
-    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
-
-
-def _image(figure) -> str:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=80, bbox_inches="tight")
-    plt.close(figure)
-    return f'<img alt="" src="{_data_uri("image/png", buffer.getvalue())}">'
-
-
-def _player(sound, sample_rate: int) -> str:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "sound.wav"
-        media.write_wav(path, sound, sample_rate)
-        return f'<audio controls src="{_data_uri("audio/wav", path.read_bytes())}"></audio>'
-
-
-def _frames(clip, count: int = 8) -> str:
-    frames = media.read_frames(clip["path"], {25: lambda frame: frame}, clip["duration"])[25]
-    chosen = frames[np.linspace(0, len(frames) - 1, count).round().astype(int)]
-    figure, axes = plt.subplots(1, count, figsize=(11, 1.5))
-    for axis, frame in zip(axes, chosen):
-        axis.imshow(frame)
-        axis.axis("off")
-    figure.subplots_adjust(wspace=0.03)
-    return _image(figure)
-
-
-def _spectrograms(sounds: dict[str, np.ndarray], clip, sample_rate: int) -> dict[str, str]:
-    images = {}
-    for name, sound in sounds.items():
-        figure, axis = plt.subplots(figsize=(11, 1.3))
-        rows = log_mel_features(sound, sample_rate)
-        axis.imshow(
-            rows.T,
-            origin="lower",
-            aspect="auto",
-            vmin=-5,
-            vmax=1.5,
-            cmap="magma",
-            extent=(0, len(sound) / sample_rate, 0, rows.shape[1]),
-        )
-        for impact in clip["impacts"]:
-            axis.axvline(impact["time"], color="white", lw=0.6, ls=":")
-        axis.set_yticks([])
-        axis.set_xlabel("seconds" if name == list(sounds)[-1] else "")
-        images[name] = _image(figure)
-    return images
-
-
 def _curves(workdir: Path) -> str:
     """Training and validation curves from metrics.jsonl; a resumed run's later lines count."""
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
@@ -194,7 +127,7 @@ def _curves(workdir: Path) -> str:
         if axis.lines:
             axis.legend(fontsize=7)
     axes[1].set_yscale("log")
-    return _image(figure)
+    return page.image(figure)
 
 
 def table(results: dict[str, dict], ceiling: float) -> str:
@@ -222,16 +155,8 @@ def table(results: dict[str, dict], ceiling: float) -> str:
             f"{r['sharpness']:.3f}",
             f"{100 * r['material']:.0f}%",
         )
-        rows.append(
-            f"<tr><td>{html.escape(name)}</td>" + "".join(f"<td>{c}</td>" for c in cells) + "</tr>"
-        )
-    return (
-        "<table><tr>"
-        + "".join(f"<th>{h}</th>" for h in head)
-        + "</tr>"
-        + "".join(rows)
-        + "</table>"
-    )
+        rows.append((html.escape(name), *cells))
+    return page.table(head, rows)
 
 
 def make_report(workdir: Path, data: Path, num_clips: int, num_train: int, shown: int) -> dict:
@@ -285,8 +210,7 @@ def make_report(workdir: Path, data: Path, num_clips: int, num_train: int, shown
     ceiling = results["true sound"]["f1"]
     one, control = results["1 step"]["f1"], results["1 step, another clip's video"]["f1"]
     parts = [
-        "<!doctype html><html lang=en><meta charset=utf-8><title>vcm_jax: impacts</title>",
-        f"<style>{STYLE}</style><h1>Sound for silent videos in one step</h1>",
+        "<h1>Sound for silent videos in one step</h1>",
         f"<p>{num_clips} test clips that the model has not seen. One step: onset F1 {one:.3f}, "
         f"{one / ceiling:.2f} of what the true sound scores and {one / max(control, 1e-9):.1f} "
         "times what sound for another clip's video scores.</p>",
@@ -308,15 +232,18 @@ def make_report(workdir: Path, data: Path, num_clips: int, num_train: int, shown
     for i, clip in enumerate(clips[:shown]):
         sounds = {"true sound": truth[i], "codec round trip": round_trip[i]}
         sounds |= {name: found[i] for name, found in generated.items()}
+        strip = page.film_strip(clip["path"], clip["duration"])
         parts.append(
             f"<div class=clip><h3>{clip['id']}: {html.escape(clip['caption'])}</h3>"
-            f"<div></div><figure>{_frames(clip)}</figure>"
+            f"<div></div><figure>{strip}</figure>"
         )
-        for name, image in _spectrograms(sounds, clip, rate).items():
-            parts.append(f"<div>{name}{_player(sounds[name], rate)}</div><figure>{image}</figure>")
+        marks = [impact["time"] for impact in clip["impacts"]]
+        for name, sound in sounds.items():
+            shown = page.spectrogram(sound, rate, marks, label=name == list(sounds)[-1])
+            parts.append(f"<div>{name}{page.player(sound, rate)}</div><figure>{shown}</figure>")
         parts.append("</div>")
     with atomic_path(workdir / "report.html") as path:
-        path.write_text("\n".join(parts))
+        path.write_text(page.document("vcm_jax: impacts", parts))
     with atomic_path(workdir / "report.json") as path:
         path.write_text(json.dumps({"clips": num_clips, "figures": results}, indent=1))
     return results

@@ -15,9 +15,9 @@ from absl import logging
 from clu import parameter_overview
 from ml_collections import ConfigDict
 
-from vcm_jax import checkpoint, sharding
+from vcm_jax import checkpoint, sharding, validation
 from vcm_jax.atomic import atomic_path
-from vcm_jax.codec import copy_codec
+from vcm_jax.codec import copy_codec, load_codec
 from vcm_jax.data import mixture
 from vcm_jax.data.records import RecordError, RecordSource
 from vcm_jax.models import MODELS, MMDiT, ModelConfig
@@ -297,6 +297,13 @@ def _train(config: ConfigDict, workdir: Path, stack: contextlib.ExitStack) -> No
     learning_rate = learning_rate_schedule(optimizer_config)
     writer = stack.enter_context(contextlib.closing(Writer(workdir, first_step, enabled=leader)))
     meta = {"config": json.loads(config.to_json_best_effort())}
+    best = None
+    if val_batches and config.eval_sample_steps:
+        codec = load_codec(sources[0].path / "codec")
+        max_clips = min(config.eval_clips, sum(map(len, val[0])))  # none is looked at twice
+        best = validation.Best(workdir, f"val/log_mel_fd_{config.eval_sample_steps[0]}_steps")
+        if leader:
+            describe_run(best.folder, config, model, sources[0])
 
     logging.info("compiling the step")
     started = time.perf_counter()
@@ -334,7 +341,15 @@ def _train(config: ConfigDict, workdir: Path, stack: contextlib.ExitStack) -> No
             pending, pending_from = [], step
             tick, waited = now, 0.0
         if val_batches and _due(config.eval_every, step, config.steps):
-            writer.scalars(step, evaluate(eval_step, state, map(to_device, val_batches), val_key))
+            values = evaluate(eval_step, state, map(to_device, val_batches), val_key)
+            if best is not None:
+                averaged = next(iter(state.ema.values()))
+                values |= validation.figures(
+                    net, averaged, state.stats, map(to_device, val_batches), codec, val_key,
+                    steps=config.eval_sample_steps, max_clips=max_clips, place=whole,
+                )  # fmt: skip
+                best.offer(state, values, meta)
+            writer.scalars(step, values)
             tick = time.perf_counter()
         if save:
             checkpoint.save(manager, state, meta)

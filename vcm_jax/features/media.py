@@ -422,7 +422,8 @@ def mux_audio(video_path, audio: np.ndarray, sample_rate: int, out_path, duratio
     return seconds
 
 
-def write_wav(path, audio: np.ndarray, sample_rate: int):
-    """Write a mono sound (samples,), clipped to [-1, 1], as a 16-bit wav file, atomically."""
+def write_sound(path, audio: np.ndarray, sample_rate: int):
+    """Write a mono sound (samples,), clipped to [-1, 1], as 16-bit .wav or .flac, atomically."""
+    kind = Path(path).suffix[1:].upper()
     with atomic_path(path) as temporary:
-        soundfile.write(temporary, np.clip(audio, -1, 1), sample_rate, format="WAV")
+        soundfile.write(temporary, np.clip(audio, -1, 1), sample_rate, "PCM_16", format=kind)

@@ -25,15 +25,13 @@ def import_torch(purpose: str):
         raise StateDictError(f"{purpose} {INSTALL_TORCH}") from error
 
 
-def read_state_dict(path) -> dict[str, np.ndarray]:
-    """The tensors of a `.pth`, `.pt` or `.bin` file, or of a `.safetensors` file, in file order.
+def read_tree(path):
+    """What a `.pth`, `.pt`, `.bin` or `.safetensors` file holds, on the CPU, mapped where possible.
 
-    A dict wrapped in another one ("generator", "state_dict", "model", "module") is unwrapped, and
-    what is not a tensor is left out. bfloat16 becomes float32, which holds it exactly. Nothing in
-    the file is executed.
+    Nothing in the file is executed.
 
     Raises:
-      StateDictError: no such file, damaged, something else than a state dict, or no PyTorch.
+      StateDictError: no such file, damaged, or no PyTorch.
     """
     path = Path(path)
     if not path.is_file():
@@ -43,12 +41,30 @@ def read_state_dict(path) -> dict[str, np.ndarray]:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 
-            tree = load_file(path)
-        else:
-            tree = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
     except Exception as error:  # zipfile, pickle, RuntimeError, EOFError, ...: all mean the same
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
         raise StateDictError(f"{path}: truncated, or not a PyTorch file ({reason})") from error
+
+
+def as_array(tensor) -> np.ndarray:
+    """A tensor as numpy; bfloat16 becomes float32, which holds it exactly."""
+    tensor = tensor.detach()
+    return (tensor.float() if str(tensor.dtype) == "torch.bfloat16" else tensor).numpy()
+
+
+def read_state_dict(path) -> dict[str, np.ndarray]:
+    """The tensors of a `.pth`, `.pt` or `.bin` file, or of a `.safetensors` file, in file order.
+
+    A dict wrapped in another one ("generator", "state_dict", "model", "module") is unwrapped, and
+    what is not a tensor is left out. bfloat16 becomes float32. Nothing in the file is executed.
+
+    Raises:
+      StateDictError: no such file, damaged, something else than a state dict, or no PyTorch.
+    """
+    tree = read_tree(path)
+    torch = import_torch(f"reading {path}")
     for key in _WRAPPERS:
         if isinstance(tree, dict) and isinstance(tree.get(key), dict):
             tree = tree[key]
@@ -57,8 +73,7 @@ def read_state_dict(path) -> dict[str, np.ndarray]:
         tensors = {str(k): v for k, v in tree.items() if isinstance(v, torch.Tensor)}
     if not tensors:
         raise StateDictError(f"{path}: holds no state dict (a dict of names and tensors)")
-    as_array = lambda v: (v.float() if v.dtype == torch.bfloat16 else v).numpy()
-    return {name: as_array(value.detach()) for name, value in tensors.items()}
+    return {name: as_array(value) for name, value in tensors.items()}
 
 
 def _is_zip(path: Path) -> bool:

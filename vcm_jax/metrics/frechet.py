@@ -7,33 +7,93 @@ _WINDOW, _HOP, _BANDS = 0.064, 0.016, 40  # seconds, seconds, mel bands
 _FLOOR = 1e-5  # mel power: about the level of the quietest background of Impacts
 
 
-def frechet_distance(pred: np.ndarray, truth: np.ndarray) -> float:
+class RunningGaussian:
+    """Mean and covariance of feature rows that come in pieces, in float64.
+
+    Pieces are merged as Chan, Golub and LeVeque (1983) do, so that neither their sizes nor a
+    large mean cost accuracy; memory is that of one (d, d) matrix.
+
+    Attributes:
+      count: rows so far.
+      mean: (d,).
+      scatter: (d, d), the sum of outer products of the centred rows.
+    """
+
+    def __init__(self):
+        self.count, self.mean, self.scatter = 0, None, None
+
+    def update(self, rows: np.ndarray) -> "RunningGaussian":
+        """Takes rows (n, d) more, n >= 1; returns itself.
+
+        Raises: ValueError for another shape or width, or values that are not finite.
+        """
+        rows = _checked("rows", rows, least=1)
+        count, mean = len(rows), rows.mean(0)
+        centred = rows - mean
+        scatter = centred.T @ centred
+        if self.count == 0:
+            self.count, self.mean, self.scatter = count, mean, scatter
+            return self
+        if mean.shape != self.mean.shape:
+            raise ValueError(f"rows of width {len(mean)} after rows of width {len(self.mean)}")
+        step, total = mean - self.mean, self.count + count
+        self.scatter += scatter + np.outer(step, step) * (self.count * count / total)
+        self.mean = self.mean + step * (count / total)
+        self.count = total
+        return self
+
+    def factor(self) -> np.ndarray:
+        """R (r, d) with R^T R the covariance (n - 1), from the eigenvalues of that matrix."""
+        values, vectors = np.linalg.eigh(self.scatter / (self.count - 1))
+        there = values > 0  # rounding leaves the others a little below or at zero
+        return np.sqrt(values[there])[:, None] * vectors.T[there]
+
+
+def _checked(name: str, rows: np.ndarray, least: int) -> np.ndarray:
+    rows = np.asarray(rows, np.float64)
+    if rows.ndim != 2 or len(rows) < least:
+        raise ValueError(f"{name} must be (n, d) with n >= {least}, got {rows.shape}")
+    if not np.isfinite(rows).all():
+        bad = np.sum(~np.isfinite(rows))
+        raise ValueError(f"{name} holds {bad} values that are not finite, in {rows.shape}")
+    return rows
+
+
+def _mean_and_factor(name: str, rows) -> tuple[np.ndarray, np.ndarray]:
+    """Mean (d,) and R (r, d) with R^T R the covariance."""
+    if isinstance(rows, RunningGaussian):
+        if rows.count < 2:
+            raise ValueError(f"{name} must have at least 2 rows, it has {rows.count}")
+        return rows.mean, rows.factor()
+    rows = _checked(name, rows, least=2)
+    if len(rows) > rows.shape[1]:
+        gaussian = RunningGaussian().update(rows)
+        return gaussian.mean, gaussian.factor()
+    mean = rows.mean(0)
+    return mean, (rows - mean) / np.sqrt(len(rows) - 1)
+
+
+def frechet_distance(pred, truth) -> float:
     """Squared Frechet (2-Wasserstein) distance between Gaussians fitted to rows (n, d), (m, d).
 
     |mean_p - mean_t|^2 + tr S_p + tr S_t - 2 tr (S_p S_t)^(1/2), S with n - 1, as in the FID
-    (Heusel et al. 2017, eq. 6). With centred rows X / sqrt(n - 1), Y / sqrt(m - 1) the last trace
-    is the sum of the singular values of X Y^T, and so of R_x R_y^T with the QR factors: stable
-    also for fewer rows than columns, where a matrix square root is not. All in float64.
+    (Heusel et al. 2017, eq. 6). With S = R^T R the last trace is the sum of the singular values
+    of R_p R_t^T: stable also for fewer rows than columns, where a matrix square root is not, and
+    several times faster. R are the centred rows where they are few, and come from the eigenvalues
+    of the covariance where they are many. All in float64.
+
+    Args: pred, truth: rows, or a `RunningGaussian` of them.
 
     Raises: ValueError for arrays that are not (n, d) with the same d and n >= 2, or not finite.
     """
-    arrays = {"pred": np.asarray(pred, np.float64), "truth": np.asarray(truth, np.float64)}
-    for name, rows in arrays.items():
-        if rows.ndim != 2 or len(rows) < 2:
-            raise ValueError(f"{name} must be (n, d) with n >= 2, got {rows.shape}")
-        if not np.isfinite(rows).all():
-            bad = np.sum(~np.isfinite(rows))
-            raise ValueError(f"{name} holds {bad} values that are not finite, in {rows.shape}")
-    if arrays["pred"].shape[1] != arrays["truth"].shape[1]:
-        raise ValueError(f"widths differ: pred {np.shape(pred)}, truth {np.shape(truth)}")
-    means = [rows.mean(0) for rows in arrays.values()]
-    factors = [
-        np.linalg.qr((rows - mean) / np.sqrt(len(rows) - 1), mode="r")
-        for rows, mean in zip(arrays.values(), means)
-    ]
-    cross = np.linalg.svd(factors[0] @ factors[1].T, compute_uv=False).sum()
-    traces = sum(np.sum(factor**2) for factor in factors)
-    return float(np.sum((means[0] - means[1]) ** 2) + traces - 2 * cross)
+    (mean_p, factor_p), (mean_t, factor_t) = (
+        _mean_and_factor(name, rows) for name, rows in (("pred", pred), ("truth", truth))
+    )
+    if mean_p.shape != mean_t.shape:
+        raise ValueError(f"widths differ: pred (n, {len(mean_p)}), truth (n, {len(mean_t)})")
+    cross = np.linalg.svd(factor_p @ factor_t.T, compute_uv=False).sum()
+    traces = np.sum(factor_p**2) + np.sum(factor_t**2)
+    return float(np.sum((mean_p - mean_t) ** 2) + traces - 2 * cross)
 
 
 def log_mel_features(audio: np.ndarray, sample_rate: int) -> np.ndarray:

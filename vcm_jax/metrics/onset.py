@@ -70,6 +70,28 @@ def _matches(predicted: np.ndarray, truth: np.ndarray, tolerance: float) -> list
     return errors
 
 
+def count_onsets(predicted: np.ndarray, truth: np.ndarray, tolerance: float = 0.05) -> np.ndarray:
+    """What a clip adds to `onset_scores`: [matched, predicted, true, sum of |error| in seconds].
+
+    Args: predicted, truth: times in seconds, in any order; tolerance in seconds.
+
+    Returns: (4,) float64; `scores_of_counts` makes figures of the sum over clips.
+    """
+    errors = _matches(np.sort(predicted), np.sort(truth), tolerance)
+    return np.array([len(errors), len(predicted), len(truth), np.sum(np.abs(errors))], float)
+
+
+def scores_of_counts(counts: np.ndarray) -> dict[str, float]:
+    """precision, recall, f1, timing_error_ms of counts (4,), as `onset_scores` explains them."""
+    matched, predicted, true, error = counts
+    return {
+        "precision": float(matched / max(predicted, 1)),
+        "recall": float(matched / max(true, 1)),
+        "f1": float(2 * matched / max(predicted + true, 1)),
+        "timing_error_ms": float(1000 * error / matched) if matched else float("nan"),
+    }
+
+
 def onset_scores(
     predicted: Sequence[np.ndarray], truth: Sequence[np.ndarray], tolerance: float = 0.05
 ) -> dict[str, float]:
@@ -85,15 +107,5 @@ def onset_scores(
     """
     if len(predicted) != len(truth):
         raise ValueError(f"{len(predicted)} predicted clips, but {len(truth)} true ones")
-    errors = [
-        error
-        for one, other in zip(predicted, truth)
-        for error in _matches(np.sort(one), np.sort(other), tolerance)
-    ]
-    num_predicted, num_true = sum(map(len, predicted)), sum(map(len, truth))
-    return {
-        "precision": len(errors) / max(num_predicted, 1),
-        "recall": len(errors) / max(num_true, 1),
-        "f1": 2 * len(errors) / max(num_predicted + num_true, 1),
-        "timing_error_ms": 1000 * float(np.mean(np.abs(errors))) if errors else float("nan"),
-    }
+    counts = [count_onsets(one, other, tolerance) for one, other in zip(predicted, truth)]
+    return scores_of_counts(np.sum(counts, axis=0) if counts else np.zeros(4))

@@ -1,0 +1,117 @@
+"""Runs and folders side by side: who wins, what is refused, what a browser makes of the page."""
+
+import re
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+import soundfile
+from test_generate import world as world
+
+from vcm_jax.compare import compare, parse_entries, true_clips, winners
+from vcm_jax.evaluate_caches import EvaluateError
+from vcm_jax.features import media
+from vcm_jax.metrics import sound_figures
+
+RATE = 16_000
+
+# Counts what the browser could decode, and writes it where --dump-dom shows it.
+PROBE = """<script>
+const sounds = [...document.querySelectorAll("audio")];
+const loaded = sounds.map(a => new Promise(done => {
+  a.addEventListener("loadedmetadata", () => done(1)); a.addEventListener("error", () => done(0));
+  a.preload = "auto"; a.load(); }));
+window.addEventListener("load", () => Promise.all(loaded).then(found => {
+  const images = [...document.images].filter(i => i.naturalWidth > 50).length;
+  const seconds = sounds.map(a => a.duration.toFixed(2));
+  document.title = `${images} pictures ${found.filter(x => x).length} sounds ${seconds[0]} s`;
+}));
+</script>"""
+
+
+def tones(level, count=4):
+    time = np.arange(RATE) / RATE
+    return [np.float32(level * (i + 1) * np.sin(2 * np.pi * 500 * time)) for i in range(count)]
+
+
+def test_winners():
+    truth = tones(0.1)
+    score = lambda sounds: sound_figures(
+        ((str(i), a, b) for i, (a, b) in enumerate(zip(sounds, truth))), RATE
+    )
+    mixed = tones(0.05)[:2] + tones(0.1)[2:]
+    sets = {"exact": score(truth), "half": score(tones(0.05)), "mixed": score(mixed)}
+    assert winners(sets, "loudness_error_db") == ["exact", "exact", None, None]
+    assert winners({"half": sets["half"], "mixed": sets["mixed"]}, "loudness_error_db") == [
+        None, None, "mixed", "mixed",
+    ]  # fmt: skip
+    assert winners(sets, "onset_f1") == [None] * 4
+
+
+@pytest.fixture(scope="module")
+def page(world):
+    """A run in one and in two steps, and a folder with the true sounds themselves, three clips."""
+    folder = world / "sounds"
+    folder.mkdir()
+    for path in (world / "data/test").glob("*.mp4"):
+        sound = media.read_audio(path, 44_100)
+        soundfile.write(folder / f"{path.stem}.flac", np.stack([sound, sound], 1), 44_100)
+    entries = parse_entries([str(world / "run"), f"{world / 'run'}@2", str(folder)], steps=1)
+    clips = true_clips(world / "data/test", world / "data/test.tsv", 10)
+    out = world / "compare.html"
+    return compare(entries, clips, out, shown=2, draws=100), out
+
+
+def test_the_page(page):
+    sets, out = page
+    assert list(sets) == ["run, 1 step", "run, 2 steps", "sounds"]
+    # The true sounds, once through 44.1 kHz and back.
+    assert sets["sounds"].values()["onset_f1"] > 0.95
+    assert sets["sounds"].values()["spectral_convergence"] < 0.05
+    assert sets["sounds"].values()["log_mel_fd"] < 0.2 * sets["run, 1 step"].values()["log_mel_fd"]
+    text = out.read_text()
+    assert text.count("<audio") == 2 * 4 and text.count("<img") == 2 * 5
+    assert not re.findall(r'(?:src|href)="(?!data:)', text), "the page is self-contained"
+    wins = re.search(r"<td>sounds</td>((?:<td>\d+</td>)+)</tr><tr><td>nobody", text).group(1)
+    assert re.findall(r"\d+", wins)[1:] == ["3", "3", "3"]
+    assert f"{sets['sounds'].values()['loudness_error_db']:.2f}" in text
+
+
+def test_a_browser_shows_every_picture_and_plays_every_sound(page, tmp_path):
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("needs chromium")
+    copy = tmp_path / "page.html"
+    copy.write_text(page[1].read_text() + PROBE)
+    command = [chromium, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom",
+               f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=20000",
+               copy.as_uri()]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert re.search("<title>(.*?)</title>", done.stdout).group(1) == "10 pictures 8 sounds 1.28 s"
+
+
+def test_sets_that_cannot_be_compared(world, tmp_path):
+    clips = true_clips(world / "data/test", None, 10)
+    run = str(world / "run")
+    for arguments, message in (
+        ([], "name at least one"),
+        (["nowhere"], "nowhere: no such folder"),
+        ([f"{world / 'data'}@4"], "is not the workdir of a run"),
+        ([run, f"{run}@1"], "named twice"),
+    ):
+        with pytest.raises(EvaluateError, match=message):
+            parse_entries(arguments, steps=1)
+    some = tmp_path / "some"
+    some.mkdir()
+    soundfile.write(some / "000001.wav", tones(0.1)[0], RATE)
+    lacking, out = parse_entries([str(some)], 1), tmp_path / "x.html"
+    with pytest.raises(EvaluateError, match="no sound for 2 of 3 clips: 000000, 000002"):
+        compare(lacking, clips, out)
+    for name in ("000000", "000002"):
+        soundfile.write(some / f"{name}.wav", tones(0.1)[0], RATE)
+    with pytest.raises(EvaluateError, match="1.00 s, the true sound .* 1.28 s: give --duration"):
+        compare(lacking, clips, out)
+    with pytest.raises(EvaluateError, match="has only sounds for 000000"):
+        compare(parse_entries([run], 1), true_clips(some, None, 10), out)
+    assert not out.exists()

@@ -1,0 +1,160 @@
+"""Figures of a set of sounds against the true ones, from waveforms alone: our own, not the papers'.
+
+One pass over the clips keeps what each adds to every figure, so that a figure of any resampling of
+the clips (a bootstrap interval) costs next to nothing.
+"""
+
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+
+from vcm_jax.metrics.frechet import RunningGaussian, frechet_distance, log_mel_features
+from vcm_jax.metrics.loudness import loudness, spectral_convergence
+from vcm_jax.metrics.onset import count_onsets, detect_onsets, merge_close, scores_of_counts
+
+# What the figures are called, how they are shown, and whether less is better.
+FIGURES = {
+    "onset_f1": ("onset F1", ".3f", False),
+    "onset_timing_error_ms": ("timing error, ms", ".1f", True),
+    "log_mel_fd": ("log-mel FD", ".3f", True),
+    "spectral_convergence": ("spectral convergence", ".3f", True),
+    "loudness_error_db": ("loudness error, dB", ".2f", True),
+}
+_CENTRE = -3.0  # log10 power, about the middle of log-mel features: sums about it keep digits
+
+
+def _moments(rows: np.ndarray) -> np.ndarray:
+    """Flat sums over rows (n, d), about a fixed centre: n, sum, sum of outer products."""
+    rows = np.asarray(rows, np.float64) - _CENTRE
+    return np.concatenate([[len(rows)], rows.sum(0), (rows.T @ rows).ravel()])
+
+
+def _gaussian(moments: np.ndarray, width: int) -> RunningGaussian:
+    gaussian = RunningGaussian()
+    total, sums = moments[0], moments[1 : 1 + width]
+    gaussian.count, gaussian.mean = total, sums / total
+    gaussian.scatter = moments[1 + width :].reshape(width, width) - np.outer(sums, sums) / total
+    return gaussian
+
+
+class SoundFigures:
+    """What every clip adds to the figures, gathered clip by clip.
+
+    Attributes:
+      clips: ids, in the order in which they came.
+      per_clip: name -> one number a clip, in that order: onset_f1, spectral_convergence (NaN where
+        the true sound is silent), loudness_error_db, and log_mel_error, the root mean square
+        difference of log-mel frames in dB.
+    """
+
+    def __init__(self, sample_rate: int):
+        """sample_rate: Hz, of all sounds, at least 16000."""
+        self.sample_rate = sample_rate
+        self.clips: list[str] = []
+        self.per_clip: dict[str, list[float]] = {}
+        self._counts, self._pred, self._truth = [], [], []
+
+    def add(self, clip: str, pred: np.ndarray, truth: np.ndarray) -> None:
+        """Takes a clip's sounds, (samples,) each and of equal length, at least 64 ms.
+
+        Raises: ValueError for other shapes, or values that are not finite; it names the clip.
+        """
+        rate = self.sample_rate
+        try:
+            if np.shape(pred) != np.shape(truth):
+                raise ValueError(f"{np.shape(pred)} samples, the true sound has {np.shape(truth)}")
+            level = loudness(pred, rate) - loudness(truth, rate)
+            found, wanted = (log_mel_features(sound, rate) for sound in (pred, truth))
+            counts = count_onsets(
+                *(merge_close(detect_onsets(sound, rate)) for sound in (pred, truth))
+            )
+            silent = not np.any(truth)
+            convergence = np.nan if silent else spectral_convergence(pred, truth, rate)
+        except ValueError as error:
+            raise ValueError(f"{clip}: {error}") from None
+        self.clips.append(clip)
+        self._counts.append(counts)
+        self._pred.append(_moments(found))
+        self._truth.append(_moments(wanted))
+        self._width = found.shape[1]
+        for name, value in {
+            "onset_f1": scores_of_counts(counts)["f1"] if counts[1:3].any() else 1.0,
+            "spectral_convergence": convergence,
+            "loudness_error_db": abs(level),
+            "log_mel_error": 10 * np.sqrt(np.mean((found - wanted) ** 2)),
+        }.items():
+            self.per_clip.setdefault(name, []).append(float(value))
+
+    def values(self, weights: np.ndarray | None = None) -> dict[str, float]:
+        """The figures over all clips, by the names of FIGURES.
+
+        Onsets are counted over all clips together (`onset_scores`; 50 ms), detected in both
+        sounds; log_mel_fd is the Frechet distance of single log-mel frames; the others are means.
+
+        Args: weights: (clips,), how often each clip counts; None: once.
+
+        Raises: ValueError without any clip.
+        """
+        if not self.clips:
+            raise ValueError("no clips: there is nothing to make figures of")
+        weights = np.ones(len(self.clips)) if weights is None else np.asarray(weights, float)
+        onsets = scores_of_counts(weights @ np.stack(self._counts))
+        gaussians = [
+            _gaussian(weights @ np.stack(moments), self._width)
+            for moments in (self._pred, self._truth)
+        ]
+
+        def mean(name):
+            values = np.array(self.per_clip[name])
+            there = np.isfinite(values)
+            total = weights[there].sum()
+            return float(weights[there] @ values[there] / total) if total else float("nan")
+
+        return {
+            "onset_f1": onsets["f1"],
+            "onset_timing_error_ms": onsets["timing_error_ms"],
+            "log_mel_fd": frechet_distance(*gaussians),
+            "spectral_convergence": mean("spectral_convergence"),
+            "loudness_error_db": mean("loudness_error_db"),
+        }
+
+    def counts(self) -> dict[str, int]:
+        """How many clips each figure rests on."""
+        audible = int(np.isfinite(self.per_clip["spectral_convergence"]).sum())
+        return {name: len(self.clips) for name in FIGURES} | {"spectral_convergence": audible}
+
+
+def sound_figures(
+    pairs: Iterable[tuple[str, np.ndarray, np.ndarray]], sample_rate: int
+) -> SoundFigures:
+    """SoundFigures of (clip, generated sound, true sound), each (samples,)."""
+    figures = SoundFigures(sample_rate)
+    for clip, pred, truth in pairs:
+        figures.add(clip, pred, truth)
+    return figures
+
+
+def bootstrap(
+    sets: Mapping[str, SoundFigures], draws: int = 1000, seed: int = 0
+) -> dict[str, dict[str, np.ndarray]]:
+    """Figures of resampled clips: set -> figure -> (draws,); every set sees the same draws.
+
+    Intervals are percentiles of these, and those of the difference between two sets percentiles
+    of the differences, in which what makes clips hard for all sets cancels (Efron and Tibshirani
+    1993). They tell of the choice of clips, not of the noise or the training run.
+
+    Args: sets: over the same clips in the same order.
+
+    Raises: ValueError when the clips differ.
+    """
+    clips = {tuple(figures.clips) for figures in sets.values()}
+    if len(clips) != 1:
+        raise ValueError("the sets must have the same clips in the same order")
+    size = len(next(iter(clips)))
+    rng = np.random.default_rng(seed)
+    weights = rng.multinomial(size, np.full(size, 1 / size), draws)
+    found = {}
+    for name, figures in sets.items():
+        rows = [figures.values(row) for row in weights]
+        found[name] = {key: np.array([row[key] for row in rows]) for key in FIGURES}
+    return found
