@@ -31,8 +31,8 @@ def one_time():
     return {name: v for name, v in two_times().items() if not name.startswith("h_embed.")}
 
 
-def inputs():
-    seeds, batch, c = INFO["seeds"], INFO["batch"], CONFIG
+def inputs(info=INFO, c=CONFIG, batch=INFO["batch"]):
+    seeds = info["seeds"]
     x = golden.randn(seeds["latent"], (batch, c.latent_seq_len, c.latent_dim))
     cond = Conditions(
         golden.randn(seeds["clip_f"], (batch, c.clip_seq_len, c.clip_dim)),
@@ -47,7 +47,7 @@ APPLY = jax.jit(MMDiT(CONFIG).apply)
 
 def test_imported_weights_are_minus_mmaudios_velocity_at_the_reversed_time():
     x, tau, other, cond = inputs()
-    variables = import_network.network_from_mmaudio(one_time(), CONFIG)
+    variables = import_network.network_from_torch(one_time(), CONFIG)
     t = np.float32(1 - tau.astype(np.float64))
     reference = -ARRAYS["output_original_one_time"]
     for s in (t, t * other, np.zeros_like(t)):
@@ -56,7 +56,7 @@ def test_imported_weights_are_minus_mmaudios_velocity_at_the_reversed_time():
 
 
 def test_what_is_imported_can_be_exported_again():
-    variables = import_network.network_from_mmaudio(one_time(), CONFIG)
+    variables = import_network.network_from_torch(one_time(), CONFIG)
     again = export_torch.to_mmaudio(variables_to_torch(variables, CONFIG))
     assert again.keys() == one_time().keys()
     for name, value in one_time().items():
@@ -67,8 +67,46 @@ def test_mmaudios_convention_keeps_what_the_second_embedder_says_of_zero():
     x, t, _, cond = inputs()
     before = APPLY(variables_from_torch(two_times(), CONFIG), x, t, t, cond)
     theirs = export_torch.to_mmaudio(two_times())
-    ours = import_network.network_from_mmaudio(theirs, CONFIG)
+    ours = import_network.network_from_torch(theirs, CONFIG)
     assert golden.relative_error(APPLY(ours, x, t, t, cond), before) < 1e-5
+
+
+def test_imported_weights_are_sampled_with_guidance_as_mmaudio_does():
+    x, _, _, cond = inputs()
+    null = MMDiT(CONFIG).apply(
+        variables_from_torch(two_times(), CONFIG), len(x), method="null_conditions"
+    )
+    # MMAudio's own velocity, without any conversion: the second embedder is all zero.
+    second = {n: 0 * v for n, v in two_times().items() if n.startswith("h_embed.")}
+    theirs = variables_from_torch(one_time() | second, CONFIG)
+    expected = x
+    for i in range(3):  # Euler's method from 0 (noise) to 1
+        tau = np.full(len(x), i / 3, np.float32)
+        guided, free = (APPLY(theirs, expected, tau, tau, c) for c in (cond, null))
+        expected = expected + (4.5 * guided - 3.5 * free) / 3
+    ours = import_network.network_from_torch(one_time(), CONFIG)
+    u = lambda x, t, s, c: APPLY(ours, x, t, s, c)
+    guided = sampling.guided_velocity(u, null, 4.5)
+    found = sampling.sample(guided, x, sampling.uniform_times(3), cond)
+    assert golden.relative_error(found, expected) < 1e-4
+
+
+def test_statistics_that_a_file_lacks_are_left_to_the_data():
+    stats = {"latent_mean", "latent_std", "empty_string_feat"}
+    bare = {name: value for name, value in one_time().items() if name not in stats}
+    whole = import_network.network_from_torch(one_time(), CONFIG)
+    found = import_network.network_from_torch(bare, CONFIG)
+    assert found["stats"] == {} and whole["stats"].keys() == {
+        "latent_mean",
+        "latent_std",
+        "empty_text",
+    }
+    jax.tree.map(np.testing.assert_array_equal, found["params"], whole["params"])
+    bare |= {
+        "latent_mean": np.full((1, 1, 8), np.nan),
+        "empty_string_feat": one_time()["empty_string_feat"],
+    }
+    assert import_network.network_from_torch(bare, CONFIG)["stats"].keys() == {"empty_text"}
 
 
 @pytest.fixture
@@ -103,7 +141,7 @@ def test_import_command_writes_what_init_from_reads(run_folder, capsys):
     out = run_folder(tensors=one_time() | {"t_embed.freqs": np.zeros(128, np.float32)})
     assert "tiny, to start from with --config.init_from" in capsys.readouterr().out
     restored = checkpoint.restore_weights(out)
-    expected = import_network.network_from_mmaudio(one_time(), CONFIG)
+    expected = import_network.network_from_torch(one_time(), CONFIG)
     jax.tree.map(np.testing.assert_array_equal, restored, expected)
 
 
@@ -113,7 +151,7 @@ def test_torch_and_jax_sample_alike(run_folder, tmp_path, monkeypatch):
 
     # A network with two times: what a run of ours has.
     variables = variables_from_torch(two_times(), CONFIG)
-    monkeypatch.setattr(import_network, "network_from_mmaudio", lambda *_: variables)
+    monkeypatch.setattr(import_network, "network_from_torch", lambda *_: variables)
     file = tmp_path / "ours.pth"
     export_torch.main([f"--workdir={run_folder()}", f"--out={file}"])
     model = AverageVelocity.from_state_dict(torch.load(file, weights_only=True))
@@ -130,6 +168,52 @@ def test_torch_and_jax_sample_alike(run_folder, tmp_path, monkeypatch):
         theirs = model.sample(torch.from_numpy(x), times if n == 2 else n, *features)
         assert golden.relative_error(theirs.numpy(), ours) < 1e-4
     np.testing.assert_array_equal(model.latent_std[0, 0].detach(), variables["stats"]["latent_std"])
+    for times in (0, [0.0, 1.0], [1.5, 0.0], [1.0]):
+        with pytest.raises(ValueError, match="times must decrease"):
+            model.sample(torch.from_numpy(x), times, *features)
+    # What export_torch wrote is taken back as it is.
+    monkeypatch.undo()
+    monkeypatch.setattr(import_network, "MODELS", {"tiny": CONFIG})
+    import_torch.main(["network", str(file), f"--out={tmp_path / 'back'}"])
+    back = checkpoint.restore_weights(tmp_path / "back")
+    jax.tree.map(np.testing.assert_array_equal, back, variables)
+
+
+def test_torch_in_bfloat16_stays_close():
+    torch = pytest.importorskip("torch")
+    from vcm_jax.interop.torch_model import AverageVelocity
+
+    tensors = {name: torch.from_numpy(value) for name, value in two_times().items()}
+    model = AverageVelocity.from_state_dict(tensors).to(torch.bfloat16)
+    x, t, s, cond = inputs()
+    with torch.no_grad():
+        output = model(*map(torch.from_numpy, (x, t, s, cond.clip, cond.sync, cond.text)))
+    assert output.dtype == torch.float32
+    difference = output.numpy() - ARRAYS["output"]
+    assert 1e-4 < difference.std() / ARRAYS["output"].std() < 0.03
+    null = model.null_conditions(len(x), CONFIG.clip_seq_len, CONFIG.sync_seq_len)
+    assert [part.shape for part in null] == [
+        part.shape for part in (cond.clip, cond.sync, cond.text)
+    ]
+
+
+@pytest.mark.slow
+def test_torch_matches_the_reference_in_full_size():
+    torch = pytest.importorskip("torch")
+    from vcm_jax.interop.torch_model import AverageVelocity
+
+    folder = golden.shared("network/small_16k.npz").parent
+    info, arrays = golden.load(folder, "small_16k")
+    table = json.loads((folder / "small_16k_state_dict.json").read_text())
+    tensors = {name: torch.from_numpy(value) for name, value in golden.fill(table).items()}
+    model = AverageVelocity.from_state_dict(tensors)
+    args = inputs(info, ModelConfig(**info["config"]), len(arrays["in_t"]))
+    x, t, s, clip, sync, text = map(torch.from_numpy, jax.tree.leaves(args))
+    null = model.null_conditions(len(x), clip.shape[1], sync.shape[1])
+    with torch.no_grad():
+        for name, cond in {"output": (clip, sync, text), "output_null": null}.items():
+            output = model(x, t, s, *cond).numpy()
+            assert golden.relative_error(output, arrays[name]) < 1e-4, name
 
 
 def test_mmaudios_convention_is_for_flow_matching(run_folder, tmp_path):
@@ -156,10 +240,11 @@ def without(name):
         (without("clip_cond_proj.bias"), "missing: clip_cond_proj.bias"),
         (one_time() | {"what": np.zeros(1)}, "not known: what"),
         (one_time() | {"sync_pos_emb": np.zeros((1, 1, 8, 3))}, r"emb \(1, 1, 8, 3\) inst"),
-        (two_times(), "second time embedder"),
+        (one_time() | {"h_embed.mlp.0.bias": np.zeros(64)}, "missing: h_embed.mlp.0.weight, h_emb"),
+        (one_time() | {"clip_cond_proj.bias": np.full(64, np.nan)}, "not finite: clip_cond_proj"),
         (one_time() | {"clip_input_proj.2.w1.weight": np.zeros(1)}, "version 2"),
         ({"encoder.conv_in.weight": np.zeros(3)}, "not MMAudio's network"),
-        (without("fused_blocks.1.linear1.bias") | {"fused_blocks.7.x": np.zeros(1)}, "no known"),
+        (one_time() | {"fused_blocks.7.x": np.zeros(1)}, "7.x .it looks most like tiny"),
     ],
 )  # fmt: skip
 def test_a_file_that_does_not_fit_is_refused_before_anything_is_written(
@@ -180,7 +265,7 @@ def test_damaged_files_and_full_folders_are_refused(known, tmp_path):
     with pytest.raises(SystemExit, match="no such file"):
         import_torch.main(["network", "nowhere.pth", f"--out={tmp_path / 'out'}"])
     (tmp_path / "out" / "checkpoints").mkdir(parents=True)
-    with pytest.raises(SystemExit, match="holds checkpoints already"):
+    with pytest.raises(SystemExit, match="out is there already"):
         import_torch.main(["network", str(file), f"--out={tmp_path / 'out'}"])
     with pytest.raises(SystemExit, match="not the workdir of a run"):
         export_torch.main([f"--workdir={tmp_path}", f"--out={tmp_path / 'x.pth'}"])

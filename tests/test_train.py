@@ -14,6 +14,8 @@ from vcm_jax import checkpoint, train
 from vcm_jax.codec.linear import fit_linear_codec
 from vcm_jax.data import SequenceConfig, records
 from vcm_jax.features.encoders import WeightsFreeEncoders
+from vcm_jax.interop import import_network
+from vcm_jax.interop.weights import abstract_variables
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 SEQUENCE = SequenceConfig(duration=0.64, text_seq_len=5)
@@ -220,6 +222,37 @@ def test_records_of_other_sizes(data, tmp_path):
     config = make_config(data, **{"data.sources": ("train=1", f"{tmp_path}/other=1")})
     with pytest.raises(train.SetupError, match="differ in their encoders"):
         train.train(config, tmp_path / "run")
+
+
+def test_imported_weights_start_a_run_and_keep_their_statistics(data, tmp_path, caplog):
+    config = make_config(
+        data, steps=1, init_from=str(tmp_path / "imported"), **{"optimizer.learning_rate": 1e-12}
+    )
+    manifest = records.RecordSource(data / "train").manifest
+    rng = np.random.default_rng(0)
+    variables = jax.tree.map(
+        lambda leaf: np.float32(0.05 * rng.standard_normal(leaf.shape)),
+        abstract_variables(train.model_config(config, manifest)),
+    )
+    latents = {"latent_mean": np.float32(manifest.latent_mean) + 1}
+    latents["latent_std"] = 3 * np.float32(manifest.latent_std)
+    import_network.save(tmp_path / "imported", variables | {"stats": latents}, {})
+    train.train(config, tmp_path / "run")
+    state = final_state(tmp_path / "run")
+    close = lambda a, b: np.testing.assert_allclose(a, b, atol=1e-9)
+    jax.tree.map(close, state["params"], variables["params"])
+    empty_text = np.load(data / "train" / records.EMPTY_TEXT)  # the data's: their text encoder's
+    jax.tree.map(close, state["stats"], latents | {"empty_text": empty_text})
+    warning = next(r.getMessage() for r in caplog.records if "latents are normalised" in r.msg)
+    assert "stds by a factor of up to 3: are the data's latents those of another codec?" in warning
+
+    # Where they lack statistics, the data's are taken; other sizes are refused.
+    found = train.kept_statistics({"latent_mean": latents["latent_mean"]}, {}, "imported")
+    assert found == {}
+    config.model_overrides.hidden_dim = 32
+    with pytest.raises(train.SetupError, match="init_from .*imported was made with another conf"):
+        train.train(config, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
 
 
 def test_what_changed_between_two_configs():

@@ -121,6 +121,28 @@ def mixed_statistics(sources, weights) -> dict[str, np.ndarray]:
     return {"latent_mean": np.float32(mean), "latent_std": np.float32(std)}
 
 
+def kept_statistics(start: dict, data: dict, folder) -> dict[str, np.ndarray]:
+    """The latents' mean and std that stay with the weights which training starts from.
+
+    A network is good for latents that are normalised as in its own training; where the data's
+    statistics are others, its start would be off. The log says by how much they differ, and warns
+    where that looks like another codec.
+    """
+    kept = {name: start[name] for name in ("latent_mean", "latent_std") if name in start}
+    if len(kept) < 2:
+        return {}
+    shift = np.abs((data["latent_mean"] - kept["latent_mean"]) / kept["latent_std"]).max()
+    factor = np.exp(np.abs(np.log(data["latent_std"] / kept["latent_std"])).max())
+    alike = shift < 0.5 and factor < 1.5
+    logging.log(
+        logging.INFO if alike else logging.WARNING,
+        "latents are normalised with the statistics of %s: the data's means differ by up to %.2g "
+        "of its stds, and stds by a factor of up to %.3g%s",
+        folder, shift, factor, "" if alike else ": are the data's latents those of another codec?",
+    )  # fmt: skip
+    return kept
+
+
 def describe_run(workdir: Path, config: ConfigDict, model: ModelConfig, source) -> None:
     """Writes what `generate` needs beside the weights: run.json and the codec."""
     run = {
@@ -218,18 +240,16 @@ def _train(config: ConfigDict, workdir: Path, stack: contextlib.ExitStack) -> No
     # the devices.
     net = MMDiT(model, dtype=jnp.dtype(config.dtype))
     optimizer = make_optimizer(optimizer_config)
-    stats = mixed_statistics(sources, weights) | {"empty_text": sources[0].empty_text}
-    if config.init_from:
-        start = checkpoint.restore_weights(config.init_from)
-        # These weights were trained on latents that were normalised with their own statistics.
-        stats |= {name: start["stats"][name] for name in ("latent_mean", "latent_std")}
-    init = make_init(net, stats, optimizer, config.ema_sigma_rels)
     key = jax.random.key(config.seed)
-    abstract = jax.eval_shape(init, key)
+    stats = mixed_statistics(sources, weights) | {"empty_text": sources[0].empty_text}
+    abstract = jax.eval_shape(make_init(net, stats, optimizer, config.ema_sigma_rels), key)
     params = None
     if config.init_from:
+        start = checkpoint.restore_weights(config.init_from)
         params = start["params"]
         checkpoint.check_shapes(params, abstract.params, f"init_from {config.init_from}")
+        stats |= kept_statistics(start["stats"], stats, config.init_from)
+    init = make_init(net, stats, optimizer, config.ema_sigma_rels)
     shardings = sharding.state_shardings(abstract, mesh, model.num_heads)
     if leader:
         workdir.mkdir(parents=True, exist_ok=True)

@@ -31,7 +31,7 @@ def to_mmaudio(state_dict: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """MMAudio's own state dict for u(x, t, t, c): time runs the other way, no second embedder.
 
     At s = t the second embedder sees 0 and is a constant, which goes into the first one's last
-    bias. The inverse of `network_from_mmaudio`, where that constant is 0.
+    bias. The inverse of `network_from_torch`, where that constant is 0.
     """
     second = {n: np.float64(v) for n, v in state_dict.items() if n.startswith("h_embed.")}
     features = np.concatenate([np.ones(128), np.zeros(128)])  # cos 0 and sin 0

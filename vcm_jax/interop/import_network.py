@@ -11,23 +11,30 @@ import flax.struct
 import numpy as np
 
 from vcm_jax import checkpoint
-from vcm_jax.interop.state_dict import StateDictError, check_names, read_state_dict
+from vcm_jax.interop.state_dict import StateDictError, check_names, list_few, read_state_dict
 from vcm_jax.interop.weights import torch_shapes, variables_from_torch
 from vcm_jax.models import MODELS, ModelConfig
 
 # Tables that some files hold and that the network computes.
 _TABLES = ("t_embed.freqs", "latent_rot", "clip_rot")
+# What the data determine: a file may lack them, or hold NaN where they were never filled in.
+_STATS = {
+    "latent_mean": "latent_mean",
+    "latent_std": "latent_std",
+    "empty_string_feat": "empty_text",
+}
 _SECOND_EMBEDDER = "h_embed."
 
 
 def reverse_time(weight: np.ndarray) -> np.ndarray:
-    """First layer of a time embedder (D, 256) that sees 1 - t -> the one that sees t; its inverse.
+    """First layer of a time embedder (D, 2 F) that sees 1 - t -> the one that sees t; its inverse.
 
-    The embedder's features are cos(t f) and sin(t f). With a = 1 - t,
+    The embedder's features are cos(t f) and sin(t f), f = 10000^(-i / F). With a = 1 - t,
     cos(a f) = cos f cos(t f) + sin f sin(t f) and sin(a f) = sin f cos(t f) - cos f sin(t f):
     each pair of columns is reflected.
     """
-    frequencies = 10_000.0 ** (-np.arange(128) / 128)
+    count = weight.shape[1] // 2
+    frequencies = 10_000.0 ** (-np.arange(count) / count)
     cos, sin = np.cos(frequencies), np.sin(frequencies)
     of_cos, of_sin = np.split(weight.astype(np.float64), 2, axis=1)
     reflected = np.concatenate([of_cos * cos + of_sin * sin, of_cos * sin - of_sin * cos], 1)
@@ -43,34 +50,60 @@ def reverse(state_dict: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return state_dict | changed | {first: reverse_time(state_dict[first])}
 
 
-def network_from_mmaudio(state_dict: dict[str, np.ndarray], config: ModelConfig) -> dict:
-    """Our variables from MMAudio's state dict (one time, 0 is noise).
+def network_from_torch(
+    state_dict: dict[str, np.ndarray], config: ModelConfig, file="the state dict", hint: str = ""
+) -> dict:
+    """Our variables from MMAudio's state dict (one time, 0 is noise), or from one of our own.
+
+    A state dict with the second time embedder, as `export_torch` writes it, is in our convention
+    and taken as it is. One without gives u(x, t, s, c) = -(MMAudio's velocity at 1 - t) for every
+    s: the second embedder's last layer is zero.
+
+    Args:
+      state_dict: arrays by their names in torch.
+      config: the network's sizes.
+      file, hint: beginning and end of what an error says.
 
     Returns:
-      `{"params": ..., "stats": ...}`; u(x, t, s, c) = -(MMAudio's velocity at 1 - t) for every s:
-      the second time embedder's last layer is zero.
+      `{"params": ..., "stats": ...}`, float32; "stats" lacks what the file does.
 
     Raises:
-      StateDictError: names or shapes are not the model's.
+      StateDictError: names or shapes are not the model's, or numbers are not finite.
     """
-    state_dict = {name: value for name, value in state_dict.items() if name not in _TABLES}
+    ours = any(name.startswith(_SECOND_EMBEDDER) for name in state_dict)
+    state_dict = {n: np.asarray(v, np.float32) for n, v in state_dict.items() if n not in _TABLES}
     expected = torch_shapes(config)
-    one_time = {n: s for n, s in expected.items() if not n.startswith(_SECOND_EMBEDDER)}
+    wanted = (
+        expected
+        if ours
+        else {n: s for n, s in expected.items() if not n.startswith(_SECOND_EMBEDDER)}
+    )
+    optional = {name: wanted[name] for name in _STATS}
     found = {name: np.shape(value) for name, value in state_dict.items()}
-    check_names(found, one_time, "MMAudio's state dict")
-    # The first layer is drawn as in a new network, so that the last one has something to learn
-    # from.
-    second = {n: np.zeros(s, np.float32) for n, s in expected.items() if n not in one_time}
-    first = "h_embed.mlp.0.weight"
-    second[first] = np.float32(0.02 * np.random.default_rng(0).standard_normal(expected[first]))
-    return variables_from_torch(reverse(state_dict) | second, config)
+    check_names(optional | found, wanted, str(file), hint)
+    finite = {name: bool(np.isfinite(value).all()) for name, value in state_dict.items()}
+    if bad := [name for name, good in finite.items() if not good and name not in _STATS]:
+        raise StateDictError(f"{file}: numbers that are not finite: {list_few(bad)}")
+    known = [field for name, field in _STATS.items() if finite.get(name)]
+    state_dict = {
+        name: np.zeros(shape, np.float32) for name, shape in optional.items()
+    } | state_dict
+    if not ours:
+        # The first layer is drawn as in a new network, so that the last one has something to
+        # learn from.
+        second = {n: np.zeros(s, np.float32) for n, s in expected.items() if n not in wanted}
+        first = f"{_SECOND_EMBEDDER}mlp.0.weight"
+        second[first] = np.float32(0.02 * np.random.default_rng(0).standard_normal(expected[first]))
+        state_dict = reverse(state_dict) | second
+    variables = variables_from_torch(state_dict, config)
+    return variables | {"stats": {k: v for k, v in variables["stats"].items() if k in known}}
 
 
 def recognise(state_dict: dict[str, np.ndarray], file) -> str:
-    """Name in MODELS of MMAudio's network in a state dict.
+    """Name in MODELS of the network in a state dict, or of the one that shares most sizes with it.
 
     Raises:
-      StateDictError: something else; says what it looks like.
+      StateDictError: something else.
     """
     shapes = {name: np.shape(value) for name, value in state_dict.items()}
     if "clip_input_proj.2.w1.weight" in shapes:
@@ -78,32 +111,22 @@ def recognise(state_dict: dict[str, np.ndarray], file) -> str:
             f"{file}: looks like MMAudio's version 2 (large_44k_v2), which is another network; "
             "version 1 is wanted: small_16k, small_44k, medium_44k or large_44k"
         )
-    if any(name.startswith(_SECOND_EMBEDDER) for name in shapes):
-        raise StateDictError(
-            f"{file}: has a second time embedder ({_SECOND_EMBEDDER}*): not MMAudio's network but "
-            "one that export_torch wrote; give init_from the run itself"
-        )
-    try:
-        width, latent_dim, _ = shapes["audio_input_proj.0.weight"]
-        depth = {
-            kind: len({n.split(".")[1] for n in shapes if n.startswith(kind)})
-            for kind in ("joint_blocks.", "fused_blocks.")
-        }
-    except (KeyError, ValueError):
-        few = ", ".join(sorted(shapes)[:3])
-        raise StateDictError(f"{file}: not MMAudio's network (it holds {few}, ...)") from None
-    sizes = width, latent_dim, *depth.values()
-    known = {
-        name: (c.hidden_dim, c.latent_dim, c.joint_depth, c.fused_depth)
-        for name, c in MODELS.items()
+    depth = lambda kind: len({n.split(".")[1] for n in shapes if n.startswith(kind)})
+    size = lambda name, axis: shapes[name][axis] if len(shapes.get(name, ())) > axis else 0
+    sizes = {
+        "hidden_dim": size("clip_cond_proj.weight", 0),
+        "latent_dim": size("audio_input_proj.0.weight", 1),
+        "clip_dim": size("empty_clip_feat", 1),
+        "joint_depth": depth("joint_blocks."),
+        "fused_depth": depth("fused_blocks."),
     }
-    names = [name for name in known if known[name] == sizes]
-    if not names:
-        raise StateDictError(
-            f"{file}: width {sizes[0]}, {sizes[1]} latent channels, {sizes[2]} joint and "
-            f"{sizes[3]} fused blocks are no known model's ({', '.join(MODELS)})"
-        )
-    return names[0]
+    if sum(map(bool, sizes.values())) < 3:
+        raise StateDictError(f"{file}: not MMAudio's network (it holds {list_few(shapes)})")
+    shared = {
+        name: sum(getattr(config, key) == value for key, value in sizes.items())
+        for name, config in MODELS.items()
+    }
+    return max(shared, key=shared.get)
 
 
 @flax.struct.dataclass
@@ -118,19 +141,35 @@ class _Weights:
     ema: dict
 
 
+def save(folder, variables: dict, meta: dict) -> None:
+    """Writes what `checkpoint.restore_weights` reads; `meta` (JSON) says where it comes from."""
+    weights = _Weights(step=0, stats=variables["stats"], ema={"0": variables["params"]})
+    with checkpoint.open_manager(folder) as manager:
+        checkpoint.save(manager, weights, meta)
+
+
 def add_arguments(parser) -> None:
-    parser.add_argument("file", help="MMAudio's weights, e.g. mmaudio_small_16k.pth")
+    """The subcommand's arguments."""
+    parser.add_argument("file", help="e.g. mmaudio_small_16k.pth, or a file of export_torch")
     parser.add_argument("--out", required=True, help="folder to write, for --config.init_from")
 
 
 def run(args) -> None:
-    """Convert; nothing is written before everything fits."""
-    if (Path(args.out) / "checkpoints").exists():
-        raise ValueError(f"{args.out}: holds checkpoints already; name another folder")
+    """Converts; nothing is written before everything fits.
+
+    Raises:
+      ValueError: a file that does not fit, or a folder that holds something else.
+    """
+    out = Path(args.out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"--out={out} is there already: give another folder or remove it")
     state_dict = read_state_dict(args.file)
     name = recognise(state_dict, args.file)
-    variables = network_from_mmaudio(state_dict, MODELS[name])
-    weights = _Weights(step=0, stats=variables["stats"], ema={"0": variables["params"]})
-    with checkpoint.open_manager(args.out) as manager:
-        checkpoint.save(manager, weights, {"source": Path(args.file).name, "model": name})
-    print(f"{args.out}: {name}, to start from with --config.init_from={args.out}")
+    hint = f" (it looks most like {name})"
+    variables = network_from_torch(state_dict, MODELS[name], args.file, hint)
+    save(out, variables, {"source": Path(args.file).name, "model": name})
+    absent = set(_STATS.values()) - variables["stats"].keys()
+    print(
+        f"{out}: {name}, to start from with --config.init_from={out}"
+        + (f" (the file has no {list_few(absent)}: the data's will do)" if absent else "")
+    )

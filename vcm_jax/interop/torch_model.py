@@ -1,12 +1,15 @@
 """The network in PyTorch, for those who have no JAX: it loads what `export_torch` writes.
 
     state_dict = torch.load("vcm_s16k.pth")
-    model = AverageVelocity.from_state_dict(state_dict)
-    latents = model.sample(noise, 4, clip, sync, text)          # SoundVCM, Algorithm 2
-    latents = latents * model.latent_std + model.latent_mean    # what the VAE's decoder takes
+    model = AverageVelocity.from_state_dict(state_dict).to("cuda", torch.bfloat16)
+    noise = torch.randn(batch_size, 250, 20, device="cuda")
+    latents = model.sample(noise, 4, clip, sync, text)  # SoundVCM, Algorithm 2
+    latents = latents.cpu() * state_dict["latent_std"] + state_dict["latent_mean"]  # for the VAE
 
 This file needs PyTorch alone and can be copied. Names and layouts are MMAudio's, plus `h_embed.*`,
-the second time embedding of SoundVCM (3.5.2). Times run from 1 (noise) to 0 (data).
+the second time embedding of SoundVCM (3.5.2). Times run from 1 (noise) to 0 (data). Lengths are
+those of what comes in. A model in bfloat16 takes and gives float32 latents; times, normalisations
+and the steps between latents stay float32.
 """
 
 import math
@@ -26,25 +29,25 @@ class Conv(nn.Conv1d):
         return super().forward(x.transpose(1, 2)).transpose(1, 2)
 
 
-def dense(inputs: int, outputs: int, kernel: int | None = None, bias: bool = True) -> nn.Module:
-    """Linear, or with a kernel size a convolution."""
-    if kernel is None:
-        return nn.Linear(inputs, outputs, bias=bias)
-    return Conv(inputs, outputs, kernel, bias)
-
-
 class GatedMLP(nn.Module):
     """`w2(silu(w1 x) * w3 x)`, 2/3 of 4 D wide, rounded up to a multiple of 256."""
 
     def __init__(self, width: int, kernel: int | None = None):
         super().__init__()
         inner = 256 * math.ceil(8 * width // 3 / 256)
-        self.w1 = dense(width, inner, kernel, bias=False)
-        self.w2 = dense(inner, width, kernel, bias=False)
-        self.w3 = dense(width, inner, kernel, bias=False)
+        self.transposed = kernel is not None
+        if kernel is None:
+            layer = lambda *sizes: nn.Linear(*sizes, bias=False)
+        else:
+            layer = lambda *sizes: nn.Conv1d(*sizes, kernel, padding=kernel // 2, bias=False)
+        self.w1, self.w2 = layer(width, inner), layer(inner, width)
+        self.w3 = layer(width, inner)
 
     def forward(self, x):
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+        if self.transposed:  # once, for all three convolutions
+            x = x.transpose(1, 2).contiguous()
+        x = self.w2(F.silu(self.w1(x)) * self.w3(x))
+        return x.transpose(1, 2) if self.transposed else x
 
 
 class TimestepEmbedder(nn.Module):
@@ -83,11 +86,13 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.heads = heads
         self.qkv = nn.Linear(width, 3 * width)
-        self.q_norm = nn.RMSNorm(width // heads)
-        self.k_norm = nn.RMSNorm(width // heads)
+        self.q_norm = nn.RMSNorm(width // heads, eps=torch.finfo(torch.float32).eps)
+        self.k_norm = nn.RMSNorm(width // heads, eps=torch.finfo(torch.float32).eps)
 
     def forward(self, x, table=None):
-        q, k, v = self.qkv(x).unflatten(-1, (self.heads, -1, 3)).permute(4, 0, 2, 1, 3)
+        # Contiguous: fast attention kernels refuse a v whose channels lie apart.
+        parts = self.qkv(x).unflatten(-1, (self.heads, -1, 3)).permute(4, 0, 2, 1, 3)
+        q, k, v = parts.contiguous()
         q, k = self.q_norm(q), self.k_norm(k)
         return (q, k, v) if table is None else (rotate(q, table), rotate(k, table), v)
 
@@ -105,7 +110,7 @@ class StreamBlock(nn.Module):
         self.chunks = 2 if pre_only else 6
         self.attn = SelfAttention(width, heads)
         if not pre_only:
-            self.linear1 = dense(width, width, kernel)
+            self.linear1 = Conv(width, width, kernel) if kernel else nn.Linear(width, width)
             self.ffn = GatedMLP(width, kernel)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, self.chunks * width))
 
@@ -216,19 +221,20 @@ class AverageVelocity(nn.Module):
         width, latent_dim, _ = shape["audio_input_proj.0.weight"]
         text_len, text_dim = shape["empty_string_feat"]
         depth = lambda kind: len({n.split(".")[1] for n in shape if n.startswith(kind)})
-        model = cls(
-            latent_dim=latent_dim,
-            clip_dim=shape["empty_clip_feat"][1],
-            sync_dim=shape["empty_sync_feat"][1],
-            text_dim=text_dim,
-            text_len=text_len,
-            hidden_dim=width,
-            num_heads=width // shape["joint_blocks.0.latent_block.attn.q_norm.weight"][0],
-            joint_depth=depth("joint_blocks."),
-            fused_depth=depth("fused_blocks."),
-            audio_kernel=shape["audio_input_proj.2.w1.weight"][2],
-        )
-        model.load_state_dict(state_dict, strict=True)
+        with torch.device("meta"):
+            model = cls(
+                latent_dim=latent_dim,
+                clip_dim=shape["empty_clip_feat"][1],
+                sync_dim=shape["empty_sync_feat"][1],
+                text_dim=text_dim,
+                text_len=text_len,
+                hidden_dim=width,
+                num_heads=width // shape["joint_blocks.0.latent_block.attn.q_norm.weight"][0],
+                joint_depth=depth("joint_blocks."),
+                fused_depth=depth("fused_blocks."),
+                audio_kernel=shape["audio_input_proj.2.w1.weight"][2],
+            )
+        model.load_state_dict(state_dict, strict=True, assign=True)
         return model
 
     def null_conditions(self, batch_size: int, clip_len: int, sync_len: int):
@@ -239,8 +245,9 @@ class AverageVelocity(nn.Module):
 
     def encode_conditions(self, clip, sync, text):
         """Raw features -> what depends on the conditions alone; once a clip."""
-        batch_size, sync_len, _ = sync.shape
-        sync = sync + self.sync_pos_emb.expand(1, sync_len // 8, -1, -1).flatten(1, 2)
+        dtype = self.sync_pos_emb.dtype
+        clip, sync, text = clip.to(dtype), sync.to(dtype), text.to(dtype)
+        sync = sync + self.sync_pos_emb.expand(1, sync.shape[1] // 8, -1, -1).flatten(1, 2)
         clip, sync = self.clip_input_proj(clip), self.sync_input_proj(sync)
         text = self.text_input_proj(text)
         pooled = self.clip_cond_proj(clip.mean(1)) + self.text_cond_proj(text.mean(1))
@@ -257,14 +264,14 @@ class AverageVelocity(nn.Module):
         rows = nearest_exact_rows(sync.shape[1], length, device)
         latent_table = rope(length, head_dim, 1.0, device)
         clip_table = rope(clip_len, head_dim, length / clip_len, device)
-        latent = self.audio_input_proj(x)
+        latent = self.audio_input_proj(x.to(self.sync_pos_emb.dtype))
         for block in self.joint_blocks:
             latent, clip, text = block(
                 latent, clip, text, frame_c, global_c, rows, latent_table, clip_table
             )
         for block in self.fused_blocks:
             latent = block(latent, frame_c, rows, latent_table)
-        return self.final_layer(latent, global_c)
+        return self.final_layer(latent, global_c).to(torch.promote_types(x.dtype, torch.float32))
 
     def forward(self, x, t, s, clip, sync, text):
         return self.velocity(x, t, s, self.encode_conditions(clip, sync, text))
@@ -274,9 +281,15 @@ class AverageVelocity(nn.Module):
         """Normalised latents from noise `B N C`: jumps through decreasing times, or n equal ones.
 
         One network evaluation a jump (SoundVCM, Algorithm 2).
+
+        Raises:
+          ValueError: less than one step, or times that do not decrease within [0, 1].
         """
         if isinstance(times, int):
-            times = [1 - i / times for i in range(times + 1)]
+            times = [1 - i / max(times, 1) for i in range(times + 1)]
+        falling = len(times) > 1 and all(s < t for t, s in zip(times, times[1:]))
+        if not falling or times[0] > 1 or times[-1] < 0:
+            raise ValueError(f"times must decrease within [0, 1], not {list(times)}")
         encoded = self.encode_conditions(clip, sync, text)
         for t, s in zip(times, times[1:]):
             rows = torch.ones(x.shape[0], device=x.device)
