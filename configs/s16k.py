@@ -3,6 +3,10 @@
     python -m vcm_jax.main --config=configs/s16k.py --workdir=runs/s16k \\
         --config.data.sources="('records/vggsound/train=1', 'records/audio_text=1')"
 
+--config=configs/s16k.py:OBJECTIVE trains with another objective: flow_matching (MMAudio's), soflow
+(BiTCAM's S-16k), meanflow, split_meanflow, shortcut, wcfm, or reflow, which also wants
+--config.objective.teacher=WORKDIR, a trained run.
+
 Sources are folders made by `python -m vcm_jax.features.extract`; the weights say how often each is
 drawn, whatever its size. The paper mixes video-text-audio and text-audio half and half.
 
@@ -17,12 +21,26 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from vcm_jax.models import ModelConfig
+from vcm_jax.objectives import make_settings
 
 # Fields of the network that a run may change; its lengths follow from the data's duration.
 MODEL_FIELDS = [f.name for f in dataclasses.fields(ModelConfig) if not f.name.endswith("_seq_len")]
 
 
-def get_config() -> ConfigDict:
+def objective_config(name: str) -> ConfigDict:
+    """An objective's own settings, at the defaults that its file explains, and the dropout."""
+    return ConfigDict(
+        dict(
+            name=name,
+            **dataclasses.asdict(make_settings(name)),
+            null_prob=0.1,
+            video_drop_prob=0.0,
+            text_drop_prob=0.0,
+        )
+    )
+
+
+def get_config(objective: str = "vcm") -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
     config.steps = 300_000
@@ -32,24 +50,7 @@ def get_config() -> ConfigDict:
     config.model_overrides = ConfigDict({name: placeholder(int) for name in MODEL_FIELDS})
     config.init_from = ""
 
-    config.objective = ConfigDict(
-        dict(
-            name="vcm",
-            guidance_scale=4.0,
-            mix_ratio=0.25,
-            guidance_interval=(0.0, 0.8),
-            p=1.0,
-            eps=0.01,
-            instant_ratio=0.75,
-            lambda_init=1 / 10,
-            lambda_end=1 / 500,
-            time_mean=-0.4,
-            time_std=1.0,
-            null_prob=0.1,
-            video_drop_prob=0.0,
-            text_drop_prob=0.0,
-        )
-    )
+    config.objective = objective_config(objective)
     config.optimizer = ConfigDict(
         dict(
             learning_rate=1e-4,

@@ -14,7 +14,7 @@ FLOORS = [
     {"data.corpora", "data.builder", "data.validate", "data.validate_page"},
     {"train_state"},
     {"train_step", "checkpoint", "writer", "interop"},
-    {"validation"},
+    {"validation", "teacher"},
     {"train"},
     {"main", "generate", "evaluate_caches"},
     {"evaluate_sounds", "generate_records"},

@@ -190,7 +190,7 @@ def test_learning_rate():
 
 def test_all_rows_instant_or_none():
     for ratio in (0.0, 1.0):
-        config = dataclasses.replace(CONFIG, instant_ratio=ratio, vcm=VCMConfig(p=0.0))
+        config = dataclasses.replace(CONFIG, objective=VCMConfig(p=0.0, instant_ratio=ratio))
         _, metrics = run(sharding.make_mesh(1, devices=jax.devices()[:1]), 1, config)
         assert np.isfinite(metrics["loss"]) and metrics["grad_norm"] > 0
         assert np.isnan(metrics["mse_instant" if ratio == 0 else "mse_jump"])
@@ -201,7 +201,7 @@ def test_all_rows_instant_or_none():
     [
         (StepConfig, {"steps": 0}, "steps"),
         (StepConfig, {"steps": 1, "null_prob": 2}, "objective.null_prob"),
-        (StepConfig, {"steps": 1, "lambda_end": 0}, "objective.lambda_end"),
+        (VCMConfig, {"lambda_end": 0}, "objective.lambda_end"),
         (OptimizerConfig, {"learning_rate": 0}, "optimizer.learning_rate"),
         (OptimizerConfig, {"decay_steps": (5, 3)}, "optimizer.decay_steps"),
     ],

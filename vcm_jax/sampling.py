@@ -4,6 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vcm_jax.guidance import guided_velocity as guided_velocity
+from vcm_jax.objectives import common, objective_of
+
 
 def uniform_times(num_steps: int) -> np.ndarray:
     """1, (n-1)/n, ..., 0: the times of an n-step sampler, `num_steps + 1` numbers."""
@@ -47,24 +50,38 @@ def sample(u, x1, times, cond):
     return jax.lax.scan(body, x1, jnp.asarray(_intervals(times)))[0]
 
 
-def guided_velocity(u, null_cond, scale: float):
-    """w u(x, t, t, c) + (1 - w) u(x, t, t, null), as a velocity for `sample`.
+def velocity_for(settings, net, null_cond, guidance_scale=None, guidance_interval=None):
+    """What `sample` takes, from a network and the settings of the objective it was trained with.
 
-    With it `sample` is Euler's method with classifier-free guidance, two evaluations a step: how
-    a flow-matching model is sampled (MMAudio: 25 steps, w = 4.5).
+    Objectives that know the instant velocity alone give an Euler step with classifier-free
+    guidance, whose scale and interval are theirs unless given; the others' own average velocity
+    has its guidance inside. A given scale makes an Euler step of those too.
+
+    Args:
+      settings: of the objective, e.g. a `VCMConfig`.
+      net: `net(x, t, s, cond)` -> `B N C`.
+      null_cond: the empty condition, with as many rows as the batch.
+      guidance_scale, guidance_interval: see `guidance.guided_velocity`.
     """
+    _, objective = objective_of(settings)
+    u = objective.velocity(net, settings)
+    if guidance_scale is None and not objective.instant_only:
+        return u
+    if guidance_scale is None:
+        guidance_scale = settings.guidance_scale
+    if guidance_interval is None:
+        guidance_interval = getattr(settings, "guidance_interval", (0.0, 1.0))
+    return guided_velocity(u, null_cond, guidance_scale, guidance_interval)
 
-    def velocity(x, t, s, cond):
-        del s
-        return scale * u(x, t, t, cond) + (1 - scale) * u(x, t, t, null_cond)
 
-    return velocity
-
-
-def restart_sample(u, x1, times, cond, key):
+def restart_sample(u, x1, times, cond, key, noised=common.noised):
     """Jumps to 0, noises to the next time, jumps again (BiTCAM's few-step sampler).
 
-    As `sample`, with linear noising; `key` draws the fresh noise. The last time must be 0.
+    As `sample`; the last time must be 0.
+
+    Args:
+      key: draws the fresh noise; one key, or one for each row.
+      noised: (x0, x1, t) -> x_t, the noising that the run was trained with; linear by default.
 
     Raises:
       ValueError: as `sample`, or when the last time is not 0.
@@ -73,10 +90,17 @@ def restart_sample(u, x1, times, cond, key):
     if intervals[-1, 1] != 0:
         raise ValueError(f"a restart sampler ends at time 0, not {intervals[-1, 1]}")
 
-    def body(x, step):
-        (t, s), key = step
-        x0 = jump(u, x, t, jnp.zeros_like(t), cond)
-        return (1 - s) * x0 + s * jax.random.normal(key, x.shape, x.dtype), None
+    normal = lambda key, shape: jax.random.normal(key, shape, x1.dtype)
 
-    keys = jax.random.split(key, len(intervals))
-    return jax.lax.scan(body, x1, (jnp.asarray(intervals), keys))[0]
+    def body(x, step):
+        (t, s), i = step
+        x0 = jump(u, x, t, jnp.zeros_like(t), cond)
+        if key.ndim:
+            row = lambda key: normal(jax.random.fold_in(key, i), x.shape[1:])
+            noise = jax.vmap(row)(key)
+        else:
+            noise = normal(jax.random.fold_in(key, i), x.shape)
+        return noised(x0, noise, jnp.full(x.shape[0], s, x0.dtype)), None
+
+    steps = jnp.arange(len(intervals))
+    return jax.lax.scan(body, x1, (jnp.asarray(intervals), steps))[0]

@@ -28,6 +28,21 @@ def sample_times(key, batch_size: int, num_instant: int, mean: float, std: float
     return t, s
 
 
+def sample_dyadic(key, batch_size: int, finest: int):
+    """Intervals of a dyadic grid: lengths 1, 1/2, ..., 2/finest, each as often (Frans et al. 2024).
+
+    An interval starts at a multiple of its length.
+
+    Returns:
+      t, s: float32 `B` each, 0 <= s < t <= 1.
+    """
+    level_key, place_key = jax.random.split(key)
+    level = jax.random.randint(level_key, (batch_size,), 0, finest.bit_length() - 1)
+    parts = 2**level
+    place = jax.random.randint(place_key, (batch_size,), 0, parts)
+    return (place + 1) / parts, place / parts
+
+
 def lambda_schedule(step, steps: int, initial: float, final: float):
     """lambda(k) = initial (final / initial)^(k / K), float32 scalar (SoundVCM eq. 12)."""
     return initial * (final / initial) ** (jnp.asarray(step, jnp.float32) / steps)

@@ -21,14 +21,15 @@ from vcm_jax.codec import copy_codec, load_codec
 from vcm_jax.data import mixture
 from vcm_jax.data.records import RecordError, RecordSource
 from vcm_jax.models import MODELS, MMDiT, ModelConfig
-from vcm_jax.objectives.vcm import VCMConfig
+from vcm_jax.objectives import read_section
+from vcm_jax.teacher import load_teacher
 from vcm_jax.train_state import (
     OptimizerConfig,
     learning_rate_schedule,
     make_init,
     make_optimizer,
 )
-from vcm_jax.train_step import StepConfig, loss_fn, train_step
+from vcm_jax.train_step import StepConfig, check_network, loss_fn, train_step
 from vcm_jax.writer import Writer, progress_line
 
 
@@ -40,7 +41,6 @@ class NonFiniteError(ArithmeticError):
     """A loss or gradient that is not finite; one line that names the step."""
 
 
-OBJECTIVES = ("vcm",)
 DTYPES = ("float32", "bfloat16")
 
 
@@ -56,13 +56,10 @@ def _dataclass_from(cls, config, section: str, **extra):
 
 def step_config(config: ConfigDict) -> StepConfig:
     """The training step's settings from `config.objective` and `config.steps`."""
-    settings = dict(config.objective)
-    name = settings.pop("name")
-    if name not in OBJECTIVES:
-        raise SetupError(f"config.objective.name {name!r} is not one of {', '.join(OBJECTIVES)}")
-    vcm_keys = [field.name for field in dataclasses.fields(VCMConfig)]
-    vcm = VCMConfig(**{key: settings.pop(key) for key in vcm_keys if key in settings})
-    return _dataclass_from(StepConfig, settings, "objective", steps=config.steps, vcm=vcm)
+    objective, dropout = read_section(config.objective)
+    return _dataclass_from(
+        StepConfig, dropout, "objective", steps=config.steps, objective=objective
+    )
 
 
 def model_config(config: ConfigDict, manifest) -> ModelConfig:
@@ -161,12 +158,13 @@ def describe_run(workdir: Path, config: ConfigDict, model: ModelConfig, source) 
         temporary.rename(workdir / "codec")
 
 
-def evaluate(eval_step, state, batches, key) -> dict[str, float]:
+def evaluate(eval_step, state, batches, key, *args) -> dict[str, float]:
     """The objective on fixed validation batches at fixed times and noise, with averaged weights."""
     params = next(iter(state.ema.values()))
     found = None
     for i, batch in enumerate(batches):
-        metrics = eval_step(params, state.stats, batch, jax.random.fold_in(key, i), state.step)
+        step_key = jax.random.fold_in(key, i)
+        metrics = eval_step(params, state.stats, batch, step_key, state.step, *args)
         metrics = jax.device_get(metrics)
         found = metrics if found is None else {k: v.merge(metrics[k]) for k, v in found.items()}
     return {f"val/{name}": float(value.compute()) for name, value in found.items()}
@@ -234,11 +232,15 @@ def _train(config: ConfigDict, workdir: Path, stack: contextlib.ExitStack) -> No
         model = model_config(config, sources[0].manifest)
         settings = step_config(config)
         optimizer_config = _dataclass_from(OptimizerConfig, dict(config.optimizer), "optimizer")
+        net = MMDiT(model, dtype=jnp.dtype(config.dtype))
+        check_network(net, settings)
+        teacher, teacher_variables = load_teacher(
+            settings.objective, net, sources[0].manifest.codec
+        )
     leader = jax.process_index() == 0
 
     # Init: shapes, then shardings, then either a jitted init or the checkpoint, both straight onto
     # the devices.
-    net = MMDiT(model, dtype=jnp.dtype(config.dtype))
     optimizer = make_optimizer(optimizer_config)
     key = jax.random.key(config.seed)
     stats = mixed_statistics(sources, weights) | {"empty_text": sources[0].empty_text}
@@ -303,17 +305,25 @@ def _train(config: ConfigDict, workdir: Path, stack: contextlib.ExitStack) -> No
     constrain = lambda tree: jax.lax.with_sharding_constraint(tree, rows)
     step_fn = jax.jit(
         functools.partial(
-            train_step, net=net, optimizer=optimizer, config=settings, constrain=constrain
+            train_step,
+            net=net,
+            optimizer=optimizer,
+            config=settings,
+            constrain=constrain,
+            teacher=teacher,
         ),
-        in_shardings=(shardings, rows, whole),
+        in_shardings=(shardings, rows, whole, whole),
         out_shardings=(shardings, whole),
         donate_argnums=0,
     )
     eval_step = jax.jit(
-        lambda *args: loss_fn(*args, net=net, config=settings, constrain=constrain)[1],
+        lambda *args: loss_fn(
+            *args, net=net, config=settings, constrain=constrain, teacher=teacher
+        )[1],
         out_shardings=whole,
     )
     run_key, val_key = (jax.device_put(jax.random.fold_in(key, i), whole) for i in (1, 2))
+    teacher_variables = jax.device_put(teacher_variables, whole)
     learning_rate = learning_rate_schedule(optimizer_config)
     writer = stack.enter_context(contextlib.closing(Writer(workdir, first_step, enabled=leader)))
     meta = {"config": json.loads(config.to_json_best_effort())}
@@ -328,14 +338,14 @@ def _train(config: ConfigDict, workdir: Path, stack: contextlib.ExitStack) -> No
     logging.info("compiling the step")
     started = time.perf_counter()
     batch = to_device(next(data))
-    step_fn = step_fn.lower(state, batch, run_key).compile()
+    step_fn = step_fn.lower(state, batch, run_key, teacher_variables).compile()
     logging.info("compiled the step in %.1f s", time.perf_counter() - started)
 
     pending, pending_from = [], first_step
     tick, waited = time.perf_counter(), 0.0
     for step in range(first_step + 1, config.steps + 1):
         with jax.transfer_guard("disallow"):
-            state, metrics = step_fn(state, batch, run_key)
+            state, metrics = step_fn(state, batch, run_key, teacher_variables)
         pending.append(metrics)
         if step < config.steps:
             before = time.perf_counter()
@@ -361,7 +371,9 @@ def _train(config: ConfigDict, workdir: Path, stack: contextlib.ExitStack) -> No
             pending, pending_from = [], step
             tick, waited = now, 0.0
         if val_batches and _due(config.eval_every, step, config.steps):
-            values = evaluate(eval_step, state, map(to_device, val_batches), val_key)
+            values = evaluate(
+                eval_step, state, map(to_device, val_batches), val_key, teacher_variables
+            )
             if best is not None:
                 averaged = next(iter(state.ema.values()))
                 values |= validation.figures(

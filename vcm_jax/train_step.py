@@ -1,16 +1,19 @@
 """One training step: a pure function of (state, batch, key)."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from clu import metrics as clu_metrics
 
-from vcm_jax import ema, times
+from vcm_jax import ema, sampling
 from vcm_jax.models import Conditions
-from vcm_jax.objectives.common import expand
-from vcm_jax.objectives.vcm import VCMConfig, vcm_loss
+from vcm_jax.objectives import objective_of
+from vcm_jax.objectives.common import expand, select_rows
+from vcm_jax.objectives.meanflow import MeanFlowConfig
+from vcm_jax.objectives.vcm import VCMConfig
 
 TIME_BINS = 5
 
@@ -20,11 +23,8 @@ class StepConfig:
     """Settings of the training step that are not the network's or the optimizer's.
 
     Attributes:
-      steps: of the whole run; the schedule of lambda ends there.
-      vcm: settings of the objective.
-      instant_ratio: r, the part of the rows with s = t.
-      lambda_init, lambda_end: of eq. 12.
-      time_mean, time_std: mu and sigma of the logit-normal times.
+      steps: of the whole run; schedules end there.
+      objective: settings of the objective, and by their class the objective.
       null_prob: probability that a row's whole condition is dropped.
       video_drop_prob, text_drop_prob: MMAudio's separate dropout of one modality.
 
@@ -33,27 +33,63 @@ class StepConfig:
     """
 
     steps: int
-    vcm: VCMConfig = dataclasses.field(default_factory=VCMConfig)
-    instant_ratio: float = 0.75
-    lambda_init: float = 1 / 10
-    lambda_end: float = 1 / 500
-    time_mean: float = -0.4
-    time_std: float = 1.0
+    objective: Any = dataclasses.field(default_factory=VCMConfig)
     null_prob: float = 0.1
     video_drop_prob: float = 0.0
     text_drop_prob: float = 0.0
 
     def __post_init__(self):
+        objective_of(self.objective)
         if self.steps < 1:
             raise ValueError(f"steps must be at least 1, not {self.steps}")
-        for name in ("instant_ratio", "null_prob", "video_drop_prob", "text_drop_prob"):
+        for name in ("null_prob", "video_drop_prob", "text_drop_prob"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"objective.{name} must be in [0, 1], not {getattr(self, name)}")
-        for name in ("lambda_init", "lambda_end"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ValueError(f"objective.{name} must be in (0, 1], not {getattr(self, name)}")
-        if not self.time_std > 0:
-            raise ValueError(f"objective.time_std must be > 0, not {self.time_std}")
+
+    def num_instant(self, batch_size: int) -> int:
+        """How many of the rows have s = t: all of them where the objective knows no other."""
+        return round(getattr(self.objective, "instant_ratio", 1.0) * batch_size)
+
+
+@dataclasses.dataclass(frozen=True)
+class Teacher:
+    """A trained network that makes data out of noise, for reflow; everything here is static.
+
+    Attributes:
+      net: the network; its variables are an argument of the step.
+      settings: of the objective that it was trained with.
+      steps: of its sampler.
+    """
+
+    net: Any
+    settings: Any
+    steps: int
+
+
+def check_network(net, config: StepConfig) -> None:
+    """Raises ValueError, before anything is compiled, for a network that the objective cannot use.
+
+    MeanFlow takes a JVP, which fused attention kernels do not have.
+    """
+    if not isinstance(config.objective, MeanFlowConfig):
+        return
+    c = net.config
+    x, time = jnp.zeros((1, c.latent_seq_len, c.latent_dim)), jnp.zeros(1)
+    shapes = ((c.clip_seq_len, c.clip_dim), (c.sync_seq_len, c.sync_dim))
+    shapes += ((c.text_seq_len, c.text_dim),)
+    cond = Conditions(*(jnp.zeros((1, *shape)) for shape in shapes))
+
+    def derivative(key):
+        variables = net.init(key, x, time, time, cond)
+        return jax.jvp(lambda x: net.apply(variables, x, time, time, cond), (x,), (x,))
+
+    try:
+        jax.eval_shape(derivative, jax.random.key(0))
+    except (TypeError, NotImplementedError) as error:
+        raise ValueError(
+            "objective meanflow takes a JVP, which this attention implementation does not have "
+            f"({str(error).splitlines()[0]}): choose another one"
+        ) from None
 
 
 def draw_latents(batch, stats, key):
@@ -78,27 +114,59 @@ def fill_conditions(batch, null: Conditions, key, config: StepConfig) -> Conditi
     )
 
 
-def loss_fn(params, stats, batch, key, step, *, net, config: StepConfig, constrain):
-    """The objective on one batch: scalar loss, and a `clu.metrics` collection."""
-    batch_size = batch["latent_mean"].shape[0]
-    num_instant = round(config.instant_ratio * batch_size)
-    keys = jax.random.split(key, 5)
-    x0 = draw_latents(batch, stats, keys[0])
-    x1 = jax.random.normal(keys[1], x0.shape)
-    t, s = times.sample_times(keys[2], batch_size, num_instant, config.time_mean, config.time_std)
-    lam = times.lambda_schedule(step, config.steps, config.lambda_init, config.lambda_end)
-    is_null = jax.random.bernoulli(keys[3], config.null_prob, (batch_size,))
+def encode_batch(net, variables, batch, key, config: StepConfig):
+    """The network on given variables, and the batch's conditions encoded by it.
 
-    apply = lambda *args: net.apply({"params": params, "stats": stats}, *args[:-1], method=args[-1])
+    Returns:
+      u(x, t, s, cond), cond, null_cond; the latter with one row for each of the batch.
+    """
+    batch_size = batch["latent_mean"].shape[0]
+    apply = lambda *args: net.apply(variables, *args[:-1], method=args[-1])
     null = apply(1, "null_conditions")
-    cond = apply(fill_conditions(batch, null, keys[4], config), "encode_conditions")
+    cond = apply(fill_conditions(batch, null, key, config), "encode_conditions")
     # The empty condition is encoded once for the batch.
     null_cond = jax.tree.map(
         lambda a: jnp.broadcast_to(a, (batch_size, *a.shape[1:])), apply(null, "encode_conditions")
     )
-    u = lambda x, t, s, cond: apply(x, t, s, cond, "velocity")
-    loss, aux = vcm_loss(
-        u, x0, x1, t, s, lam, cond, null_cond, is_null, config.vcm,
+    return (lambda x, t, s, cond: apply(x, t, s, cond, "velocity")), cond, null_cond
+
+
+def teacher_data(teacher: Teacher, variables, stats, batch, x1, key, is_null, config):
+    """What the teacher makes of the noise x1 under the batch's conditions, in our normalisation."""
+    u, cond, null_cond = encode_batch(teacher.net, variables, batch, key, config)
+    cond = select_rows(is_null, null_cond, cond)
+    u = sampling.velocity_for(teacher.settings, u, null_cond)
+    x0 = sampling.sample(u, x1, sampling.uniform_times(teacher.steps), cond)
+    ours, theirs = (
+        {name: s[f"latent_{name}"][None, None] for name in ("mean", "std")}
+        for s in (stats, variables["stats"])
+    )
+    x0 = (x0 * theirs["std"] + theirs["mean"] - ours["mean"]) / ours["std"]
+    return jax.lax.stop_gradient(x0)
+
+
+def loss_fn(
+    params, stats, batch, key, step, teacher_variables=None,
+    *, net, config: StepConfig, constrain, teacher: Teacher | None = None,
+):  # fmt: skip
+    """The objective on one batch: scalar loss, and a `clu.metrics` collection."""
+    _, objective = objective_of(config.objective)
+    batch_size = batch["latent_mean"].shape[0]
+    num_instant = config.num_instant(batch_size)
+    keys = jax.random.split(key, 5)
+    x0 = draw_latents(batch, stats, keys[0])
+    x1 = jax.random.normal(keys[1], x0.shape)
+    t, s, lam = objective.draw(
+        keys[2], batch_size, num_instant, step, config.steps, config.objective
+    )
+    is_null = jax.random.bernoulli(keys[3], config.null_prob, (batch_size,))
+    if teacher is not None:
+        x0 = teacher_data(teacher, teacher_variables, stats, batch, x1, keys[4], is_null, config)
+
+    variables = {"params": params, "stats": stats}
+    u, cond, null_cond = encode_batch(net, variables, batch, keys[4], config)
+    loss, aux = objective.loss(
+        u, x0, x1, t, s, lam, cond, null_cond, is_null, config.objective,
         num_instant=num_instant, constrain=constrain,
     )  # fmt: skip
     return loss, step_metrics(loss, aux, t, num_instant)
@@ -122,7 +190,10 @@ def step_metrics(loss, aux, t, num_instant: int):
     return found
 
 
-def train_step(state, batch, key, *, net, optimizer, config: StepConfig, constrain=lambda x: x):
+def train_step(
+    state, batch, key, teacher_variables=None,
+    *, net, optimizer, config: StepConfig, constrain=lambda x: x, teacher: Teacher | None = None,
+):  # fmt: skip
     """One update of parameters, optimizer and averages.
 
     Args:
@@ -130,6 +201,7 @@ def train_step(state, batch, key, *, net, optimizer, config: StepConfig, constra
       batch: arrays with leading axis `B`: `latent_mean`, `latent_std` `N C`; `clip` `Tc clip_dim`,
         `sync` `Ts sync_dim`, `text` `Tt text_dim`; bool `has_video`, `has_text`.
       key: of the run; the step's own key is `fold_in(key, state.step)`.
+      teacher_variables, teacher: of reflow.
       net, optimizer, config: static.
       constrain: spreads rows over the devices, see `vcm_loss`.
 
@@ -138,8 +210,8 @@ def train_step(state, batch, key, *, net, optimizer, config: StepConfig, constra
     """
     key = jax.random.fold_in(key, state.step)
     grads, metrics = jax.grad(loss_fn, has_aux=True)(
-        state.params, state.stats, batch, key, state.step,
-        net=net, config=config, constrain=constrain,
+        state.params, state.stats, batch, key, state.step, teacher_variables,
+        net=net, config=config, constrain=constrain, teacher=teacher,
     )  # fmt: skip
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)

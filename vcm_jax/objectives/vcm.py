@@ -5,9 +5,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from vcm_jax.guidance import mix_velocity, within
+from vcm_jax import times
 from vcm_jax.objectives import common
-from vcm_jax.times import intermediate_time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +20,9 @@ class VCMConfig:
       mix_ratio: m of eq. 16, in [0, 1]; 1 uses no prediction of the guided velocity.
       guidance_interval: times t, ends included, at which guidance and mixing apply.
       p, eps: of the adaptive weight, eq. 11; p = 0 is the plain mean squared error.
+      instant_ratio: r, the part of the rows with s = t.
+      lambda_init, lambda_end: of eq. 12.
+      time_mean, time_std: mu and sigma of the logit-normal times.
 
     Raises:
       ValueError: when a setting is out of its range.
@@ -31,18 +33,20 @@ class VCMConfig:
     guidance_interval: tuple[float, float] = (0.0, 0.8)
     p: float = 1.0
     eps: float = 0.01
+    instant_ratio: float = 0.75
+    lambda_init: float = 1 / 10
+    lambda_end: float = 1 / 500
+    time_mean: float = -0.4
+    time_std: float = 1.0
 
     def __post_init__(self):
-        low, high = self.guidance_interval
-        for ok, message in (
-            (self.guidance_scale >= 0, f"guidance_scale {self.guidance_scale} must be >= 0"),
-            (0 <= self.mix_ratio <= 1, f"mix_ratio {self.mix_ratio} must be in [0, 1]"),
-            (0 <= low <= high <= 1, f"guidance_interval {low, high} must be 0 <= low <= high <= 1"),
-            (self.p >= 0, f"p {self.p} must be >= 0"),
-            (self.eps > 0, f"eps {self.eps} must be > 0"),
-        ):
-            if not ok:
-                raise ValueError(f"objective.{message}")
+        common.check_settings(self)
+
+
+def draw(key, batch_size: int, num_instant: int, step, steps: int, config: VCMConfig):
+    """t and s `B`, and the scalar lambda of the step, see `vcm_loss`."""
+    t, s = times.sample_times(key, batch_size, num_instant, config.time_mean, config.time_std)
+    return t, s, times.lambda_schedule(step, steps, config.lambda_init, config.lambda_end)
 
 
 def vcm_loss(
@@ -89,38 +93,27 @@ def vcm_loss(
       ValueError: when `num_instant` is not within the batch.
     """
     n, batch_size = num_instant, x0.shape[0]
-    if not 0 <= n <= batch_size:
-        raise ValueError(f"num_instant {n} is not within the batch of {batch_size} rows")
+    common.check_rows(n, batch_size)
     x0, x1, t, s = map(common.at_least_float32, (x0, x1, t, s))
-    sg = jax.lax.stop_gradient
-    later = lambda tree: constrain(jax.tree.map(lambda a: a[n:], tree))
+    u, later = common.wide(u), common.rows(n, None, constrain)
 
     x_t, v = common.noised(x0, x1, t), x1 - x0
     cond = common.select_rows(is_null, null_cond, cond)
-    u_ts = common.at_least_float32(u(x_t, t, s, cond))
-
-    v_uncond = v_guided = None
-    if config.mix_ratio > 0 and config.guidance_scale != 1:
-        v_uncond = sg(common.at_least_float32(u(x_t, t, t, null_cond)))
-    x_later, t_later, s_later, cond_later = later((x_t, t, s, cond))
-    if config.mix_ratio < 1:
-        v_guided = sg(u_ts[:n])
-        if n < batch_size:
-            guided_later = sg(common.at_least_float32(u(x_later, t_later, t_later, cond_later)))
-            v_guided = constrain(jnp.concatenate([v_guided, guided_later]))
-    v_mix = mix_velocity(v, v_uncond, v_guided, config.guidance_scale, config.mix_ratio)
-    guided = jnp.logical_and(within(t, config.guidance_interval), ~is_null)
-    target = v_mix = common.select_rows(guided, v_mix, v)
-
+    u_ts = u(x_t, t, s, cond)
+    target = v_mix = common.guided_target(
+        lambda x, t, c: u(x, t, t, c), u_ts[:n], x_t, v, t, cond, null_cond, is_null,
+        scale=config.guidance_scale, mix_ratio=config.mix_ratio,
+        interval=config.guidance_interval, constrain=constrain,
+    )  # fmt: skip
     if n < batch_size:
-        v_later = later(v_mix)
-        l, lam = intermediate_time(t_later, s_later, lam)
+        x_later, t_later, s_later, v_later, cond_later = later((x_t, t, s, v_mix, cond))
+        l, lam = times.intermediate_time(t_later, s_later, lam)
         x_l = x_later + common.expand(l - t_later, x_later) * v_later
-        u_ls = common.at_least_float32(u(x_l, l, s_later, cond_later))
+        u_ls = u(x_l, l, s_later, cond_later)
         lam = common.expand(lam, x_l)
         target = constrain(jnp.concatenate([v_mix[:n], lam * v_later + (1 - lam) * u_ls]))
 
-    target = sg(target)
+    target = jax.lax.stop_gradient(target)
     mse = common.mean_square(u_ts - target)
     loss = (common.adaptive_weight(mse, config.p, config.eps) * mse).mean()
     velocity_mse = common.mean_square(u_ts[:n] - v[:n])
