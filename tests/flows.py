@@ -1,5 +1,6 @@
 """Flows whose average velocity is known, and a distance between samples."""
 
+import jax.numpy as jnp
 import numpy as np
 from scipy.spatial.distance import cdist
 
@@ -25,6 +26,22 @@ class GaussianFlow:
         jump = mean_s + std_s / std_t * (x - mean_t) - x
         same = s == t
         return np.where(same, self.velocity(x, t), jump / np.where(same, 1, s - t))
+
+
+class TraceableFlow(GaussianFlow):
+    """The same, of whose average velocity JAX can take derivatives, as u(x, t, s, cond)."""
+
+    def average(self, x, t, s, cond):
+        """(x_s - x_t) / (s - t) with the division done by hand, so that s = t is nothing special.
+
+        x `B N C`, t and s `B`. d_s - d_t = (d_s^2 - d_t^2) / (d_s + d_t), whose numerator is
+        (s - t) ((s + t) - (2 - s - t) sigma^2).
+        """
+        del cond
+        t, s = (jnp.asarray(time).reshape(-1, 1, 1) for time in (t, s))
+        (mean_t, std_t), (_, std_s) = self.moments(t), self.moments(s)
+        slope = ((s + t) - (2 - s - t) * self.sigma**2) / (std_s + std_t)
+        return -self.mu + slope / std_t * (x - mean_t)
 
 
 def energy_distance(x, y):

@@ -153,7 +153,7 @@ def soflow_loss(
     eps)^p); the 1/2, which BiTCAM's page does not have, is that of the released gradients. Network
     evaluations, in forward passes over the batch with r = num_instant / B: the unconditional
     velocity of all rows 1, the guided velocity and f(x_l, l, s) of the others 2 (1 - r), and the
-    differentiated pass. With w = 1 the first two fall away.
+    differentiated pass. Where w = 1 or m = 1, the passes that have no effect are left out.
 
     Args, returns: as `vcm_loss`, but for `u`, the network in f = a x + b u, and no
     `aux["target"]`; `lam` is a scalar or `B`.
