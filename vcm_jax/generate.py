@@ -34,6 +34,7 @@ from vcm_jax.features.extract import encode_video
 from vcm_jax.features.listing import list_clips
 from vcm_jax.logs import show_ours
 from vcm_jax.models import Conditions, MMDiT, ModelConfig
+from vcm_jax.objectives import read_section
 
 # One evaluation looks at all of a clip at once: attention grows with the square of its length.
 MAX_DURATION = 120.0
@@ -48,6 +49,11 @@ class Run:
       variables: averaged parameters and statistics.
       sequence: lengths at the duration of training.
       encoders, codec: what turns videos and captions into features, and latents into sound.
+      objective: settings of the objective that it was trained with.
+      sampler: how it is sampled, the objective's own way unless another is put in.
+
+    Raises:
+      ValueError: when the sampler does not fit the objective.
     """
 
     model: ModelConfig
@@ -55,6 +61,11 @@ class Run:
     sequence: SequenceConfig
     encoders: object
     codec: object
+    objective: object
+    sampler: sampling.Sampler = sampling.OWN_SAMPLER
+
+    def __post_init__(self):
+        self.sampler.check(self.objective)
 
 
 def load_run(
@@ -95,6 +106,7 @@ def load_run(
         sequence=sequence,
         encoders=encoders_from_spec(run["encoders"]),
         codec=codec,
+        objective=read_section(run["config"]["objective"])[0],
     )
 
 
@@ -145,15 +157,17 @@ def encode_request(request: Request, run: Run, duration: float | None = None) ->
     return Features(request, sequence, seconds, clip, sync, text)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "times"))
-def _sample(variables, model, times, conds, has_video, noise):
+@functools.partial(jax.jit, static_argnames=("model", "objective", "sampler", "times"))
+def _sample(variables, model, objective, sampler, times, conds, has_video, noise, keys):
     net = MMDiT(model)
     apply = lambda *args: net.apply(variables, *args[:-1], method=args[-1])
     null = apply(1, "null_conditions")
     fill = lambda value, empty: jnp.where(has_video[:, None, None], value, empty)
     conds = conds.replace(clip=fill(conds.clip, null.clip), sync=fill(conds.sync, null.sync))
     u = lambda x, t, s, enc: apply(x, t, s, enc, "velocity")
-    x0 = sampling.sample(u, noise, times, apply(conds, "encode_conditions"))
+    null_cond = sampling.repeat_rows(apply(null, "encode_conditions"), len(noise))
+    cond = apply(conds, "encode_conditions")
+    x0 = sampler(objective, u, noise, times, cond, null_cond, keys)
     stats = variables["stats"]
     return x0 * stats["latent_std"][None, None] + stats["latent_mean"][None, None]
 
@@ -163,6 +177,12 @@ def _noise(seed: int, request_id: str, shape) -> np.ndarray:
     return np.random.default_rng([seed, zlib.crc32(request_id.encode())]).standard_normal(
         shape, np.float32
     )
+
+
+def _keys(seed: int, ids: list[str]) -> jax.Array:
+    """Keys of a restart sampler's later noise, as functions of (seed, id) too."""
+    hashes = np.array([zlib.crc32(request_id.encode()) for request_id in ids], np.uint32)
+    return jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(hashes)
 
 
 def start_latents(run: Run, items: list[Features], times, seed: int, batch_size: int, put=None):
@@ -180,10 +200,11 @@ def start_latents(run: Run, items: list[Features], times, seed: int, batch_size:
     )
     has_video = np.array([f.clip is not None for f in filled])
     noise = np.stack([_noise(seed, f.request.id, shape) for f in filled])
+    keys = _keys(seed, [f.request.id for f in filled])
     if put is not None:
-        conds, has_video, noise = put((conds, has_video, noise))
-    times = tuple(float(time) for time in times)
-    return _sample(run.variables, model, times, conds, has_video, noise)
+        conds, has_video, noise, keys = put((conds, has_video, noise, keys))
+    static = (model, run.objective, run.sampler, sampling.check_times(times))
+    return _sample(run.variables, *static, conds, has_video, noise, keys)
 
 
 def generate_latents(run: Run, items: list[Features], times, seed: int, batch_size: int):
@@ -254,13 +275,41 @@ def _define_flags():
         "format", None, ["mp4", "wav", "flac"],
         "What is written into a folder (mp4; wav for --records).",
     )  # fmt: skip
-    flags.DEFINE_integer("steps", 1, "Network evaluations per clip.", lower_bound=1)
+    flags.DEFINE_integer("steps", 1, "Steps of the sampler, of equal length.", lower_bound=1)
+    flags.DEFINE_list("times", [], "Times in place of --steps, decreasing: 1,0.6,0.")
+    flags.DEFINE_float(
+        "guidance_scale", None,
+        "Euler steps with this classifier-free guidance (1: none), not the objective's own way.",
+    )  # fmt: skip
+    flags.DEFINE_list("guidance_interval", None, "Where that guidance applies: 0,0.8.")
+    flags.DEFINE_bool("restart", False, "Jump to the data and noise again after every step.")
     flags.DEFINE_float("duration", 0.0, "Seconds: at most so much of a video; a prompt's length.")
     flags.DEFINE_integer("batch_size", 8, "Clips at a time, for several.", lower_bound=1)
     flags.DEFINE_integer("seed", 0, "Of the noise.")
     flags.DEFINE_integer("checkpoint", None, "Training step of the checkpoint (the latest).")
     flags.DEFINE_string("codec", None, "Codec folder (the run's own), e.g. with another vocoder.")
     flags.DEFINE_float("sigma_rel", None, "Width of the weights' average (the run's first).")
+
+
+def read_sampler(args) -> tuple[tuple[float, ...], sampling.Sampler]:
+    """(times, sampler) that the flags ask for.
+
+    Raises:
+      ValueError: when they are no times, or out of their range.
+    """
+    try:
+        given, interval = (
+            text and tuple(float(part) for part in text)
+            for text in (args.times, args.guidance_interval)
+        )
+    except ValueError as error:
+        raise ValueError(f"--times and --guidance_interval take numbers: {error}") from None
+    times = sampling.check_times(given or sampling.uniform_times(args.steps))
+    if times[0] != 1 or times[-1] != 0:
+        raise ValueError(
+            f"--times run from 1 (noise) to 0 (data), not {times[0]:g} to {times[-1]:g}"
+        )
+    return times, sampling.Sampler(args.guidance_scale, interval, args.restart)
 
 
 def _requests(args) -> tuple[list[tuple[Request, Path]], list[tuple[str, str]]]:
@@ -325,10 +374,12 @@ def _main_records(args):
             raise ValueError(f"--shard={args.shard}: must be i/n with 0 <= i < n")
         # Several processes that know of each other share each shard.
         part = int(part) * jax.process_count() + jax.process_index()
+        times, sampler = read_sampler(args)
         source = RecordSource(args.records)
         run = load_run(args.workdir, args.checkpoint, args.sigma_rel, args.codec)
+        run = dataclasses.replace(run, sampler=sampler)
         done = generate_records.generate_records(
-            run, source, args.out, sampling.uniform_times(args.steps), seed=args.seed,
+            run, source, args.out, times, seed=args.seed,
             batch_size=args.batch_size, suffix=args.format or "wav",
             part=part, parts=int(parts) * jax.process_count(),
         )  # fmt: skip
@@ -348,9 +399,11 @@ def main(argv):
     if args.records:
         return _main_records(args)
     try:
+        times, sampler = read_sampler(args)
         requests, failures = _requests(args)
         check_outputs(requests)
         run = load_run(args.workdir, args.checkpoint, args.sigma_rel, args.codec)
+        run = dataclasses.replace(run, sampler=sampler)
     except ValueError as error:
         sys.exit(f"error: {error}")
     paths = {request.id: path for request, path in requests}
@@ -364,7 +417,6 @@ def main(argv):
                 failures.append((request.id, str(error)))
 
     written = 0
-    times = sampling.uniform_times(args.steps)
     batch_size = min(args.batch_size, max(1, len(requests)))
     for item, sound in generate(run, encoded(), times, args.seed, batch_size):
         path = paths[item.request.id]

@@ -75,6 +75,7 @@ def settings(run, source: RecordSource, times, seed: int) -> dict:
         "codec": run.codec.fingerprint,
         "records": source.manifest.fingerprint,
         "times": [float(time) for time in times],
+        "sampler": list(dataclasses.astuple(run.sampler)),
         "seed": seed,
     }
 

@@ -1,5 +1,7 @@
 """From noise to data with any u(x, t, s, cond) (SoundVCM Algorithm 2)."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +15,71 @@ def uniform_times(num_steps: int) -> np.ndarray:
     if num_steps < 1:
         raise ValueError(f"a sampler takes at least 1 step, not {num_steps}")
     return np.linspace(1, 0, num_steps + 1, dtype=np.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampler:
+    """How a run is sampled; the defaults are the way its objective has it.
+
+    Attributes:
+      guidance_scale: Euler steps of the instant velocity with classifier-free guidance of this
+        scale; None is the objective's own way, see `velocity_for`.
+      guidance_interval: times at which that guidance applies; None is the objective's.
+      restart: BiTCAM's sampler, see `restart_sample`.
+
+    Raises:
+      ValueError: when a setting is out of its range.
+    """
+
+    guidance_scale: float | None = None
+    guidance_interval: tuple[float, float] | None = None
+    restart: bool = False
+
+    def __post_init__(self):
+        ends = self.guidance_interval
+        if self.guidance_scale is not None and not self.guidance_scale >= 0:
+            raise ValueError(f"guidance_scale {self.guidance_scale} must be >= 0")
+        if ends is not None and not (len(ends) == 2 and 0 <= ends[0] <= ends[1] <= 1):
+            raise ValueError(f"guidance_interval {ends} must be 0 <= low <= high <= 1")
+
+    def check(self, settings) -> None:
+        """Raises ValueError when it does not fit the objective of these settings."""
+        name, objective = objective_of(settings)
+        if self.guidance_interval and self.guidance_scale is None and not objective.instant_only:
+            raise ValueError(
+                f"guidance_interval needs guidance_scale: {name} has its guidance in the weights"
+            )
+
+    def __call__(self, settings, net, x1, times, cond, null_cond, keys=None):
+        """From the noise `x1` to data, as `sample`.
+
+        Args:
+          settings: of the objective that the network was trained with.
+          net: `net(x, t, s, cond)` -> `B N C`.
+          x1, times, cond: as `sample`'s.
+          null_cond: the empty condition, with as many rows.
+          keys: of the restarts' noise, one for each row.
+        """
+        u = velocity_for(settings, net, null_cond, self.guidance_scale, self.guidance_interval)
+        if not self.restart:
+            return sample(u, x1, times, cond)
+        _, objective = objective_of(settings)
+        noised = lambda x0, x1, t: objective.noised(x0, x1, t, settings)
+        return restart_sample(u, x1, times, cond, keys, noised)
+
+
+OWN_SAMPLER = Sampler()
+
+
+def repeat_rows(tree, size: int):
+    """A pytree of one row, as `size` rows."""
+    return jax.tree.map(lambda a: jnp.broadcast_to(a, (size, *a.shape[1:])), tree)
+
+
+def check_times(times) -> tuple[float, ...]:
+    """The times as a tuple of floats; raises ValueError as `sample`."""
+    _intervals(times)
+    return tuple(float(time) for time in times)
 
 
 def _intervals(times):

@@ -125,9 +125,7 @@ def encode_batch(net, variables, batch, key, config: StepConfig):
     null = apply(1, "null_conditions")
     cond = apply(fill_conditions(batch, null, key, config), "encode_conditions")
     # The empty condition is encoded once for the batch.
-    null_cond = jax.tree.map(
-        lambda a: jnp.broadcast_to(a, (batch_size, *a.shape[1:])), apply(null, "encode_conditions")
-    )
+    null_cond = sampling.repeat_rows(apply(null, "encode_conditions"), batch_size)
     return (lambda x, t, s, cond: apply(x, t, s, cond, "velocity")), cond, null_cond
 
 

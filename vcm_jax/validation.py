@@ -13,20 +13,19 @@ from jax.experimental import multihost_utils
 from vcm_jax import checkpoint, sampling
 from vcm_jax.metrics import SoundFigures, frechet_distance
 from vcm_jax.metrics.sounds import FIGURES
-from vcm_jax.train_step import StepConfig, fill_conditions
+from vcm_jax.train_step import StepConfig, encode_batch
 
 
-@functools.partial(jax.jit, static_argnames=("net", "num_steps", "place"))
-def _generate(params, stats, batch, key, net, num_steps, place):
+@functools.partial(jax.jit, static_argnames=("net", "objective", "num_steps", "place"))
+def _generate(params, stats, batch, key, net, objective, num_steps, place):
     """(generated latents, true latents), `B N C` each, in the data's units."""
-    apply = lambda *args: net.apply({"params": params, "stats": stats}, *args[:-1], method=args[-1])
     # Nothing is dropped: what is missing is empty, and no randomness is used.
     keep_all = StepConfig(steps=1, null_prob=0.0)
-    cond = fill_conditions(batch, apply(1, "null_conditions"), key, keep_all)
-    u = lambda x, t, s, enc: apply(x, t, s, enc, "velocity")
+    variables = {"params": params, "stats": stats}
+    u, cond, null_cond = encode_batch(net, variables, batch, key, keep_all)
     noise = jax.random.normal(key, batch["latent_mean"].shape)
     times = sampling.uniform_times(num_steps)
-    x0 = sampling.sample(u, noise, times, apply(cond, "encode_conditions"))
+    x0 = sampling.OWN_SAMPLER(objective, u, noise, times, cond, null_cond)
     found = x0 * stats["latent_std"][None, None] + stats["latent_mean"][None, None]
     truth = batch["latent_mean"]
     return (
@@ -44,6 +43,7 @@ def figures(
     steps: Sequence[int] = (1, 4, 25),
     max_clips: int = 64,
     place=None,
+    objective=VCMConfig(),
 ) -> dict[str, float]:
     """How generated sounds of validation clips compare with the true ones, at several step counts.
 
@@ -58,6 +58,7 @@ def figures(
       key: of the noise.
       steps: numbers of network evaluations.
       max_clips: how many clips; decoding takes most of the time.
+      objective: settings of the objective, which say how the network is sampled.
       place: a replicated NamedSharding where batches are spread over processes; None elsewhere.
 
     Returns:
@@ -74,7 +75,9 @@ def figures(
     for i, batch in enumerate(batches):
         take = min(max_clips - count, len(batch["latent_mean"]))
         for num in steps:
-            pair = _generate(params, stats, batch, jax.random.fold_in(key, i), net, num, place)
+            pair = _generate(
+                params, stats, batch, jax.random.fold_in(key, i), net, objective, num, place
+            )
             for kept, latents in zip(found[num], jax.device_get(pair)):
                 kept += list(latents[:take])
         count += take

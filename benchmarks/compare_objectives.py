@@ -1,0 +1,397 @@
+"""Trains every objective on Impacts with one network, data and budget, and compares what comes out.
+
+    XLA_FLAGS=--xla_force_host_platform_device_count=2 \\
+        python benchmarks/compare_objectives.py --data=data/impacts --records=records/impacts \\
+        --out=runs/compare --minutes=3 --seeds=0,1
+
+writes OUT/comparison.html and comparison.md: onset F1, material, log-mel Frechet distance and
+spectral sharpness at 1, 2, 4 and 25 steps, time and memory of a training step, mean and spread over
+seeds. Data and records are those of `launch/demo.sh`. A budget of time, `--minutes`, is turned into
+steps by measured step times (the fastest of several turns, all configs by turns), kept in
+OUT/steps.json; `--samples` gives every run as many steps. Run the command again to go on where it
+was. `--configs` compares anything else: configs/ablations.py:base=impacts,r=0 ...
+"""
+
+import dataclasses
+import functools
+import html
+import importlib.util
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import matplotlib
+import numpy as np
+from absl import app, flags
+
+from vcm_jax import report, sampling, sharding, train
+from vcm_jax.atomic import atomic_path
+from vcm_jax.data import mixture
+from vcm_jax.generate import Request, encode_request, generate_latents, load_run
+from vcm_jax.metrics import fit_material_classifier
+from vcm_jax.models import MMDiT
+from vcm_jax.objectives import OBJECTIVES
+from vcm_jax.teacher import load_teacher
+from vcm_jax.train_state import OptimizerConfig, make_init, make_optimizer
+from vcm_jax.train_step import train_step
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+ROOT = Path(__file__).parents[1]
+STEPS = (1, 2, 4, 25)
+FIGURES = {
+    "f1": ("onset F1", "higher is better"),
+    "material": ("material recognised", "higher is better"),
+    "frechet": ("log-mel Frechet distance", "lower is better"),
+    "sharpness": ("spectral sharpness", "as the true sound's is best"),
+}
+REFERENCE = "one Euler step"
+STAGES = ("measure", "train", "score", "report")
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A run to be compared: its config string, seed, and where it goes."""
+
+    config: str
+    seed: int
+    out: Path
+
+    @property
+    def name(self) -> str:
+        """What the table calls it: what follows the config's colon."""
+        name = self.config.rpartition(":")[2].removeprefix("base=impacts,")
+        return name if ":" in self.config else Path(name).stem
+
+    @property
+    def workdir(self) -> Path:
+        return self.out / f"{self.name.replace('/', '_')}-{self.seed}"
+
+
+def load_config(text: str):
+    """The ConfigDict of 'FILE.py' or 'FILE.py:ARGUMENT'."""
+    path, _, argument = text.partition(":")
+    spec = importlib.util.spec_from_file_location("compared", ROOT / path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(*filter(None, [argument]))
+
+
+def write_json(path: Path, content) -> None:
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1))
+
+
+def make_step(config):
+    """(compiled step, its arguments' maker, bytes of memory): one training step on real records."""
+    sources, weights = train.open_sources(config.data.sources, config.data.dir, "sources")
+    model = train.model_config(config, sources[0].manifest)
+    net, settings = MMDiT(model), train.step_config(config)
+    optimizer = make_optimizer(OptimizerConfig(**config.optimizer))
+    mesh = sharding.make_mesh(-1, 1, 1)
+    rows, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
+    stats = train.mixed_statistics(sources, weights) | {"empty_text": sources[0].empty_text}
+    state = jax.jit(make_init(net, stats, optimizer, config.ema_sigma_rels), out_shardings=whole)(
+        jax.random.key(0)
+    )
+    teacher, variables = load_teacher(settings.objective, net, sources[0].manifest.codec)
+    shapes = mixture.Shapes(
+        clip=(model.clip_seq_len, model.clip_dim), sync=(model.sync_seq_len, model.sync_dim)
+    )
+    batch = next(
+        mixture.batches(
+            mixture.mix(sources, weights, 0), shapes, batch_size=config.batch_size, first_step=0,
+            last_step=1,
+        )
+    )  # fmt: skip
+    step = jax.jit(
+        functools.partial(
+            train_step, net=net, optimizer=optimizer, config=settings, teacher=teacher,
+            constrain=lambda tree: jax.lax.with_sharding_constraint(tree, rows),
+        )
+    )  # fmt: skip
+    args = (state, jax.device_put(batch, rows), jax.random.key(1), jax.device_put(variables, whole))
+    compiled = step.lower(*args).compile()
+    return lambda: jax.block_until_ready(compiled(*args)), compiled.memory_analysis()
+
+
+def measure(entries, out: Path, turns: int = 8, calls: int = 3) -> dict:
+    """Seconds of a training step (the fastest turn) and memory of each config, kept in OUT."""
+    path = out / "steps.json"
+    found = json.loads(path.read_text()) if path.exists() else {}
+    wanted = {entry.name: entry for entry in entries if entry.name not in found}
+    steps, memory = {}, {}
+    for name, entry in wanted.items():
+        print(f"measuring {name}", flush=True)
+        steps[name], memory[name] = make_step(entry_config(entry))
+        steps[name]()
+    seconds = {name: [] for name in wanted}
+    for _ in range(turns):
+        for name, step in steps.items():
+            started = time.perf_counter()
+            for _ in range(calls):
+                step()
+            seconds[name].append((time.perf_counter() - started) / calls)
+    for name in wanted:
+        found[name] = {
+            "seconds": min(seconds[name]),
+            "temporary_bytes": memory[name].temp_size_in_bytes,
+        }
+    write_json(path, found)
+    return found
+
+
+def entry_config(entry: Entry):
+    """The run's config; reflow learns from, and starts as, the flow-matching run of its seed."""
+    config = load_config(entry.config)
+    for key, value in overrides(entry).items():
+        config.update_from_flattened_dict({key: value})
+    return config
+
+
+def overrides(entry: Entry) -> dict:
+    """What every run of the comparison changes in its config."""
+    changed = {"seed": entry.seed, "data.dir": str(Path(flags.FLAGS.records).absolute())}
+    if entry.name == "reflow":
+        teacher = dataclasses.replace(entry, config="configs/impacts.py:flow_matching").workdir
+        changed |= {"objective.teacher": str(teacher), "objective.teacher_steps": 8}
+        changed |= {"init_from": str(teacher)}
+    return changed
+
+
+def num_steps(entry: Entry, measured: dict, minutes: float, samples: int) -> int:
+    if samples:
+        return max(1, round(samples / load_config(entry.config).batch_size))
+    return max(1, round(60 * minutes / measured[entry.name]["seconds"]))
+
+
+def train_run(entry: Entry, steps: int) -> None:
+    """Trains to the end, by the command; a run that is complete is left as it is."""
+    config = load_config(entry.config)
+    share = steps / config.steps
+    changed = overrides(entry) | {
+        "steps": steps,
+        "optimizer.warmup_steps": max(1, round(config.optimizer.warmup_steps * min(1, share))),
+        "optimizer.decay_steps": tuple(round(d * share) for d in config.optimizer.decay_steps),
+        "checkpoint_every": max(1, steps // 4), "eval_every": 0, "log_every": max(1, steps // 20),
+    }  # fmt: skip
+    command = [
+        sys.executable, "-m", "vcm_jax.main", f"--config={entry.config}",
+        f"--workdir={entry.workdir}", *(f"--config.{k}={v}" for k, v in changed.items()),
+    ]  # fmt: skip
+    print("+", " ".join(command), flush=True)
+    started = time.perf_counter()
+    subprocess.run(command, check=True, cwd=ROOT)
+    print(f"{entry.workdir}: {time.perf_counter() - started:.0f} s", flush=True)
+
+
+class Scorer:
+    """Scores runs on test clips; what does not depend on the run is computed once."""
+
+    def __init__(self, data: Path, num_clips: int, num_train: int, rate: int):
+        self.rate = rate
+        self.clips = report.read_split(data, "test", num_clips)
+        taught = report.read_split(data, "train", num_train)
+        self.classifier = fit_material_classifier(
+            report.read_sounds(taught, rate), [clip["impacts"] for clip in taught], rate
+        )
+        self.truth = report.read_sounds(self.clips, rate)
+        self.other = report.other_true_sounds(data, self.clips, rate)
+
+    def figures(self, sounds) -> dict[str, float]:
+        found = report.figures(sounds, self.clips, self.truth, self.classifier, self.rate)
+        return {name: found[name] for name in FIGURES}
+
+    def run(self, entry: Entry) -> dict[str, dict]:
+        """The figures of a run by number of steps, and of one unguided Euler step."""
+        run = load_run(entry.workdir)
+        items = [encode_request(Request(c["id"], c["path"], c["caption"]), run) for c in self.clips]
+        found = {}
+        ways = {str(n): (n, sampling.OWN_SAMPLER) for n in STEPS}
+        if entry.name == "flow_matching":
+            ways[REFERENCE] = (1, sampling.Sampler(guidance_scale=1.0))
+        for label, (n, sampler) in ways.items():
+            latents = generate_latents(
+                run, items, sampling.uniform_times(n), seed=0, batch_size=len(items),
+                sampler=sampler,
+            )  # fmt: skip
+            length = lambda item: round(item.seconds * run.codec.sample_rate)
+            found[label] = self.figures(
+                [run.codec.decode(x)[: length(item)] for item, x in zip(items, latents)]
+            )
+        return found
+
+
+def score(entries, data: Path, out: Path, num_clips: int, num_train: int) -> None:
+    scorer = None
+    for entry in entries:
+        path = entry.workdir / "scores.json"
+        if path.exists():
+            continue
+        if scorer is None:
+            rate = load_run(entry.workdir).codec.sample_rate
+            scorer = Scorer(data, num_clips, num_train, rate)
+            truth = {"true sound": scorer.figures(scorer.truth)}
+            truth["another true sound"] = scorer.figures(scorer.other)
+            write_json(out / "truth.json", truth)
+        print(f"scoring {entry.workdir}", flush=True)
+        lines = (entry.workdir / "metrics.jsonl").read_text().splitlines()
+        write_json(path, {"steps": json.loads(lines[-1])["step"], "figures": scorer.run(entry)})
+
+
+def spread(values) -> str:
+    """Mean, and the standard deviation where there are several."""
+    text = f"{statistics.fmean(values):.3f}"
+    return text + (f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else "")
+
+
+def tables(results, truth, measured, base: str) -> list[tuple[str, list[list[str]]]]:
+    """(title, rows) of every table; the first row is the head."""
+    found = []
+    for figure, (title, better) in FIGURES.items():
+        rows = [["", *(f"{n} step{'s' * (n > 1)}" for n in STEPS)]]
+        for name, runs in results.items():
+            values = [[run["figures"][str(n)][figure] for run in runs] for n in STEPS]
+            rows.append([name, *map(spread, values)])
+            if any(REFERENCE in run["figures"] for run in runs):
+                reference = [run["figures"][REFERENCE][figure] for run in runs]
+                rows.append([f"{name}, unguided", spread(reference), *[""] * (len(STEPS) - 1)])
+        for name, figures in truth.items():
+            rows.append([name, *[f"{figures[figure]:.3f}"] * len(STEPS)])
+        found.append((f"{title} ({better})", rows))
+    rows = [
+        ["", "ms a step", f"time / {base}", "memory (MB)", f"memory / {base}", "steps", "seeds"]
+    ]
+    for name, runs in results.items():
+        if name in measured:
+            m, b = measured[name], measured.get(base, measured[name])
+            rows.append([
+                name, f"{1000 * m['seconds']:.0f}", f"{m['seconds'] / b['seconds']:.2f}",
+                f"{m['temporary_bytes'] / 1e6:.0f}",
+                f"{m['temporary_bytes'] / b['temporary_bytes']:.2f}",
+                str(runs[0]["steps"]), str(len(runs)),
+            ])  # fmt: skip
+    found.append(("Training step", rows))
+    return found
+
+
+def plot(results, truth):
+    """Every figure over the number of steps, a line a run, with the range over seeds."""
+    figure, axes = plt.subplots(1, len(FIGURES), figsize=(4.2 * len(FIGURES), 3.8))
+    colours = plt.get_cmap("tab10" if len(results) <= 10 else "tab20").colors
+    for axis, (key, (title, better)) in zip(axes, FIGURES.items()):
+        for colour, (name, runs) in zip(colours, results.items()):
+            values = np.array([[run["figures"][str(n)][key] for n in STEPS] for run in runs])
+            axis.plot(STEPS, values.mean(0), "o-", ms=3.5, lw=1.3, color=colour, label=name)
+            axis.fill_between(STEPS, values.min(0), values.max(0), color=colour, alpha=0.15, lw=0)
+        for (name, found), style in zip(truth.items(), ("-", ":")):
+            axis.axhline(found[key], color="black", lw=1, ls=style, label=name)
+        axis.set_xscale("log")
+        axis.set_xticks(STEPS, [str(n) for n in STEPS])
+        axis.minorticks_off()
+        axis.set_xlabel("sampler steps")
+        axis.set_title(f"{title}\n({better})", fontsize=9)
+        if key == "frechet":
+            axis.set_yscale("log")
+    axes[-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.tight_layout()
+    return figure
+
+
+def write_report(entries, out: Path, note: str) -> Path:
+    """comparison.md, comparison.png and comparison.html of the runs that are scored."""
+    results = {}
+    for entry in entries:
+        path = entry.workdir / "scores.json"
+        if path.exists():
+            results.setdefault(entry.name, []).append(json.loads(path.read_text()))
+    if not results:
+        raise ValueError(f"{out}: no run is scored yet")
+    truth = json.loads((out / "truth.json").read_text())
+    steps = out / "steps.json"
+    measured = json.loads(steps.read_text()) if steps.exists() else {}
+    base = "flow_matching" if "flow_matching" in results else next(iter(results))
+    found = tables(results, truth, measured, base)
+    title = "Objectives compared on Impacts"
+    lines = [f"# {title}", "", note, ""]
+    for name, rows in found:
+        lines += [f"## {name}", "", "| " + " | ".join(rows[0]) + " |", "|---" * len(rows[0]) + "|"]
+        lines += ["| " + " | ".join(row) + " |" for row in rows[1:]] + [""]
+    figure = plot(results, truth)
+    with atomic_path(out / "comparison.png") as path:
+        figure.savefig(path, format="png", dpi=90)
+    lines += ["![](comparison.png)", ""]
+    with atomic_path(out / "comparison.md") as path:
+        path.write_text("\n".join(lines))
+    cell = lambda tag, text: f"<{tag}>{html.escape(text)}</{tag}>"
+    parts = [
+        "<!doctype html><html lang=en><meta charset=utf-8>"
+        f"<title>{title}</title><style>{report.STYLE}</style><h1>{title}</h1>"
+        f"<p>{html.escape(note)}</p>{report._image(figure)}"
+    ]
+    for name, rows in found:
+        parts.append(f"<h2>{html.escape(name)}</h2><table>")
+        for i, row in enumerate(rows):
+            tag = "td" if i else "th"
+            parts.append("<tr>" + "".join(cell(tag, text) for text in row) + "</tr>")
+        parts.append("</table>")
+    with atomic_path(out / "comparison.html") as path:
+        path.write_text("\n".join(parts))
+    return out / "comparison.html"
+
+
+def _define_flags():
+    objectives = [f"configs/impacts.py:{name}" for name in OBJECTIVES]
+    flags.DEFINE_string("data", "data/impacts", "Folder of the Impacts set.")
+    flags.DEFINE_string("records", "records/impacts", "Its records.")
+    flags.DEFINE_string("out", None, "Folder of runs and report.", required=True)
+    flags.DEFINE_list("configs", objectives, "What is compared.")
+    flags.DEFINE_list("seeds", ["0"], "Of training.")
+    flags.DEFINE_float("minutes", 3.0, "Training time of a run, by its measured step time.")
+    flags.DEFINE_integer("samples", 0, "Training samples of a run, in place of --minutes.")
+    flags.DEFINE_integer("clips", 100, "Test clips that are scored.", lower_bound=2)
+    flags.DEFINE_integer("train_clips", 400, "Training clips for the material classifier.")
+    flags.DEFINE_multi_enum("stage", STAGES, STAGES, "What is done; all of it by default.")
+
+
+def main(argv):
+    args = flags.FLAGS
+    if argv[1:]:
+        raise app.UsageError(f"not understood: {' '.join(argv[1:])}")
+    out = Path(args.out)
+    entries = [Entry(c, int(seed), out) for seed in args.seeds for c in args.configs]
+    # A teacher comes before its student.
+    entries.sort(key=lambda entry: entry.name == "reflow")
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        students = [entry for entry in entries if entry.name == "reflow"]
+        others = [entry for entry in entries if entry not in students]
+        for group in (others, students):
+            if group and "measure" in args.stage:
+                measure(group, out)
+            if "train" in args.stage:
+                measured = {} if args.samples else json.loads((out / "steps.json").read_text())
+                for entry in group:
+                    train_run(entry, num_steps(entry, measured, args.minutes, args.samples))
+        if "score" in args.stage:
+            score(entries, Path(args.data), out, args.clips, args.train_clips)
+        if "report" in args.stage:
+            budget = f"{args.samples} samples" if args.samples else f"{args.minutes:g} minutes"
+            note = (
+                f"Network `demo`, {budget} of training a run, {args.clips} test clips; one Euler "
+                "step of flow matching without guidance is the conditional mean. Shown: mean and "
+                "standard deviation over seeds."
+            )
+            print(write_report(entries, out, note))
+    except (ValueError, FileNotFoundError, subprocess.CalledProcessError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    _define_flags()
+    app.run(main)

@@ -1,0 +1,20 @@
+"""SoundVCM's objective on MMAudio's S-44k network: 157M parameters, 8 s at 44.1 kHz.
+
+    python -m vcm_jax.main --config=configs/s44k.py --workdir=runs/s44k \\
+        --config.data.sources="('records/clips=1', 'records/sounds=1')"
+
+with records whose codec has 40 channels. --config=configs/s44k.py:OBJECTIVE trains with another
+objective, see `configs/s16k.py`.
+
+No few-step model of this size is published: MMAudio's own takes 25 steps with guidance.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import s16k
+
+
+def get_config(objective: str = "vcm") -> ConfigDict:
+    config = s16k.get_config(objective)
+    config.model = "small_44k"
+    return config
