@@ -9,7 +9,8 @@ spectral sharpness at 1, 2, 4 and 25 steps, time and memory of a training step, 
 seeds. Data and records are those of `launch/demo.sh`. A budget of time, `--minutes`, is turned into
 steps by measured step times (the fastest of several turns, all configs by turns), kept in
 OUT/steps.json; `--samples` gives every run as many steps. Run the command again to go on where it
-was. `--configs` compares anything else: configs/ablations.py:base=impacts,r=0 ...
+was. `--config`, given several times, compares anything else:
+--config=configs/ablations.py:base=impacts,r=0.
 """
 
 import dataclasses
@@ -120,7 +121,7 @@ def make_step(config):
     return lambda: jax.block_until_ready(compiled(*args)), compiled.memory_analysis()
 
 
-def measure(entries, out: Path, turns: int = 8, calls: int = 3) -> dict:
+def measure(entries, out: Path, turns: int = 5, calls: int = 2) -> dict:
     """Seconds of a training step (the fastest turn) and memory of each config, kept in OUT."""
     path = out / "steps.json"
     found = json.loads(path.read_text()) if path.exists() else {}
@@ -350,7 +351,7 @@ def _define_flags():
     flags.DEFINE_string("data", "data/impacts", "Folder of the Impacts set.")
     flags.DEFINE_string("records", "records/impacts", "Its records.")
     flags.DEFINE_string("out", None, "Folder of runs and report.", required=True)
-    flags.DEFINE_list("configs", objectives, "What is compared.")
+    flags.DEFINE_multi_string("config", objectives, "What is compared; give it several times.")
     flags.DEFINE_list("seeds", ["0"], "Of training.")
     flags.DEFINE_float("minutes", 3.0, "Training time of a run, by its measured step time.")
     flags.DEFINE_integer("samples", 0, "Training samples of a run, in place of --minutes.")
@@ -364,7 +365,7 @@ def main(argv):
     if argv[1:]:
         raise app.UsageError(f"not understood: {' '.join(argv[1:])}")
     out = Path(args.out)
-    entries = [Entry(c, int(seed), out) for seed in args.seeds for c in args.configs]
+    entries = [Entry(c, int(seed), out) for seed in args.seeds for c in args.config]
     # A teacher comes before its student.
     entries.sort(key=lambda entry: entry.name == "reflow")
     out.mkdir(parents=True, exist_ok=True)
