@@ -29,7 +29,7 @@ import matplotlib
 import numpy as np
 from absl import app, flags
 
-from vcm_jax import report, sampling, sharding, train
+from vcm_jax import page, report, sampling, sharding, train
 from vcm_jax.atomic import atomic_path
 from vcm_jax.data import mixture
 from vcm_jax.generate import Request, encode_request, generate_latents, load_run
@@ -179,7 +179,7 @@ def train_run(entry: Entry, steps: int) -> None:
         "steps": steps,
         "optimizer.warmup_steps": max(1, round(config.optimizer.warmup_steps * min(1, share))),
         "optimizer.decay_steps": tuple(round(d * share) for d in config.optimizer.decay_steps),
-        "checkpoint_every": max(1, steps // 4), "eval_every": 0, "log_every": max(1, steps // 20),
+        "checkpoint_every": max(1, steps // 4), "keep_every": 0, "eval_every": 0, "log_every": max(1, steps // 20),
     }  # fmt: skip
     command = [
         sys.executable, "-m", "vcm_jax.main", f"--config={entry.config}",
@@ -218,8 +218,8 @@ class Scorer:
             ways[REFERENCE] = (1, sampling.Sampler(guidance_scale=1.0))
         for label, (n, sampler) in ways.items():
             latents = generate_latents(
-                run, items, sampling.uniform_times(n), seed=0, batch_size=len(items),
-                sampler=sampler,
+                dataclasses.replace(run, sampler=sampler), items, sampling.uniform_times(n), seed=0,
+                batch_size=len(items),
             )  # fmt: skip
             length = lambda item: round(item.seconds * run.codec.sample_rate)
             found[label] = self.figures(
@@ -329,20 +329,12 @@ def write_report(entries, out: Path, note: str) -> Path:
     lines += ["![](comparison.png)", ""]
     with atomic_path(out / "comparison.md") as path:
         path.write_text("\n".join(lines))
-    cell = lambda tag, text: f"<{tag}>{html.escape(text)}</{tag}>"
-    parts = [
-        "<!doctype html><html lang=en><meta charset=utf-8>"
-        f"<title>{title}</title><style>{report.STYLE}</style><h1>{title}</h1>"
-        f"<p>{html.escape(note)}</p>{report._image(figure)}"
-    ]
-    for name, rows in found:
-        parts.append(f"<h2>{html.escape(name)}</h2><table>")
-        for i, row in enumerate(rows):
-            tag = "td" if i else "th"
-            parts.append("<tr>" + "".join(cell(tag, text) for text in row) + "</tr>")
-        parts.append("</table>")
+    parts = [f"<h1>{title}</h1><p>{html.escape(note)}</p>", page.image(figure)]
+    for name, (head, *rows) in found:
+        rows = [[html.escape(cell) for cell in row] for row in rows]
+        parts += [f"<h2>{html.escape(name)}</h2>", page.table(head, rows)]
     with atomic_path(out / "comparison.html") as path:
-        path.write_text("\n".join(parts))
+        path.write_text(page.document(title, parts))
     return out / "comparison.html"
 
 

@@ -1,6 +1,7 @@
 """From a workdir and clips to sounds: lengths, pictures, determinism, complaints."""
 
 import argparse
+import dataclasses
 import re
 from pathlib import Path
 
@@ -10,14 +11,14 @@ import numpy as np
 import pytest
 from codecs_for_tests import tiny_codec
 
-from vcm_jax import checkpoint, generate, train
+from vcm_jax import checkpoint, generate, search_times, train
 from vcm_jax.codec import NeuralCodec
 from vcm_jax.data import impacts
 from vcm_jax.data.records import RecordSource
 from vcm_jax.features import extract, media
 from vcm_jax.models import MMDiT
 from vcm_jax.report import make_report
-from vcm_jax.sampling import uniform_times
+from vcm_jax.sampling import Sampler, uniform_times
 from vcm_jax.train_state import OptimizerConfig, make_init, make_optimizer
 from vcm_jax.writer import Writer
 
@@ -128,6 +129,59 @@ def test_a_missing_video_is_the_learned_empty_one(world, run):
         for features in (item, zeros)
     )
     assert np.abs(empty - other).max() > 1e-3
+
+
+def test_any_sampler(world, run):
+    item = generate.encode_request(generate.Request("a", clip(world), "glass"), run)
+    other = generate.encode_request(generate.Request("b", clip(world, 1), "wood"), run)
+    ask = lambda items, sampler, times=(1.0, 0.5, 0.0): generate.generate_latents(
+        dataclasses.replace(run, sampler=sampler), items, times, 0, len(items)
+    )
+    own = ask([item], Sampler())[0]
+    np.testing.assert_allclose(own, generate.generate_latents(run, [item], (1, 0.5, 0), 0, 1)[0])
+    for sampler in (
+        Sampler(guidance_scale=1.0),
+        Sampler(guidance_scale=3.0),
+        Sampler(restart=True),
+    ):
+        alone = ask([item], sampler)[0]
+        assert np.abs(alone - own).max() > 1e-3
+        np.testing.assert_allclose(ask([other, item], sampler)[1], alone, atol=1e-4)
+    assert np.abs(ask([item], Sampler(), (1.0, 0.8, 0.0))[0] - own).max() > 1e-4
+    with pytest.raises(ValueError, match="vcm has its guidance in the weights"):
+        dataclasses.replace(run, sampler=Sampler(guidance_interval=(0.0, 0.5)))
+
+
+def test_searched_times_of_a_run(world, run, capsys):
+    u, cond = search_times.run_velocity(run, search_times.records_of(world / "run"), 3)
+    noise = np.random.default_rng(0).standard_normal((3, run.model.latent_seq_len, 20), np.float32)
+    times, (found, equal) = search_times.search(u, noise, cond, 2, 6)
+    assert len(times) == 3 and found > 0 and equal > 0
+    with pytest.raises(ValueError, match="has 40 records, 41 are wanted"):
+        search_times.run_velocity(run, search_times.records_of(world / "run"), 41)
+
+
+def sampler_arguments(**changes):
+    given = dict(steps=2, times=[], guidance_scale=None, guidance_interval=None, restart=False)
+    return argparse.Namespace(**given | changes)
+
+
+def test_what_the_command_makes_of_its_sampler_flags():
+    assert generate.read_sampler(sampler_arguments()) == ((1.0, 0.5, 0.0), Sampler())
+    times, sampler = generate.read_sampler(
+        sampler_arguments(
+            times=["1", "0.6", "0"], guidance_scale=4.5, guidance_interval=["0", "0.8"]
+        )
+    )
+    assert times == (1.0, 0.6, 0.0) and sampler == Sampler(4.5, (0.0, 0.8))
+    for changes, message in (
+        ({"times": ["1", "x"]}, "take numbers: .*'x'"),
+        ({"times": ["0", "1"]}, "times must decrease"),
+        ({"times": ["1", "0.5"]}, "run from 1 .noise. to 0 .data., not 1 to 0.5"),
+        ({"guidance_interval": ["0.5"]}, "guidance_interval"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            generate.read_sampler(sampler_arguments(**changes))
 
 
 def arguments(**changes):

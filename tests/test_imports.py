@@ -17,7 +17,7 @@ FLOORS = [
     {"validation", "teacher"},
     {"train"},
     {"main", "generate", "evaluate_caches"},
-    {"evaluate_sounds", "generate_records"},
+    {"evaluate_sounds", "generate_records", "search_times"},
     {"report", "evaluate", "compare"},
 ]  # fmt: skip
 

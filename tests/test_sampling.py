@@ -1,9 +1,20 @@
+import itertools
+
 import jax
 import numpy as np
 import pytest
 from flows import GaussianFlow
 
-from vcm_jax.sampling import guided_velocity, restart_sample, sample, uniform_times
+from vcm_jax.objectives import make_settings
+from vcm_jax.sampling import (
+    Sampler,
+    guided_velocity,
+    restart_sample,
+    sample,
+    uniform_times,
+    velocity_for,
+)
+from vcm_jax.search_times import best_path, jump_errors, search
 
 FLOW = GaussianFlow()
 NOISE = np.random.default_rng(0).standard_normal((5, 4, 3)).astype(np.float32)
@@ -61,3 +72,91 @@ def test_bad_times():
         uniform_times(0)
     with pytest.raises(ValueError, match="ends at time 0"):
         restart_sample(exact, NOISE, (1.0, 0.5), None, jax.random.key(0))
+
+
+def test_restart_takes_a_key_for_each_row_and_the_noising_of_the_run():
+    keys = jax.random.split(jax.random.key(3), 5)
+    run = lambda rows: restart_sample(exact, NOISE[rows], (1.0, 0.6, 0.0), None, keys[rows])
+    whole = run(np.arange(5))
+    np.testing.assert_allclose(whole[np.array([3, 1])], run(np.array([3, 1])), atol=1e-6)
+    assert np.abs(whole[0] - run(np.array([1]))[0]).max() > 1e-3
+    seen = []
+
+    def noised(x0, x1, t):
+        seen.append((x0.shape, t.shape))
+        return x0 + 0 * x1
+
+    found = restart_sample(exact, NOISE, (1.0, 0.5, 0.0), None, keys, noised)
+    assert seen[0] == (NOISE.shape, (5,))
+    # Without noise, and with u exact from t = 0.5: what the flow makes of data taken for x_0.5.
+    mean, std = FLOW.moments(0.5)
+    once = FLOW.mu + FLOW.sigma * NOISE
+    np.testing.assert_allclose(found, FLOW.mu + FLOW.sigma / std * (once - mean), atol=1e-5)
+
+
+def test_guidance_in_an_interval():
+    calls = []
+
+    def u(x, t, s, cond):
+        calls.append(cond)
+        return 0 * x + cond
+
+    t = np.float32([0.2, 0.5, 0.9, 1.0, 0.8])
+    found = guided_velocity(u, 1.0, 3.0, (0.5, 0.9))(NOISE, t, t, 2.0)
+    np.testing.assert_allclose(found[:, 0, 0], [2, 4, 4, 2, 4])
+    assert calls == [2.0, 1.0]
+    calls.clear()
+    guided_velocity(u, 1.0, 1)(NOISE, t, t, 2.0)
+    assert calls == [2.0], "without guidance the empty condition costs nothing"
+
+
+def test_the_objective_says_how_its_network_is_sampled():
+    """net = s - t + cond: an average velocity differs from the instant one, and guidance shows."""
+    net = lambda x, t, s, cond: (s - t)[:, None, None] + cond + 0 * x
+    ask = lambda settings, *args: velocity_for(settings, net, -1.0, *args)(
+        NOISE, np.ones(5, np.float32), np.zeros(5, np.float32), 2.0
+    )[0, 0, 0]
+    assert ask(make_settings("vcm")) == 1.0  # -1 + 2
+    assert ask(make_settings("vcm"), 1.0) == 2.0  # an Euler step
+    assert ask(make_settings("vcm"), 3.0) == 8.0  # 3 * 2 - 2 * -1
+    assert ask(make_settings("vcm"), 3.0, (0.0, 0.5)) == 2.0
+    for name in ("flow_matching", "wcfm"):
+        assert ask(make_settings(name, guidance_scale=2.0)) == 5.0
+        assert ask(make_settings(name, guidance_scale=2.0, guidance_interval=(0.0, 0.9))) == 2.0
+    assert ask(make_settings("reflow")) == 2.0
+    assert ask(make_settings("soflow")) == 1.0
+    x1 = np.ones((1, 1, 1), np.float32)
+    settings = make_settings("soflow", parameterisation="trigonometric")
+    one = Sampler()(settings, lambda x, t, s, c: 0 * x + 5, x1, (1.0, 0.0), None, None)
+    np.testing.assert_allclose(one, -5.0, atol=1e-5)  # cos(-pi/2) x + sin(-pi/2) 5
+
+
+def test_samplers_that_do_not_fit():
+    with pytest.raises(ValueError, match="needs guidance_scale: vcm has its guidance"):
+        Sampler(guidance_interval=(0.0, 0.5)).check(make_settings("vcm"))
+    Sampler(guidance_interval=(0.0, 0.5)).check(make_settings("flow_matching"))
+    with pytest.raises(ValueError, match="guidance_interval"):
+        Sampler(guidance_interval=(0.5, 0.2))
+    with pytest.raises(ValueError, match="guidance_scale"):
+        Sampler(guidance_scale=-1.0)
+
+
+def test_the_best_path_is_that_of_all_paths():
+    rng = np.random.default_rng(0)
+    errors = rng.random((9, 9))
+    for n in (1, 3, 8):
+        paths = [(0, *inner, 8) for inner in itertools.combinations(range(1, 8), n - 1)]
+        cost = lambda path: sum(errors[i, j] for i, j in zip(path[:-1], path[1:]))
+        assert tuple(best_path(errors, n)) == min(paths, key=cost)
+    with pytest.raises(ValueError, match="9 steps do not fit a grid of 8"):
+        best_path(errors, 9)
+
+
+def test_searched_times_beat_equal_steps():
+    """Euler steps on the Gaussian flow, whose velocity turns most where the data begins."""
+    euler = lambda x, t, s, cond: exact(x, t, t, cond)
+    times, (found, equal) = search(euler, NOISE, None, 4, 32)
+    assert times[0] == 1 and times[-1] == 0 and len(times) == 5 and (np.diff(times) < 0).all()
+    assert found < 0.8 * equal
+    errors, points = jump_errors(exact, NOISE, (1.0, 0.5, 0.0), None)
+    assert np.nanmax(errors) < 1e-5 and np.isnan(errors[1, 0]) and len(points) == 3

@@ -1,5 +1,7 @@
 """Runs of a few steps on records made here: resuming, stopping, refusing."""
 
+import dataclasses
+import functools
 import importlib.util
 import json
 from pathlib import Path
@@ -12,21 +14,26 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from vcm_jax import checkpoint, train
 from vcm_jax.codec.linear import fit_linear_codec
-from vcm_jax.data import SequenceConfig, records
+from vcm_jax.data import SequenceConfig, mixture, records
 from vcm_jax.features.encoders import WeightsFreeEncoders
 from vcm_jax.interop import import_network
 from vcm_jax.interop.weights import abstract_variables
+from vcm_jax.models import MODELS, MMDiT, ModelConfig, layers
+from vcm_jax.objectives import OBJECTIVES, objective_of, read_section
+from vcm_jax.teacher import load_teacher
+from vcm_jax.train_state import OptimizerConfig, make_init, make_optimizer
+from vcm_jax.train_step import teacher_data, train_step
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 SEQUENCE = SequenceConfig(duration=0.64, text_seq_len=5)
 ENCODERS = WeightsFreeEncoders(clip_dim=6, sync_dim=5, text_dim=4)
 
 
-def load_config(name):
+def load_config(name, *argument):
     spec = importlib.util.spec_from_file_location(name, CONFIGS / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.get_config()
+    return module.get_config(*argument)
 
 
 def write_records(folder, size, seed=0, encoders=ENCODERS):
@@ -73,8 +80,8 @@ def data(tmp_path_factory):
 SIZES = dict(clip_dim=6, sync_dim=5, text_dim=4, hidden_dim=16, num_heads=2, depth=2, fused_depth=1)
 
 
-def make_config(data, **changes):
-    config = load_config("impacts")
+def make_config(data, objective="vcm", **changes):
+    config = load_config("impacts", objective)
     config.update_from_flattened_dict({
         "steps": 6, "batch_size": 8, "data.dir": str(data), "log_every": 2, "checkpoint_every": 3,
         "eval_every": 3, "eval_batches": 1, "eval_sample_steps": (1,),
@@ -193,7 +200,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
         ({"data.sources": ("train=-1",)}, "PATH=WEIGHT"),
         ({"data.sources": ("nowhere=1",)}, "nowhere"),
         ({"model": "tiny"}, "'tiny' is not one of small_16k"),
-        ({"objective.name": "gan"}, "'gan' is not one of vcm"),
+        ({"objective.name": "gan"}, "'gan' is not one of vcm, flow_matching, soflow, meanflow"),
+        ({"objective.name": "meanflow"}, "meanflow has no setting guidance_scale, lambda_end"),
         ({"objective.mix_ratio": 2.0}, "mix_ratio"),
         ({"optimizer.b1": 1.0}, "optimizer.b1"),
         ({"steps": 0}, "steps"),
@@ -275,3 +283,102 @@ def test_statistics_of_a_mixture(data, tmp_path):
 def test_every_config_builds_its_settings(path):
     config = load_config(path.stem)
     assert train.step_config(config).steps == config.steps
+
+
+def tiny(data, objective, **changes):
+    return make_config(data, objective, steps=2, eval_every=0, checkpoint_every=2, **changes)
+
+
+@pytest.mark.parametrize("name", [name for name in OBJECTIVES if name not in ("vcm", "reflow")])
+def test_every_objective_builds_its_run(name):
+    """Every config of it, and the step on abstract values: compiling each would take minutes."""
+    for config in ("s16k", "impacts"):
+        settings = train.step_config(load_config(config, name))
+        assert objective_of(settings.objective)[0] == name
+    model = dataclasses.replace(MODELS["demo"], **SIZES)
+    net, optimizer = MMDiT(model), make_optimizer(OptimizerConfig())
+    stats = {
+        "latent_mean": np.zeros(20),
+        "latent_std": np.ones(20),
+        "empty_text": np.zeros((77, 4)),
+    }
+    state = jax.eval_shape(make_init(net, stats, optimizer, (0.05,)), jax.random.key(0))
+    shapes = {
+        "latent_mean": (80, 20), "latent_std": (80, 20), "clip": (20, 6), "sync": (56, 5),
+        "text": (77, 4), "has_video": (), "has_text": (),
+    }  # fmt: skip
+    batch = {
+        key: jax.ShapeDtypeStruct((8, *shape), bool if key.startswith("has") else np.float32)
+        for key, shape in shapes.items()
+    }
+    step = functools.partial(train_step, net=net, optimizer=optimizer, config=settings)
+    after, metrics = jax.eval_shape(step, state, batch, jax.random.key(1))
+    assert jax.tree.structure(after) == jax.tree.structure(state)
+    assert metrics.loss.total.dtype == np.float32
+
+
+def test_reflow_learns_from_a_trained_run(data, tmp_path):
+    teacher = tmp_path / "teacher"
+    train.train(tiny(data, "flow_matching"), teacher)
+    student = tiny(data, "reflow", **{"objective.teacher": str(teacher)})
+    student.objective.teacher_steps = 2
+    train.train(student, tmp_path / "student")
+    assert final_state(tmp_path / "student")["step"] == 2
+    run = json.loads((teacher / "run.json").read_text())
+
+    # What the student is shown: the teacher's samples, in the student's normalisation.
+    net = MMDiT(ModelConfig(**run["model"]))
+    loaded, variables = load_teacher(
+        read_section(student.objective)[0], net, run["codec"]
+    )  # fmt: skip
+    (source,), weights = train.open_sources(("train=1",), str(data), "sources")
+    rows = [mixture.to_sample(source[i], mixture.Shapes((5, 6), (8, 5))) for i in range(2)]
+    batch = jax.tree.map(lambda *leaves: np.stack(leaves), *rows)
+    x1 = np.random.default_rng(0).standard_normal((2, net.config.latent_seq_len, 20), np.float32)
+    stats = dict(variables["stats"])
+    args = (batch, x1, jax.random.key(0), np.zeros(2, bool), train.step_config(student))
+    same = teacher_data(loaded, variables, stats, *args)
+    twice = stats | {"latent_std": 2 * stats["latent_std"]}
+    halved = teacher_data(loaded, variables, twice, *args)
+    np.testing.assert_allclose(halved, same / 2, atol=1e-5)
+    assert same.shape == x1.shape and np.abs(same - x1).max() > 1e-3
+
+    for changes, message in (
+        ({}, "objective.teacher is empty: name the workdir"),
+        ({"objective.teacher": str(tmp_path)}, "has no run.json"),
+        (
+            {"objective.teacher": str(teacher), "model_overrides.hidden_dim": 32},
+            "teacher is of another size: hidden_dim 16, not 32",
+        ),
+    ):
+        with pytest.raises(train.SetupError, match=message) as error:
+            train.train(tiny(data, "reflow", **changes), tmp_path / "refused")
+        assert "\n" not in str(error.value) and not (tmp_path / "refused").exists()
+
+
+def test_meanflow_needs_attention_with_a_jvp(data, tmp_path, monkeypatch):
+    """An attention with a hand-written backward pass, as fused kernels have."""
+    plain = layers.attention
+    fused = jax.custom_vjp(plain)
+    fused.defvjp(lambda *qkv: (plain(*qkv), qkv), lambda qkv, g: jax.vjp(plain, *qkv)[1](g))
+    monkeypatch.setattr(layers, "attention", fused)
+    with pytest.raises(train.SetupError, match="meanflow takes a JVP, which this attention"):
+        train.train(tiny(data, "meanflow"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_ablations_change_one_setting():
+    ablated = load_config("ablations", "w=2,lambda_end=1/250")
+    before, now = load_config("s16k").to_dict(), ablated.to_dict()
+    assert train.changes(before, now) == [
+        "config.objective.guidance_scale is 2.0, was 4.0",
+        "config.objective.lambda_end is 0.004, was 0.002",
+    ]
+    assert load_config("ablations", "base=impacts,r=0").batch_size == 32
+    for text, message in (
+        ("q=1", "ablation 'q' is not one of w, m, r, p, lambda_end"),
+        ("w=much", "ablation w=much is not a number"),
+        ("base=x,w=1", "base 'x' is not one of s16k, impacts"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_config("ablations", text)

@@ -24,7 +24,8 @@ class Sampler:
     Attributes:
       guidance_scale: Euler steps of the instant velocity with classifier-free guidance of this
         scale; None is the objective's own way, see `velocity_for`.
-      guidance_interval: times at which that guidance applies; None is the objective's.
+      guidance_interval: times at which that guidance applies; None is the objective's, or all
+        where its guidance is in the weights.
       restart: BiTCAM's sampler, see `restart_sample`.
 
     Raises:
@@ -137,7 +138,7 @@ def velocity_for(settings, net, null_cond, guidance_scale=None, guidance_interva
     if guidance_scale is None:
         guidance_scale = settings.guidance_scale
     if guidance_interval is None:
-        guidance_interval = getattr(settings, "guidance_interval", (0.0, 1.0))
+        guidance_interval = settings.guidance_interval if objective.instant_only else (0.0, 1.0)
     return guided_velocity(u, null_cond, guidance_scale, guidance_interval)
 
 

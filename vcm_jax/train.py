@@ -379,6 +379,7 @@ def _train(config: ConfigDict, workdir: Path, stack: contextlib.ExitStack) -> No
                 values |= validation.figures(
                     net, averaged, state.stats, map(to_device, val_batches), codec, val_key,
                     steps=config.eval_sample_steps, max_clips=max_clips, place=whole,
+                    objective=settings.objective,
                 )  # fmt: skip
                 best.offer(state, values, meta)
             writer.scalars(step, values)

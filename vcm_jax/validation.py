@@ -13,7 +13,10 @@ from jax.experimental import multihost_utils
 from vcm_jax import checkpoint, sampling
 from vcm_jax.metrics import SoundFigures, frechet_distance
 from vcm_jax.metrics.sounds import FIGURES
+from vcm_jax.objectives.vcm import VCMConfig
 from vcm_jax.train_step import StepConfig, encode_batch
+
+VCM = VCMConfig()
 
 
 @functools.partial(jax.jit, static_argnames=("net", "objective", "num_steps", "place"))
@@ -43,7 +46,7 @@ def figures(
     steps: Sequence[int] = (1, 4, 25),
     max_clips: int = 64,
     place=None,
-    objective=VCMConfig(),
+    objective=VCM,
 ) -> dict[str, float]:
     """How generated sounds of validation clips compare with the true ones, at several step counts.
 

@@ -1,0 +1,177 @@
+"""The best N times for a trained run, by its own errors.
+
+    python -m vcm_jax.search_times --workdir=runs/impacts --steps=4
+
+prints the times, for `generate --times=...`, and what they gain over equal steps. On a grid of
+times the run's sampler is followed in its finest steps, under the conditions of some records; then
+every jump of the grid is tried once, from that trajectory, and dynamic programming finds the chain
+of N jumps whose errors add up to the least. The idea is BOSS's (Nguyen et al. 2024), who search the
+steps of an Euler sampler; here a jump is the trained network's own.
+"""
+
+import dataclasses
+import functools
+import json
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+
+from vcm_jax import sampling
+from vcm_jax.data.mixture import Shapes, parse_source, to_sample
+from vcm_jax.data.records import RecordSource
+from vcm_jax.generate import load_run
+from vcm_jax.logs import show_ours
+from vcm_jax.models import Conditions, MMDiT
+
+
+def best_path(errors: np.ndarray, num_steps: int) -> list[int]:
+    """The chain of `num_steps` jumps from the first to the last grid point of the least error.
+
+    Args:
+      errors: `G G`; errors[i, j] of the jump from point i to point j > i, others are not looked at.
+      num_steps: at most G - 1.
+
+    Returns:
+      indices of `num_steps + 1` grid points.
+
+    Raises:
+      ValueError: when there are not that many jumps.
+    """
+    size = len(errors)
+    if not 1 <= num_steps < size:
+        raise ValueError(f"{num_steps} steps do not fit a grid of {size - 1} intervals")
+    cost = np.full((num_steps + 1, size), np.inf)
+    before = np.zeros((num_steps + 1, size), int)
+    cost[0, 0] = 0
+    for n in range(1, num_steps + 1):
+        for j in range(n, size):
+            through = cost[n - 1, :j] + errors[:j, j]
+            before[n, j] = np.argmin(through)
+            cost[n, j] = through[before[n, j]]
+    path = [size - 1]
+    for n in range(num_steps, 0, -1):
+        path.append(int(before[n, path[-1]]))
+    return path[::-1]
+
+
+def jump_errors(u, x1, grid, cond):
+    """(errors `G G`, trajectory `G B N C`) of every jump on a grid of times.
+
+    The trajectory takes the grid's own steps. errors[i, j] is the root mean square distance, per
+    clip and averaged, of one jump from the trajectory's point i to its point j; NaN for j <= i.
+
+    Args:
+      u: `u(x, t, s, cond)`.
+      x1: noise `B N C`.
+      grid: decreasing times, `G`.
+      cond: whatever u takes.
+    """
+    grid = np.asarray(grid, np.float32)
+    jump = jax.jit(functools.partial(sampling.jump, u))
+    points = [x1]
+    for t, s in zip(grid[:-1], grid[1:]):
+        points.append(jump(points[-1], t, s, cond))
+    errors = np.full((len(grid), len(grid)), np.nan)
+    for i, t in enumerate(grid):
+        for j in range(i + 1, len(grid)):
+            difference = jump(points[i], t, grid[j], cond) - points[j]
+            errors[i, j] = jnp.sqrt(jnp.square(difference).mean((1, 2))).mean()
+    return errors, jnp.stack(points)
+
+
+def search(u, x1, cond, num_steps: int, grid_size: int):
+    """The best times, and how far from the finest trajectory's end they and equal steps arrive.
+
+    Returns:
+      times `num_steps + 1`; the root mean square distances (of these times, of equal steps).
+    """
+    grid = sampling.uniform_times(grid_size)
+    errors, points = jump_errors(u, x1, grid, cond)
+    times = grid[best_path(errors, num_steps)]
+
+    def distance(times):
+        found = jax.jit(lambda x: sampling.sample(u, x, times, cond))(x1)
+        return float(jnp.sqrt(jnp.square(found - points[-1]).mean((1, 2))).mean())
+
+    return times, (distance(times), distance(sampling.uniform_times(num_steps)))
+
+
+def run_velocity(run, records: RecordSource, num_clips: int):
+    """(u, cond) of a run under the conditions of the first records.
+
+    Raises:
+      ValueError: when the records are too few, or not such as the run takes.
+    """
+    manifest, model = records.manifest, run.model
+    if (manifest.sequence, dict(manifest.encoders)) != (run.sequence, dict(run.encoders.spec())):
+        raise ValueError(f"{records.path}: other lengths or encoders than the run was trained with")
+    if len(records) < num_clips:
+        raise ValueError(f"{records.path} has {len(records)} records, {num_clips} are wanted")
+    shapes = Shapes((model.clip_seq_len, model.clip_dim), (model.sync_seq_len, model.sync_dim))
+    samples = [to_sample(records[i], shapes) for i in range(num_clips)]
+    batch = jax.tree.map(lambda *leaves: np.stack(leaves), *samples)
+
+    net = MMDiT(model)
+    apply = lambda *args: net.apply(run.variables, *args[:-1], method=args[-1])
+    null = apply(num_clips, "null_conditions")
+    fill = lambda has, value, empty: jnp.where(has[:, None, None], value, empty)
+    cond = Conditions(
+        clip=fill(batch["has_video"], batch["clip"], null.clip),
+        sync=fill(batch["has_video"], batch["sync"], null.sync),
+        text=fill(batch["has_text"], batch["text"], null.text),
+    )
+    velocity = lambda x, t, s, enc: apply(x, t, s, enc, "velocity")
+    null_cond = apply(null, "encode_conditions")
+    u = sampling.velocity_for(run.objective, velocity, null_cond, run.sampler.guidance_scale)
+    return u, apply(cond, "encode_conditions")
+
+
+def records_of(workdir) -> RecordSource:
+    """The records that a run is validated on or, without any, trained on."""
+    data = json.loads((Path(workdir) / "run.json").read_text())["config"]["data"]
+    path, _ = parse_source((data["val_sources"] or data["sources"])[0])
+    return RecordSource(Path(data["dir"]) / path)
+
+
+def _define_flags():
+    flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
+    flags.DEFINE_string("records", "", "Records whose conditions are sampled (the run's own).")
+    flags.DEFINE_integer("steps", 4, "Steps of the sampler.", lower_bound=1)
+    flags.DEFINE_integer("grid", 32, "Equal intervals of the grid of times.", lower_bound=2)
+    flags.DEFINE_integer("clips", 16, "How many records.", lower_bound=1)
+    flags.DEFINE_integer("seed", 0, "Of the noise.")
+    flags.DEFINE_integer("checkpoint", None, "Training step of the checkpoint (the latest).")
+    flags.DEFINE_float("guidance_scale", None, "As `generate`'s.")
+
+
+def main(argv):
+    if argv[1:]:
+        raise app.UsageError(f"not understood: {' '.join(argv[1:])}")
+    show_ours()
+    args = flags.FLAGS
+    try:
+        if args.steps >= args.grid:
+            raise ValueError(f"--steps={args.steps} must be less than --grid={args.grid}")
+        run = load_run(args.workdir, args.checkpoint)
+        run = dataclasses.replace(run, sampler=sampling.Sampler(args.guidance_scale))
+        records = RecordSource(Path(args.records)) if args.records else records_of(args.workdir)
+        u, cond = run_velocity(run, records, args.clips)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    shape = (args.clips, run.model.latent_seq_len, run.model.latent_dim)
+    x1 = np.random.default_rng(args.seed).standard_normal(shape, np.float32)
+    times, (found, equal) = search(u, x1, cond, args.steps, args.grid)
+    print(f"--times={','.join(f'{time:g}' for time in times)}")
+    print(
+        f"distance to {args.grid} steps (root mean square over {args.clips} clips): "
+        f"{found:.4f}, equal steps {equal:.4f}: {100 * (1 - found / equal):+.1f}% less"
+    )
+
+
+if __name__ == "__main__":
+    _define_flags()
+    app.run(main)
