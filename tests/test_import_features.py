@@ -86,6 +86,7 @@ def test_records_hold_the_rows_in_their_order(features, monkeypatch, capsys):
             stored = source[i][field]
             np.testing.assert_array_equal(stored, arrays[name][i].astype(stored.dtype), name)
     np.testing.assert_array_equal(source.empty_text, np.full((7, 6), 0.5, np.float32))
+    source.check_statistics()
     manifest = source.manifest
     assert manifest.has_video and [shard["records"] for shard in manifest.shards] == [4, 2]
     assert manifest.sequence.sync_seq_len == 8 and manifest.sequence.text_seq_len == 7

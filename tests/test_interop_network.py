@@ -129,12 +129,16 @@ def run_folder(tmp_path, known):
         out = tmp_path / "run"
         file = save(tmp_path / "mmaudio.pth", tensors or one_time())
         import_torch.main(["network", file, f"--out={out}"])
-        config = {"objective": {"name": objective}}
-        run = {"config": config, "model": dataclasses.asdict(CONFIG)}
-        (out / "run.json").write_text(json.dumps(run))
+        describe(out, objective)
         return out
 
     return make
+
+
+def describe(folder, objective, **settings):
+    config = {"objective": {"name": objective} | settings}
+    run = {"config": config, "model": dataclasses.asdict(CONFIG)}
+    (folder / "run.json").write_text(json.dumps(run))
 
 
 def test_import_command_writes_what_init_from_reads(run_folder, capsys):
@@ -216,18 +220,26 @@ def test_torch_matches_the_reference_in_full_size():
             assert golden.relative_error(output, arrays[name]) < 1e-4, name
 
 
-def test_mmaudios_convention_is_for_flow_matching(run_folder, tmp_path):
+def test_what_cannot_be_exported(run_folder, tmp_path):
     torch = pytest.importorskip("torch")
     run, file = run_folder("flow_matching"), tmp_path / "fm.pth"
     export_torch.main([f"--workdir={run}", f"--out={file}", "--convention=mmaudio"])
     found = torch.load(file, weights_only=True)
     np.testing.assert_allclose(found["final_layer.conv.bias"], one_time()["final_layer.conv.bias"])
-    config = {"config": {"objective": {"name": "vcm"}}, "model": dataclasses.asdict(CONFIG)}
-    (run / "run.json").write_text(json.dumps(config))
     other = tmp_path / "other.pth"
-    with pytest.raises(SystemExit, match="one time only.*'vcm'"):
-        export_torch.main([f"--workdir={run}", f"--out={other}", "--convention=mmaudio"])
-    assert not other.exists()
+
+    def refused(message, *options, out=other):
+        with pytest.raises(SystemExit, match=message):
+            export_torch.main([f"--workdir={run}", f"--out={out}", *options])
+        assert not other.exists()
+
+    describe(run, "vcm")
+    refused("one time only.*'vcm'", "--convention=mmaudio")
+    refused("is a folder: name a file", out=tmp_path)
+    refused(r"no checkpoint of step 7; there are \[0\]", "--step=7")
+    refused("no average of sigma_rel 0.3, only 0", "--sigma_rel=0.3")
+    describe(run, "soflow", parameterisation="trigonometric")
+    refused("'trigonometric': its network is not the average velocity")
 
 
 def without(name):

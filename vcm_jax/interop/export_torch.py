@@ -62,11 +62,19 @@ def main(argv=None) -> None:
 def run(args) -> None:
     """Read, convert, write; nothing is written before everything fits."""
     torch = import_torch("export_torch")
+    if Path(args.out).is_dir():
+        raise ValueError(f"--out={args.out} is a folder: name a file, for example vcm_s16k.pth")
     path = Path(args.workdir) / "run.json"
     if not path.is_file():
         raise ValueError(f"{args.workdir} is not the workdir of a run: it has no run.json")
     described = json.loads(path.read_text())
-    objective = described["config"]["objective"]["name"]
+    settings = described["config"]["objective"]
+    objective = settings["name"]
+    if settings.get("parameterisation", "euler") != "euler":
+        raise ValueError(
+            f"{args.workdir} has parameterisation {settings['parameterisation']!r}: its "
+            "network is not the average velocity itself, which is what the file stands for"
+        )
     if args.convention == "mmaudio" and objective not in ONE_TIME:
         raise ValueError(
             f"--convention=mmaudio holds one time only, and {args.workdir} was trained with "
