@@ -14,15 +14,19 @@ import numpy as np
 from vcm_jax.models import Conditions
 
 
-def timed(call, repeats: int, warmup: int = 1) -> dict[str, float]:
-    """Milliseconds of `call()` with its result awaited: minimum, median, maximum, how many."""
-    for _ in range(warmup):
-        jax.block_until_ready(call())
+def timings(call, repeats: int, warmup: int = 1) -> list[float]:
+    """Milliseconds of each `call()`, its result awaited."""
     ms = []
-    for _ in range(repeats):
+    for _ in range(warmup + repeats):
         start = time.perf_counter()
         jax.block_until_ready(call())
         ms.append(1e3 * (time.perf_counter() - start))
+    return ms[warmup:]
+
+
+def timed(call, repeats: int, warmup: int = 1) -> dict[str, float]:
+    """Minimum, median and maximum of `timings`, and how many they are."""
+    ms = timings(call, repeats, warmup)
     return {
         "ms_min": min(ms),
         "ms_median": statistics.median(ms),

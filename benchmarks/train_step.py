@@ -35,6 +35,40 @@ def abstract_batch(config, batch_size: int) -> dict:
     }  # fmt: skip
 
 
+def prepare(model, batch_size: int, dtype, mesh, config: StepConfig):
+    """The step as training compiles it.
+
+    Returns:
+      step: (state, batch, key) -> (state, metrics), jitted; the state is donated.
+      init: key -> state.
+      shapes: of the batch.
+      put: (batch, key) -> the same on the mesh.
+    """
+    net, optimizer = MMDiT(model, dtype), make_optimizer(OptimizerConfig())
+    stats = {
+        "latent_mean": jnp.zeros(model.latent_dim),
+        "latent_std": jnp.ones(model.latent_dim),
+        "empty_text": jnp.zeros((model.text_seq_len, model.text_dim)),
+    }
+    init = make_init(net, stats, optimizer, (0.05, 0.10))
+    abstract = jax.eval_shape(init, jax.random.key(0))
+    shardings = sharding.state_shardings(abstract, mesh, model.num_heads)
+    rows, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
+    constrain = lambda tree: jax.lax.with_sharding_constraint(tree, rows)
+    step = functools.partial(
+        train_step, net=net, optimizer=optimizer, config=config, constrain=constrain
+    )
+    step = jax.jit(
+        step,
+        in_shardings=(shardings, rows, whole),
+        out_shardings=(shardings, whole),
+        donate_argnums=0,
+    )
+    init = jax.jit(init, out_shardings=shardings)
+    put = lambda batch, key: (jax.device_put(batch, rows), jax.device_put(key, whole))
+    return step, init, abstract_batch(model, batch_size), put
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="small_16k", choices=list(MODELS))
@@ -45,29 +79,11 @@ def main() -> None:
     parser.add_argument("--count_only", action="store_true", help="compile and count, do not run")
     args = parser.parse_args()
 
-    model, dtype = MODELS[args.model], jnp.dtype(args.dtype)
+    model, dtype, config = MODELS[args.model], jnp.dtype(args.dtype), StepConfig(steps=300_000)
     mesh = sharding.make_mesh(*map(int, args.mesh.split(",")))
     sharding.check_batch_size(args.batch, mesh)
-    net, config = MMDiT(model, dtype), StepConfig(steps=300_000)
-    optimizer = make_optimizer(OptimizerConfig())
-    stats = {
-        "latent_mean": jnp.zeros(model.latent_dim),
-        "latent_std": jnp.ones(model.latent_dim),
-        "empty_text": jnp.zeros((model.text_seq_len, model.text_dim)),
-    }
-    init, key = make_init(net, stats, optimizer, (0.05, 0.10)), jax.random.key(0)
-    shardings = sharding.state_shardings(jax.eval_shape(init, key), mesh, model.num_heads)
-    rows, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
-    constrain = lambda tree: jax.lax.with_sharding_constraint(tree, rows)
-    step = jax.jit(
-        functools.partial(
-            train_step, net=net, optimizer=optimizer, config=config, constrain=constrain
-        ),
-        in_shardings=(shardings, rows, whole),
-        out_shardings=(shardings, whole),
-        donate_argnums=0,
-    )
-    shapes = abstract_batch(model, args.batch)
+    step, init, shapes, put = prepare(model, args.batch, dtype, mesh, config)
+    key = jax.random.key(0)
     step, compile_s = harness.compiled(step, jax.eval_shape(init, key), shapes, key)
     memory = step.memory_analysis()
     model_gflop = vcm_step_flops(model, config.instant_ratio) / 1e9
@@ -80,9 +96,7 @@ def main() -> None:
         "temporary_bytes_per_device": memory.temp_size_in_bytes,
     }  # fmt: skip
     if not args.count_only:
-        state = jax.jit(init, out_shardings=shardings)(key)
-        batch = jax.device_put(harness.random_like(shapes), rows)
-        key = jax.device_put(key, whole)
+        state, batch, key = init(key), *put(harness.random_like(shapes), key)
 
         def call():
             nonlocal state
