@@ -24,8 +24,8 @@ import optax
 from vcm_jax import ema
 from vcm_jax.models import MODELS, MMDiT
 from vcm_jax.models.layers import attention, conv1d
+from vcm_jax.objectives.vcm import VCMConfig
 from vcm_jax.train_state import OptimizerConfig, make_optimizer
-from vcm_jax.train_step import StepConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,7 +172,7 @@ def main() -> None:
 
     config, dtype = MODELS[args.model], jnp.dtype(args.dtype)
     step = time_step(args)
-    later = 1 - StepConfig(steps=1).instant_ratio
+    later = 1 - VCMConfig().instant_ratio
     parts = time_products(config, args.batch, dtype, args.repeats, later)
     parts |= time_update(config, args.repeats)
     rest = step["ms_min"] - sum(part["ms"] for part in parts.values())

@@ -179,8 +179,11 @@ def train_run(entry: Entry, steps: int) -> None:
         "steps": steps,
         "optimizer.warmup_steps": max(1, round(config.optimizer.warmup_steps * min(1, share))),
         "optimizer.decay_steps": tuple(round(d * share) for d in config.optimizer.decay_steps),
-        "checkpoint_every": max(1, steps // 4), "keep_every": 0, "eval_every": 0, "log_every": max(1, steps // 20),
-    }  # fmt: skip
+        "checkpoint_every": max(1, steps // 4),
+        "keep_every": 0,
+        "eval_every": 0,
+        "log_every": max(1, steps // 20),
+    }
     command = [
         sys.executable, "-m", "vcm_jax.main", f"--config={entry.config}",
         f"--workdir={entry.workdir}", *(f"--config.{k}={v}" for k, v in changed.items()),
