@@ -4,6 +4,7 @@ import caches
 import golden
 import numpy as np
 import pytest
+import scipy.linalg
 import scipy.special
 import scipy.stats
 
@@ -109,6 +110,16 @@ def test_streamed_covariance():
     np.testing.assert_allclose(running.scatter / 499, np.cov(rows, rowvar=False), rtol=1e-10)
     whole = frechet_distance(rows, other)
     assert frechet_distance(running, other) == pytest.approx(whole, rel=1e-12)
+    # Few rows on either side, against many on the other; features that are always 0.
+    few, dead = rng.standard_normal((5, 7)), rows * (np.arange(7) < 4)
+    for one, two in ((few, rows), (rows, few), (dead, other), (dead, few)):
+        cov = [np.cov(side, rowvar=False) for side in (one, two)]
+        roots = scipy.linalg.sqrtm(cov[0] + 1e-14 * np.eye(7)) @ scipy.linalg.sqrtm(
+            cov[1] + 1e-14 * np.eye(7)
+        )
+        direct = np.sum((one.mean(0) - two.mean(0)) ** 2) + np.trace(cov[0] + cov[1])
+        direct -= 2 * np.linalg.svd(roots.real, compute_uv=False).sum()
+        assert frechet_distance(one, two) == pytest.approx(direct, rel=1e-7)
     with pytest.raises(ValueError, match="width 6 after rows of width 7"):
         running.update(np.zeros((2, 6)))
     with pytest.raises(ValueError, match="truth must have at least 2 rows, it has 1"):
