@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+from absl import logging
 
 from vcm_jax import checkpoint
 from vcm_jax.atomic import atomic_path
@@ -45,14 +46,18 @@ def to_mmaudio(state_dict: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 def main(argv=None) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m vcm_jax.interop.export_torch", description=__doc__.splitlines()[0]
+        prog="python -m vcm_jax.interop.export_torch",
+        description="Writes a run's weights as a PyTorch state dict.",
     )
     parser.add_argument("--workdir", required=True, help="of the run")
     parser.add_argument("--out", required=True, help="file to write, .pth")
     parser.add_argument("--step", type=int, help="which checkpoint; the latest by default")
-    parser.add_argument("--sigma_rel", type=float, help="width of the average; the narrowest")
+    parser.add_argument(
+        "--sigma_rel", type=float, help="width of the weights' average; the narrowest by default"
+    )
     parser.add_argument("--convention", default="vcm", choices=["vcm", "mmaudio"])
     args = parser.parse_args(argv)
+    logging.set_verbosity(logging.ERROR)  # Orbax warns of what is normal where nothing is saved
     try:
         run(args)
     except (ValueError, OSError) as error:
