@@ -28,11 +28,13 @@ import jax
 import matplotlib
 import numpy as np
 from absl import app, flags
+from sync_layout import overlapping
 
 from vcm_jax import page, report, sampling, sharding, train
 from vcm_jax.atomic import atomic_path
 from vcm_jax.data import mixture
 from vcm_jax.generate import Request, encode_request, generate_latents, load_run
+from vcm_jax.logs import show_ours
 from vcm_jax.metrics import fit_material_classifier
 from vcm_jax.models import MMDiT
 from vcm_jax.objectives import OBJECTIVES
@@ -179,11 +181,9 @@ def train_run(entry: Entry, steps: int) -> None:
         "steps": steps,
         "optimizer.warmup_steps": max(1, round(config.optimizer.warmup_steps * min(1, share))),
         "optimizer.decay_steps": tuple(round(d * share) for d in config.optimizer.decay_steps),
-        "checkpoint_every": max(1, steps // 4),
-        "keep_every": 0,
-        "eval_every": 0,
+        "checkpoint_every": max(1, steps // 4), "keep_every": 0, "eval_every": 0,
         "log_every": max(1, steps // 20),
-    }
+    }  # fmt: skip
     command = [
         sys.executable, "-m", "vcm_jax.main", f"--config={entry.config}",
         f"--workdir={entry.workdir}", *(f"--config.{k}={v}" for k, v in changed.items()),
@@ -198,7 +198,7 @@ class Scorer:
     """Scores runs on test clips; what does not depend on the run is computed once."""
 
     def __init__(self, data: Path, num_clips: int, num_train: int, rate: int):
-        self.rate = rate
+        self.rate, self.overlapping = rate, flags.FLAGS.overlapping
         self.clips = report.read_split(data, "test", num_clips)
         taught = report.read_split(data, "train", num_train)
         self.classifier = fit_material_classifier(
@@ -215,6 +215,11 @@ class Scorer:
         """The figures of a run by number of steps, and of one unguided Euler step."""
         run = load_run(entry.workdir)
         items = [encode_request(Request(c["id"], c["path"], c["caption"]), run) for c in self.clips]
+        if self.overlapping:
+            items = [
+                dataclasses.replace(item, sync=overlapping(item.sync, item.sequence.duration))
+                for item in items
+            ]
         found = {}
         ways = {str(n): (n, sampling.OWN_SAMPLER) for n in STEPS}
         if entry.name == "flow_matching":
@@ -352,6 +357,7 @@ def _define_flags():
     flags.DEFINE_integer("samples", 0, "Training samples of a run, in place of --minutes.")
     flags.DEFINE_integer("clips", 100, "Test clips that are scored.", lower_bound=2)
     flags.DEFINE_integer("train_clips", 400, "Training clips for the material classifier.")
+    flags.DEFINE_bool("overlapping", False, "Records are `sync_layout.py`'s: score such features.")
     flags.DEFINE_multi_enum("stage", STAGES, STAGES, "What is done; all of it by default.")
 
 
@@ -359,6 +365,7 @@ def main(argv):
     args = flags.FLAGS
     if argv[1:]:
         raise app.UsageError(f"not understood: {' '.join(argv[1:])}")
+    show_ours()
     out = Path(args.out)
     entries = [Entry(c, int(seed), out) for seed in args.seeds for c in args.config]
     # A teacher comes before its student.

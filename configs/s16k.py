@@ -24,7 +24,11 @@ from vcm_jax.models import ModelConfig
 from vcm_jax.objectives import make_settings
 
 # Fields of the network that a run may change; its lengths follow from the data's duration.
-MODEL_FIELDS = [f.name for f in dataclasses.fields(ModelConfig) if not f.name.endswith("_seq_len")]
+MODEL_FIELDS = {
+    field.name: field.type
+    for field in dataclasses.fields(ModelConfig)
+    if not field.name.endswith("_seq_len") and field.name != "latent_rate"
+}
 
 
 def objective_config(name: str) -> ConfigDict:
@@ -47,7 +51,9 @@ def get_config(objective: str = "vcm") -> ConfigDict:
     config.batch_size = 512
     config.dtype = "bfloat16"
     config.model = "small_16k"
-    config.model_overrides = ConfigDict({name: placeholder(int) for name in MODEL_FIELDS})
+    config.model_overrides = ConfigDict(
+        {name: placeholder(kind) for name, kind in MODEL_FIELDS.items()}
+    )
     config.init_from = ""
 
     config.objective = objective_config(objective)

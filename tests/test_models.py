@@ -14,7 +14,7 @@ import pytest
 from vcm_jax.data import SequenceConfig
 from vcm_jax.interop.weights import abstract_variables, variables_from_torch, variables_to_torch
 from vcm_jax.models import MODELS, Conditions, MMDiT, ModelConfig
-from vcm_jax.models.mmdit import nearest_exact_rows
+from vcm_jax.models.mmdit import nearest_exact_rows, nearest_time_rows
 
 TOLERANCE = 1e-4  # max |difference| / std; never relaxed
 NETWORK = golden.DATA / "network"
@@ -250,3 +250,40 @@ def test_features_of_another_shape():
         MMDiT(config).apply(variables, x, t, s, dataclasses.replace(cond, clip=cond.sync))
     with pytest.raises(ValueError, match=r"latents .* takes \(B, 25, 8\)"):
         MMDiT(config).apply(variables, x[:, :-1], t, s, cond)
+
+
+def test_sync_rows_by_time_are_the_nearest_ones():
+    """Row r of segment k lies at (8 k + 2 r + 1) / 25 s; index spreading is up to 0.27 s off."""
+    for seconds, tokens, rate in ((8.0, 250, 31.25), (2.56, 80, 31.25), (8.0, 345, 44_100 / 1024)):
+        sequence = SequenceConfig(duration=seconds)
+        times = np.array(
+            [(8 * (j // 8) + 2 * (j % 8) + 1) / 25 for j in range(sequence.sync_seq_len)]
+        )
+        middle = (np.arange(tokens) + 0.5) / rate
+        rows = nearest_time_rows(sequence.sync_seq_len, tokens, rate)
+        nearest = np.abs(middle[:, None] - times[None]).min(1)
+        np.testing.assert_allclose(np.abs(times[rows] - middle), nearest, atol=1e-9)
+        assert nearest.max() < 0.0401 and (np.diff(times[rows]) >= -1e-9).all()
+        # Of two rows at the same time the one further inside its segment.
+        inside = (times[rows] > 9 / 25) & (times[rows] < times[-1] - 8 / 25)
+        assert (np.abs(rows[inside] % 8 - 3.5) <= 2).all()
+        by_index = times[nearest_exact_rows(sequence.sync_seq_len, tokens)]
+        assert 0.2 < np.abs(by_index - middle).max() < 0.3
+
+
+def test_the_alignment_of_the_sync_rows_is_a_setting_of_the_model():
+    config = dataclasses.replace(MODELS["demo"], sync_alignment="time", hidden_dim=16)
+    plain = dataclasses.replace(config, sync_alignment="index")
+    rng = np.random.default_rng(0)
+    normal = lambda *shape: rng.standard_normal(shape).astype(np.float32)
+    cond = Conditions(normal(1, 20, 64), normal(1, 56, 256), normal(1, 77, 32))
+    x, t = normal(1, 80, 20), np.float32([0.5])
+    variables = MMDiT(config).init(jax.random.key(0), x, t, t, cond)
+    noisy = jax.tree.map(
+        lambda a: a + 0.1 * jax.random.normal(jax.random.key(1), a.shape), variables
+    )
+    found, other = (MMDiT(c).apply(noisy, x, t, t, cond) for c in (config, plain))
+    assert np.abs(found - other).max() > 1e-3
+    assert MODELS["small_44k"].latent_rate == pytest.approx(345 / 8, rel=2e-3)
+    with pytest.raises(ValueError, match="sync_alignment 'row' is not one of index, time"):
+        dataclasses.replace(config, sync_alignment="row")

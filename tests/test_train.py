@@ -332,8 +332,9 @@ def test_reflow_learns_from_a_trained_run(data, tmp_path):
         read_section(student.objective)[0], net, run["codec"]
     )  # fmt: skip
     (source,), weights = train.open_sources(("train=1",), str(data), "sources")
-    rows = [mixture.to_sample(source[i], mixture.Shapes((5, 6), (8, 5))) for i in range(2)]
-    batch = jax.tree.map(lambda *leaves: np.stack(leaves), *rows)
+    shapes = mixture.Shapes(clip=(5, 6), sync=(8, 5))
+    mixed = mixture.mix([source], weights, seed=0)
+    (batch,) = mixture.batches(mixed, shapes, batch_size=2, first_step=0, last_step=1)
     x1 = np.random.default_rng(0).standard_normal((2, net.config.latent_seq_len, 20), np.float32)
     stats = dict(variables["stats"])
     args = (batch, x1, jax.random.key(0), np.zeros(2, bool), train.step_config(student))
@@ -375,6 +376,7 @@ def test_ablations_change_one_setting():
         "config.objective.lambda_end is 0.004, was 0.002",
     ]
     assert load_config("ablations", "base=impacts,r=0").batch_size == 32
+    assert load_config("ablations", "sync=time").model_overrides.sync_alignment == "time"
     for text, message in (
         ("q=1", "ablation 'q' is not one of w, m, r, p, lambda_end"),
         ("w=much", "ablation w=much is not a number"),

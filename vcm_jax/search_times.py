@@ -21,11 +21,12 @@ import numpy as np
 from absl import app, flags
 
 from vcm_jax import sampling
-from vcm_jax.data.mixture import Shapes, parse_source, to_sample
+from vcm_jax.data import mixture
 from vcm_jax.data.records import RecordSource
 from vcm_jax.generate import load_run
 from vcm_jax.logs import show_ours
-from vcm_jax.models import Conditions, MMDiT
+from vcm_jax.models import MMDiT
+from vcm_jax.train_step import StepConfig, encode_batch
 
 
 def best_path(errors: np.ndarray, num_steps: int) -> list[int]:
@@ -101,7 +102,7 @@ def search(u, x1, cond, num_steps: int, grid_size: int):
 
 
 def run_velocity(run, records: RecordSource, num_clips: int):
-    """(u, cond) of a run under the conditions of the first records.
+    """(u, cond) of a run under the conditions of some records.
 
     Raises:
       ValueError: when the records are too few, or not such as the run takes.
@@ -111,29 +112,23 @@ def run_velocity(run, records: RecordSource, num_clips: int):
         raise ValueError(f"{records.path}: other lengths or encoders than the run was trained with")
     if len(records) < num_clips:
         raise ValueError(f"{records.path} has {len(records)} records, {num_clips} are wanted")
-    shapes = Shapes((model.clip_seq_len, model.clip_dim), (model.sync_seq_len, model.sync_dim))
-    samples = [to_sample(records[i], shapes) for i in range(num_clips)]
-    batch = jax.tree.map(lambda *leaves: np.stack(leaves), *samples)
-
-    net = MMDiT(model)
-    apply = lambda *args: net.apply(run.variables, *args[:-1], method=args[-1])
-    null = apply(num_clips, "null_conditions")
-    fill = lambda has, value, empty: jnp.where(has[:, None, None], value, empty)
-    cond = Conditions(
-        clip=fill(batch["has_video"], batch["clip"], null.clip),
-        sync=fill(batch["has_video"], batch["sync"], null.sync),
-        text=fill(batch["has_text"], batch["text"], null.text),
+    shapes = mixture.Shapes(
+        clip=(model.clip_seq_len, model.clip_dim), sync=(model.sync_seq_len, model.sync_dim)
     )
-    velocity = lambda x, t, s, enc: apply(x, t, s, enc, "velocity")
-    null_cond = apply(null, "encode_conditions")
+    mixed = mixture.mix([records], [1.0], seed=0)
+    (batch,) = mixture.batches(mixed, shapes, batch_size=num_clips, first_step=0, last_step=1)
+    # Nothing is dropped, so that the key is of no effect.
+    velocity, cond, null_cond = encode_batch(
+        MMDiT(model), run.variables, batch, jax.random.key(0), StepConfig(steps=1)
+    )
     u = sampling.velocity_for(run.objective, velocity, null_cond, run.sampler.guidance_scale)
-    return u, apply(cond, "encode_conditions")
+    return u, cond
 
 
 def records_of(workdir) -> RecordSource:
     """The records that a run is validated on or, without any, trained on."""
     data = json.loads((Path(workdir) / "run.json").read_text())["config"]["data"]
-    path, _ = parse_source((data["val_sources"] or data["sources"])[0])
+    path, _ = mixture.parse_source((data["val_sources"] or data["sources"])[0])
     return RecordSource(Path(data["dir"]) / path)
 
 

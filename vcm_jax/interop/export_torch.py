@@ -86,6 +86,11 @@ def run(args) -> None:
             f"{objective!r}, which has two; it is for {', '.join(ONE_TIME)}"
         )
     config = ModelConfig(**described["model"])
+    if config.sync_alignment != "index":
+        raise ValueError(
+            f"{args.workdir} has model.sync_alignment {config.sync_alignment!r}: MMAudio's network "
+            "and torch_model spread sync rows by index"
+        )
     variables = checkpoint.restore_weights(args.workdir, args.step, args.sigma_rel)
     state_dict = variables_to_torch(variables, config)
     if args.convention == "mmaudio":

@@ -5,6 +5,8 @@ import math
 
 from vcm_jax.data.sequence import SequenceConfig
 
+SYNC_ALIGNMENTS = ("index", "time")
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
@@ -19,6 +21,9 @@ class ModelConfig:
       latent_seq_len, clip_seq_len, sync_seq_len, text_seq_len: N, Tc, Ts (a multiple of 8), Tt.
       audio_kernel: of the ConvMLP in the audio projector. 7 is what MMAudio's released weights
         have; SoundVCM's appendix B.3 says 3.
+      sync_alignment: which sync row a latent token takes: "index" spreads the rows evenly, as
+        MMAudio does; "time" takes the nearest in time of Synchformer's overlapping segments.
+      latent_rate: latent tokens a second, which "time" alone looks at.
 
     Raises:
       ValueError: when the sizes do not fit each other.
@@ -37,10 +42,21 @@ class ModelConfig:
     sync_seq_len: int
     text_seq_len: int = 77
     audio_kernel: int = 7
+    sync_alignment: str = "index"
+    latent_rate: float = 31.25
 
     def __post_init__(self):
+        if self.sync_alignment not in SYNC_ALIGNMENTS:
+            raise ValueError(
+                f"model.sync_alignment {self.sync_alignment!r} is not one of "
+                + ", ".join(SYNC_ALIGNMENTS)
+            )
+        if not self.latent_rate > 0:
+            raise ValueError(f"model.latent_rate must be > 0, not {self.latent_rate}")
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
+            if field.type is not int:
+                continue
             if not isinstance(value, int) or value < (field.name != "fused_depth"):
                 raise ValueError(f"model.{field.name} must be a positive integer, not {value!r}")
         if self.hidden_dim % (2 * self.num_heads):
@@ -78,12 +94,13 @@ class ModelConfig:
             clip_seq_len=sequence.clip_seq_len,
             sync_seq_len=sequence.sync_seq_len,
             text_seq_len=sequence.text_seq_len,
+            latent_rate=sequence.sample_rate / sequence.hop / sequence.latent_downsample,
         )
 
 
 def _mmaudio(mode: str, hidden_dim: int, num_heads: int, depth: int, fused_depth: int):
     sequence = SequenceConfig.mode_44k() if mode == "44k" else SequenceConfig()
-    return ModelConfig(
+    config = ModelConfig(
         latent_dim=40 if mode == "44k" else 20,
         clip_dim=1024,
         sync_dim=768,
@@ -96,6 +113,7 @@ def _mmaudio(mode: str, hidden_dim: int, num_heads: int, depth: int, fused_depth
         clip_seq_len=sequence.clip_seq_len,
         sync_seq_len=sequence.sync_seq_len,
     )
+    return config.with_lengths(sequence)
 
 
 # MMAudio's sizes (model/networks.py); large_16k is BiTCAM's, and `demo` trains on a laptop's CPU.

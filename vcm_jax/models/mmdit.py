@@ -53,6 +53,20 @@ def nearest_exact_rows(source: int, target: int) -> np.ndarray:
     return np.minimum(rows.astype(np.int32), source - 1)
 
 
+def nearest_time_rows(source: int, target: int, latent_rate: float) -> np.ndarray:
+    """Which of Synchformer's `source` rows is nearest in time to each of `target` latent tokens.
+
+    Segments of 16 frames at 25 fps start every 8 frames and give 8 rows, each of 2 frames, so that
+    rows of neighbouring segments share their times: of two the one that is further inside its
+    segment is taken, which sees as much of what comes as of what was.
+    """
+    segment, row = np.divmod(np.arange(source), 8)
+    times = (8 * segment + 2 * row + 1) / 25
+    tokens = (np.arange(target) + 0.5) / latent_rate
+    distance = np.abs(tokens[:, None] - times[None]) + 1e-6 * np.abs(row - 3.5)[None]
+    return distance.argmin(1).astype(np.int32)
+
+
 class MMDiT(nn.Module):
     """The average velocity u(x, t, s, c) (SoundVCM 3.5; MMAudio, model/networks.py).
 
@@ -159,7 +173,10 @@ class MMDiT(nn.Module):
         # and then spread over the N latent tokens.
         frame_c = nn.silu(global_c + enc.sync)
         active_c = nn.silu(global_c)
-        rows = nearest_exact_rows(c.sync_seq_len, c.latent_seq_len)
+        if c.sync_alignment == "time":
+            rows = nearest_time_rows(c.sync_seq_len, c.latent_seq_len, c.latent_rate)
+        else:
+            rows = nearest_exact_rows(c.sync_seq_len, c.latent_seq_len)
         latent_angles = layers.rope_table(c.latent_seq_len, c.head_dim)
         clip_angles = layers.rope_table(
             c.clip_seq_len, c.head_dim, stretch=c.latent_seq_len / c.clip_seq_len

@@ -1,0 +1,85 @@
+"""Rewrites records of the weights-free encoders with sync rows where Synchformer has them.
+
+    python benchmarks/sync_layout.py --records=records/impacts/train --out=records/overlapping/train
+
+Synchformer's segments of 16 frames overlap by half, so that row j does not lie at (j + 1/2) / Ts of
+the clip, which is where the weights-free encoders have theirs. What is moved is the time that a row
+sees: the even rows are interpolated there. `compare_objectives.py --overlapping` trains on such
+records and scores on such features, to compare --config=configs/impacts.py with
+--config=configs/ablations.py:base=impacts,sync=time.
+"""
+
+import dataclasses
+import hashlib
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+from absl import app, flags
+
+from vcm_jax.data import records
+
+
+def overlapping(sync: np.ndarray, duration: float) -> np.ndarray:
+    """Sync rows `Ts D`, even in time over `duration` seconds, at the times of Synchformer's rows.
+
+    Row r of segment k is in the middle of frames 8 k + 2 r and 8 k + 2 r + 1, at 25 fps.
+    """
+    segment, row = np.divmod(np.arange(len(sync)), 8)
+    place = (8 * segment + 2 * row + 1) / 25 / duration * len(sync) - 0.5
+    place = np.clip(place, 0, len(sync) - 1)
+    before = np.floor(place).astype(int)
+    after = np.minimum(before + 1, len(sync) - 1)
+    part = (place - before)[:, None].astype(np.float32)
+    return (1 - part) * sync[before] + part * sync[after]
+
+
+def rewrite(source: Path, out: Path) -> int:
+    """Writes the records of a folder with overlapping sync rows to another; returns how many.
+
+    Raises:
+      RecordError: a folder that is not one of records.
+    """
+    there = records.RecordSource(source)
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    duration, digest = there.manifest.sequence.duration, hashlib.sha256()
+
+    def packed():
+        for i in range(len(there)):
+            record = there[i]
+            record["sync"] = overlapping(record["sync"].astype(np.float32), duration)
+            data = records.serialize(record)
+            digest.update(data)
+            yield data
+
+    path = out / "part-00000.array_record"
+    records.write_shard(path, packed())
+    shutil.copy(source / records.EMPTY_TEXT, out / records.EMPTY_TEXT)
+    shutil.copytree(source / "codec", out / "codec")
+    shard = {"name": path.name, "records": len(there), "bytes": path.stat().st_size}
+    records.write_manifest(
+        out,
+        dataclasses.replace(
+            there.manifest, shards=[shard], text_table=None, fingerprint=digest.hexdigest()[:16]
+        ),
+    )
+    return len(there)
+
+
+def main(argv):
+    if argv[1:]:
+        raise app.UsageError(f"not understood: {' '.join(argv[1:])}")
+    args = flags.FLAGS
+    try:
+        count = rewrite(Path(args.records), Path(args.out))
+    except records.RecordError as error:
+        sys.exit(f"error: {error}")
+    print(f"{args.out}: {count} records")
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("records", None, "Records folder.", required=True)
+    flags.DEFINE_string("out", None, "Folder to write; what is there is replaced.", required=True)
+    app.run(main)
