@@ -239,7 +239,7 @@ def test_what_cannot_be_exported(run_folder, tmp_path):
     refused(r"no checkpoint of step 7; there are \[0\]", "--step=7")
     refused("no average of sigma_rel 0.3, only 0", "--sigma_rel=0.3")
     describe(run, "soflow", parameterisation="trigonometric")
-    refused("'trigonometric': its network is not the average velocity")
+    refused("settings of soflow the network is not the average velocity")
 
 
 def without(name):

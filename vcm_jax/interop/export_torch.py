@@ -23,9 +23,7 @@ from vcm_jax.interop.import_network import reverse
 from vcm_jax.interop.state_dict import import_torch
 from vcm_jax.interop.weights import variables_to_torch
 from vcm_jax.models import ModelConfig
-
-# Objectives that train s = t alone.
-ONE_TIME = ("flow_matching", "reflow", "wcfm")
+from vcm_jax.objectives import OBJECTIVES, objective_of, read_section
 
 
 def to_mmaudio(state_dict: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -55,7 +53,12 @@ def main(argv=None) -> None:
     parser.add_argument(
         "--sigma_rel", type=float, help="width of the weights' average; the narrowest by default"
     )
-    parser.add_argument("--convention", default="vcm", choices=["vcm", "mmaudio"])
+    parser.add_argument(
+        "--convention",
+        default="vcm",
+        choices=["vcm", "mmaudio"],
+        help="vcm: two times, for torch_model.py; mmaudio: one time, for MMAudio's code",
+    )
     args = parser.parse_args(argv)
     logging.set_verbosity(logging.ERROR)  # Orbax warns of what is normal where nothing is saved
     try:
@@ -73,17 +76,19 @@ def run(args) -> None:
     if not path.is_file():
         raise ValueError(f"{args.workdir} is not the workdir of a run: it has no run.json")
     described = json.loads(path.read_text())
-    settings = described["config"]["objective"]
-    objective = settings["name"]
-    if settings.get("parameterisation", "euler") != "euler":
+    settings = read_section(described["config"]["objective"])[0]
+    name, objective = objective_of(settings)
+    network = object()
+    if objective.velocity(network, settings) is not network:
         raise ValueError(
-            f"{args.workdir} has parameterisation {settings['parameterisation']!r}: its "
-            "network is not the average velocity itself, which is what the file stands for"
+            f"{args.workdir}: with its settings of {name} the network is not the average velocity "
+            "itself, which is what the file stands for"
         )
-    if args.convention == "mmaudio" and objective not in ONE_TIME:
+    if args.convention == "mmaudio" and not objective.instant_only:
+        possible = [name for name, objective in OBJECTIVES.items() if objective.instant_only]
         raise ValueError(
             f"--convention=mmaudio holds one time only, and {args.workdir} was trained with "
-            f"{objective!r}, which has two; it is for {', '.join(ONE_TIME)}"
+            f"{name!r}, which has two; it is for {', '.join(possible)}"
         )
     config = ModelConfig(**described["model"])
     if config.sync_alignment != "index":
@@ -99,6 +104,8 @@ def run(args) -> None:
     with atomic_path(args.out) as temporary:
         torch.save(tensors, temporary)
     print(f"{args.out}: {len(tensors)} tensors")
+    if objective.instant_only and args.convention == "vcm":
+        print(f"trained with {name}: it knows s = t alone (Euler steps, guided when sampled)")
 
 
 if __name__ == "__main__":
