@@ -152,13 +152,16 @@ def test_any_sampler(world, run):
         dataclasses.replace(run, sampler=Sampler(guidance_interval=(0.0, 0.5)))
 
 
-def test_searched_times_of_a_run(world, run, capsys):
-    u, cond = search_times.run_velocity(run, search_times.records_of(world / "run"), 3)
+def test_searched_times_of_a_run(world, run):
+    source = RecordSource(world / "records")
+    u, cond = search_times.run_velocity(run, source, 3)
     noise = np.random.default_rng(0).standard_normal((3, run.model.latent_seq_len, 20), np.float32)
     times, (found, equal) = search_times.search(u, noise, cond, 2, 6)
     assert len(times) == 3 and found > 0 and equal > 0
     with pytest.raises(ValueError, match="has 40 records, 41 are wanted"):
-        search_times.run_velocity(run, search_times.records_of(world / "run"), 41)
+        search_times.run_velocity(run, source, 41)
+    with pytest.raises(ValueError, match="val: no such records folder"):
+        search_times.records_of(world / "run")
 
 
 def sampler_arguments(**changes):

@@ -11,6 +11,7 @@ import pytest
 
 from vcm_jax import ema, sharding
 from vcm_jax.models import Conditions, MMDiT, ModelConfig
+from vcm_jax.objectives import OBJECTIVES, make_settings
 from vcm_jax.objectives.vcm import VCMConfig
 from vcm_jax.train_state import (
     OptimizerConfig,
@@ -101,6 +102,17 @@ def test_any_mesh_gives_the_numbers_of_one_device(sizes):
     here = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(other))
     _, fsdp, tensor = sizes
     assert here < whole * (1.25 / (fsdp * tensor) if tensor < 4 else 0.7)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [n for n in OBJECTIVES if n not in ("vcm", "reflow")])
+def test_any_mesh_gives_every_objective_s_numbers_of_one_device(name):
+    config = dataclasses.replace(CONFIG, objective=make_settings(name))
+    state, metrics = run(sharding.make_mesh(1, devices=jax.devices()[:1]), 2, config)
+    other, other_metrics = run(sharding.make_mesh(2, 2, 2), 2, config)
+    np.testing.assert_allclose(other_metrics["loss"], metrics["loss"], rtol=1e-5)
+    close = functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-5)
+    jax.tree.map(close, other.params, state.params)
 
 
 def test_heads_that_do_not_divide_are_replicated():
