@@ -80,7 +80,7 @@ class Job:
         if self.transforms is None and self.pieces:
             for i, audio in enumerate(read_pieces(clip.path, self.sequence, clip.start)):
                 entry = {"id": f"{clip.id}_{i}"}
-                if is_silent(audio):
+                if is_silent(audio[: round(self.sequence.duration * self.sequence.sample_rate)]):
                     yield entry | {"failure": f"{clip.path}: digital silence in this piece"}
                 else:
                     yield entry | common | {"sound": audio}

@@ -136,7 +136,8 @@ class TorchEncoders:
                 except torch.OutOfMemoryError as error:
                     raise MemoryError(
                         f"{_PURPOSE}: out of memory on {self._device} with {self._batch_size} at a "
-                        "time; give a smaller --encoder_batch"
+                        "time; give a smaller --encoder_batch, or leave it more of the memory that "
+                        "JAX takes (XLA_PYTHON_CLIENT_PREALLOCATE=false)"
                     ) from error
         return np.concatenate(outputs)
 
