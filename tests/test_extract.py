@@ -12,7 +12,7 @@ from vcm_jax.codec import fit_linear_codec, load_codec
 from vcm_jax.data import SequenceConfig
 from vcm_jax.data.records import RecordError, RecordSource
 from vcm_jax.features import extract as extraction
-from vcm_jax.features import media
+from vcm_jax.features import media, parts
 from vcm_jax.features.encoders import WeightsFreeEncoders
 from vcm_jax.features.extract import ExtractError, encode_video, extract
 from vcm_jax.features.listing import ListError, list_clips
@@ -122,7 +122,7 @@ def test_what_is_left_out_is_listed(whole):
 
 def test_a_stopped_run_goes_on_where_it_was(videos, whole, tmp_path, monkeypatch):
     run = lambda: extract(tmp_path / "r", videos=videos, captions=videos / "captions.tsv", **SMALL)
-    write_part = extraction._write_part
+    write_part = parts.write_part
 
     def stop_at_the_second(out, chunk, *args):
         if chunk == 1:
@@ -130,14 +130,14 @@ def test_a_stopped_run_goes_on_where_it_was(videos, whole, tmp_path, monkeypatch
             raise KeyboardInterrupt
         write_part(out, chunk, *args)
 
-    monkeypatch.setattr(extraction, "_write_part", stop_at_the_second)
+    monkeypatch.setattr(parts, "write_part", stop_at_the_second)
     with pytest.raises(KeyboardInterrupt):
         run()
     with pytest.raises(RecordError, match="no manifest.json"):
         RecordSource(tmp_path / "r")
     first = tmp_path / "r" / "part-00000.array_record"
     before = first.stat().st_mtime_ns
-    monkeypatch.setattr(extraction, "_write_part", write_part)
+    monkeypatch.setattr(parts, "write_part", write_part)
     assert run() == whole[1]
     assert first.stat().st_mtime_ns == before
     assert [r["id"] for r in RecordSource(tmp_path / "r")] == [

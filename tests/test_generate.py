@@ -30,9 +30,15 @@ def make_world(folder, clips: int, **extraction):
         folder / "records", videos=folder / "data/train", captions=folder / "data/train.tsv",
         duration=1.28, clip_dim=6, sync_dim=5, text_dim=4, **extraction,
     )  # fmt: skip
+    save_run(folder)
+    return folder
+
+
+def save_run(folder, **changes):
+    """folder/run: the workdir of a run on folder/records, with weights that are not zero."""
     from test_train import make_config
 
-    config = make_config(folder, **{"data.sources": ("records=1",)})
+    config = make_config(folder, **{"data.sources": ("records=1",)} | changes)
     (source,), weights = train.open_sources(config.data.sources, config.data.dir, "sources")
     model = train.model_config(config, source.manifest)
     stats = train.mixed_statistics([source], weights) | {"empty_text": source.empty_text}
@@ -49,7 +55,6 @@ def make_world(folder, clips: int, **extraction):
     for step in (1, 2):
         writer.scalars(step, {"train/loss": 1 / step, "train/mse_jump": float("nan")})
     writer.close()
-    return folder
 
 
 @pytest.fixture(scope="module")

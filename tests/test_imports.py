@@ -48,7 +48,7 @@ def imports(path: Path):
 
 
 # These define torch modules; nobody imports them at the top.
-TORCH_MODULES = {"interop.torch_model"}
+TORCH_MODULES = {"interop.torch_model", "interop.synchformer", "interop.clip"}
 
 MODULES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path

@@ -48,7 +48,9 @@ class Run:
       model: sizes, at the duration of training.
       variables: averaged parameters and statistics.
       sequence: lengths at the duration of training.
-      encoders, codec: what turns videos and captions into features, and latents into sound.
+      encoder_spec: of what made the features in training.
+      encoders, codec: what turns videos and captions into features, and latents into sound;
+        encoders are None in a run that was loaded without.
       objective: settings of the objective that it was trained with.
       sampler: how it is sampled, the objective's own way unless another is put in.
 
@@ -59,7 +61,8 @@ class Run:
     model: ModelConfig
     variables: dict
     sequence: SequenceConfig
-    encoders: object
+    encoder_spec: dict
+    encoders: object | None
     codec: object
     objective: object
     sampler: sampling.Sampler = sampling.OWN_SAMPLER
@@ -69,7 +72,12 @@ class Run:
 
 
 def load_run(
-    workdir, step: int | None = None, sigma_rel: float | None = None, codec_folder=None
+    workdir,
+    step: int | None = None,
+    sigma_rel: float | None = None,
+    codec_folder=None,
+    encoder_folder=None,
+    with_encoders: bool = True,
 ) -> Run:
     """Reads a workdir of `vcm_jax.main`.
 
@@ -78,10 +86,12 @@ def load_run(
       step: of the checkpoint, None for the latest.
       sigma_rel: width of the weights' average, None for the run's first.
       codec_folder: the codec to use instead of the run's own, e.g. with another vocoder.
+      encoder_folder: weights of CLIP and Synchformer, for a run whose features they made.
+      with_encoders: False where the features are there already.
 
     Raises:
-      ValueError: when it is not one, has no such step or average, or the codec is not one for
-        this run's latents.
+      ValueError: when it is not one, has no such step or average, or the codec or the encoders are
+        not those of this run.
     """
     workdir = Path(workdir)
     try:
@@ -100,11 +110,13 @@ def load_run(
                 )
     except ValueError as error:
         raise ValueError(f"{codec_folder} does not fit the run {workdir}: {error}") from None
+    encoders = encoders_from_spec(run["encoders"], encoder_folder) if with_encoders else None
     return Run(
         model=ModelConfig(**run["model"]),
         variables=checkpoint.restore_weights(workdir, step, sigma_rel),
         sequence=sequence,
-        encoders=encoders_from_spec(run["encoders"]),
+        encoder_spec=run["encoders"],
+        encoders=encoders,
         codec=codec,
         objective=read_section(run["config"]["objective"])[0],
     )
@@ -288,6 +300,7 @@ def _define_flags():
     flags.DEFINE_integer("seed", 0, "Of the noise.")
     flags.DEFINE_integer("checkpoint", None, "Training step of the checkpoint (the latest).")
     flags.DEFINE_string("codec", None, "Codec folder (the run's own), e.g. with another vocoder.")
+    flags.DEFINE_string("encoders", None, "Folder of CLIP's and Synchformer's weights.")
     flags.DEFINE_float("sigma_rel", None, "Width of the weights' average (the run's first).")
 
 
@@ -364,7 +377,7 @@ def _main_records(args):
     from vcm_jax import generate_records  # which imports this module
 
     try:
-        for name in ("video", "prompt", "captions", "duration"):
+        for name in ("video", "prompt", "captions", "duration", "encoders"):
             if getattr(args, name):
                 raise ValueError(f"--records has its own clips: leave out --{name}")
         if args.format == "mp4" or Path(args.out).suffix:
@@ -376,7 +389,9 @@ def _main_records(args):
         part = int(part) * jax.process_count() + jax.process_index()
         times, sampler = read_sampler(args)
         source = RecordSource(args.records)
-        run = load_run(args.workdir, args.checkpoint, args.sigma_rel, args.codec)
+        run = load_run(
+            args.workdir, args.checkpoint, args.sigma_rel, args.codec, with_encoders=False
+        )
         run = dataclasses.replace(run, sampler=sampler)
         done = generate_records.generate_records(
             run, source, args.out, times, seed=args.seed,
@@ -402,7 +417,7 @@ def main(argv):
         times, sampler = read_sampler(args)
         requests, failures = _requests(args)
         check_outputs(requests)
-        run = load_run(args.workdir, args.checkpoint, args.sigma_rel, args.codec)
+        run = load_run(args.workdir, args.checkpoint, args.sigma_rel, args.codec, args.encoders)
         run = dataclasses.replace(run, sampler=sampler)
     except ValueError as error:
         sys.exit(f"error: {error}")

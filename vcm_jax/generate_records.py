@@ -56,7 +56,7 @@ def check_records(run, source: RecordSource) -> None:
     manifest = source.manifest
     duration = run.sequence.duration
     pairs = {
-        "encoders": (manifest.encoders, run.encoders.spec()),
+        "encoders": (manifest.encoders, run.encoder_spec),
         "latent_dim": (manifest.latent_dim, run.model.latent_dim),
         "sequence": (dataclasses.replace(manifest.sequence, duration=duration), run.sequence),
     }

@@ -24,9 +24,9 @@ from vcm_jax.data import records
 from vcm_jax.data.records import RecordError, RecordSource
 from vcm_jax.data.validate_page import write_page
 from vcm_jax.features.encoders import encoders_from_spec
-from vcm_jax.features.extract import read_sound
 from vcm_jax.features.listing import SOUND_SUFFIXES, VIDEO_SUFFIXES, Clip, list_clips, read_captions
 from vcm_jax.features.media import MediaError, read_frames, stream_offset
+from vcm_jax.features.work import read_sound
 
 FEW = 0.01  # share of the records beyond which what is odd in one clip is an error
 NEAR = 0.97  # cosine of two signatures from which clips count as the same recording

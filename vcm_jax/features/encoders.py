@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Protocol
 
 import numpy as np
@@ -27,11 +27,15 @@ _SYNC_SCALE = 0.2  # typical rms of a sync descriptor
 
 
 class Encoders(Protocol):
-    """What extraction and generation need. Lengths (Tc, Ts, Tt) are the SequenceConfig's."""
+    """What extraction and generation need. Lengths (Tc, Ts, Tt) are the SequenceConfig's.
+
+    `on_device`: whether encoding wants an accelerator or all cores, so that one process does it.
+    """
 
     clip_dim: int
     sync_dim: int
     text_dim: int
+    on_device: bool
 
     def frame_transforms(self, sequence: SequenceConfig) -> dict[float, Callable]:
         """{fps: f}: f makes of one frame (H, W, 3) uint8 an array of a fixed shape."""
@@ -43,6 +47,11 @@ class Encoders(Protocol):
 
     def encode_text(self, caption: str, sequence: SequenceConfig) -> np.ndarray:
         """Caption -> (Tt, text_dim) float32; "" gives the empty text's features."""
+
+    def encode_texts(
+        self, captions: Iterable[str], sequence: SequenceConfig
+    ) -> Iterator[np.ndarray]:
+        """`encode_text` of each."""
 
     def spec(self) -> dict:
         """JSON-able description from which `encoders_from_spec` makes equal encoders."""
@@ -111,6 +120,7 @@ class WeightsFreeEncoders:
     """Encoders without weights: deterministic, fast, good enough to learn synchrony from."""
 
     name, version = "weights_free", 1
+    on_device = False
 
     def __init__(self, clip_dim: int = 1024, sync_dim: int = 768, text_dim: int = 1024):
         self.clip_dim, self.sync_dim, self.text_dim = clip_dim, sync_dim, text_dim
@@ -152,6 +162,12 @@ class WeightsFreeEncoders:
             features[len(words) :] = vectors.sum(axis=0) / np.sqrt(len(words))
         return features
 
+    def encode_texts(
+        self, captions: Iterable[str], sequence: SequenceConfig
+    ) -> Iterator[np.ndarray]:
+        """`encode_text` of each."""
+        return (self.encode_text(caption, sequence) for caption in captions)
+
     def spec(self) -> dict:
         """name, version, dims, and a hash of them: the features follow from these alone."""
         spec = {key: getattr(self, key) for key in ("name", "version", "clip_dim", "sync_dim")}
@@ -160,15 +176,46 @@ class WeightsFreeEncoders:
         return spec
 
 
-def encoders_from_spec(spec: Mapping) -> Encoders:
-    """Make the encoders that `Encoders.spec` described.
+def load_encoders(folder, dtype: str = "float32", batch_size: int = 8) -> Encoders:
+    """CLIP and Synchformer with the weights in a folder (`interop.encoders.TorchEncoders`).
 
     Raises:
-      ValueError: unknown encoders, or another version of them.
+      ValueError: weights or packages that are missing, or not what is wanted.
     """
+    from vcm_jax.interop.encoders import TorchEncoders  # torch only where it is wanted
+
+    return TorchEncoders(folder, dtype, batch_size)
+
+
+def encoders_from_spec(spec: Mapping, folder=None) -> Encoders:
+    """Make the encoders that `Encoders.spec` described.
+
+    Args:
+      spec: e.g. of a manifest.
+      folder: weights of the encoders, for those that have some.
+
+    Raises:
+      ValueError: unknown encoders, another version or other weights of them, or no folder.
+    """
+    if spec.get("name") == "mmaudio":
+        if folder is None:
+            raise ValueError(
+                "the features were made by CLIP and Synchformer: give the folder of their "
+                "weights, --encoders=DIR"
+            )
+        encoders = load_encoders(folder, spec.get("dtype", "float32"))
+        try:
+            encoders.check_spec(spec)
+        except ValueError as error:
+            raise ValueError(f"--encoders={folder}: {error}") from None
+        return encoders
     if spec.get("name") != WeightsFreeEncoders.name:
         raise ValueError(
-            f"unknown encoders {spec.get('name')!r}, known: {WeightsFreeEncoders.name!r}"
+            f"unknown encoders {spec.get('name')!r}, known: {WeightsFreeEncoders.name!r}, 'mmaudio'"
+        )
+    if folder is not None:
+        raise ValueError(
+            f"--encoders={folder}: the features were made by encoders without weights, leave it out"
         )
     encoders = WeightsFreeEncoders(*(spec[f"{kind}_dim"] for kind in ("clip", "sync", "text")))
     if spec != encoders.spec():

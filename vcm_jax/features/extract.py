@@ -3,6 +3,10 @@
     python -m vcm_jax.features.extract --videos=DIR --captions=TSV --out=RECORDS
     python -m vcm_jax.features.extract --sounds=DIR --captions=TSV --out=RECORDS --codec=DIR
 
+With --encoders=DIR CLIP and Synchformer make the features, with the weights in DIR; otherwise
+encoders that need none. Of a sound the first --duration seconds are taken; with --pieces all pieces
+of that length, as ID_0, ID_1, ..., of which silent ones are left out.
+
 The TSV has a header with the columns `id` (a file's stem, or its path inside DIR) and `caption`.
 Without --captions every file of the folder is taken, with an empty caption; without --codec the
 linear codec is fitted on these sounds. Clips that cannot be used are listed in
@@ -10,36 +14,32 @@ RECORDS/failures.tsv. A run that was stopped goes on where it was when it is sta
 --shard=0/4 ... --shard=3/4 share the work between processes.
 """
 
-import concurrent.futures
 import dataclasses
 import hashlib
 import inspect
 import json
-import multiprocessing
 import os
 import secrets
 import shutil
 import sys
-import threading
-from collections.abc import Mapping
 from pathlib import Path
 
-import jax
 import numpy as np
 from absl import app, flags
-from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 from vcm_jax.atomic import atomic_path
 from vcm_jax.codec import check_codec, copy_codec, fit_linear_codec, load_codec
 from vcm_jax.data import records
 from vcm_jax.data.sequence import SequenceConfig
-from vcm_jax.features.encoders import Encoders, WeightsFreeEncoders, encoders_from_spec
+from vcm_jax.features import work
+from vcm_jax.features.encoders import Encoders, WeightsFreeEncoders, load_encoders
 from vcm_jax.features.listing import SOUND_SUFFIXES, VIDEO_SUFFIXES, Clip, list_clips
-from vcm_jax.features.media import MediaError, is_silent, read_audio, read_frames
+from vcm_jax.features.media import MediaError, read_frames
+from vcm_jax.features.parts import Journal, part_paths, read_part
 from vcm_jax.logs import show_ours
 
-_CHUNK = 256  # clips per part file: what a stopped run repeats at most
+_CHUNK = 256  # clips per part file
 _FIT_CLIPS = 400  # sounds that the linear codec is fitted on
 _SETTINGS = "settings.json"  # in RECORDS: what the parts there were made with
 
@@ -58,131 +58,6 @@ def encode_video(
     """
     frames = read_frames(path, encoders.frame_transforms(sequence), sequence.duration)
     return encoders.encode_frames(frames, sequence)
-
-
-def read_sound(path, sequence: SequenceConfig, shortest: float, start: float = 0.0) -> np.ndarray:
-    """A clip's sound from `start` (seconds) on, (sequence.num_samples,) float32, cut or
-    zero-padded.
-
-    Raises:
-      MediaError: unreadable, no sound, shorter than `shortest` seconds, or digital silence.
-    """
-    skipped = round(start * sequence.sample_rate)
-    num_samples = skipped + sequence.num_samples
-    audio = read_audio(path, sequence.sample_rate, num_samples, shortest)[skipped:]
-    if is_silent(audio):
-        raise MediaError(f"{path}: digital silence")
-    return audio
-
-
-@dataclasses.dataclass(frozen=True)
-class _Job:
-    """What is the same for all clips; `video` says whether they have a picture."""
-
-    sequence: SequenceConfig
-    encoders: Encoders
-    codec: object
-    video: bool
-    text_rows: Mapping[str, int]  # of each caption in the text table
-
-    def read(self, clip: Clip) -> tuple[dict, np.ndarray]:
-        """The clip's record without its latents, and its sound."""
-        shortest = self.sequence.duration if self.video else 0.0
-        audio = read_sound(clip.path, self.sequence, shortest, clip.start)
-        record = {"id": clip.id, "caption": clip.caption}
-        if self.video:
-            record["clip"], record["sync"] = encode_video(clip.path, self.sequence, self.encoders)
-        record["text_row"] = self.text_rows[clip.caption]
-        return record, audio
-
-    def encode(self, record: dict, audio: np.ndarray) -> tuple[bytes, np.ndarray]:
-        """The whole record, serialized, and its latents' sums."""
-        mean, std = self.codec.encode(audio)
-        record |= {"latent_mean": mean, "latent_std": std}
-        return records.serialize(record), records.latent_sums(mean, std)
-
-    def attempt(self, clip: Clip, function, *args):
-        """function(*args), or (None, reason): one bad file must not end a run of days."""
-        try:
-            return function(*args)
-        except (MediaError, records.RecordError) as error:
-            return None, str(error)
-        except (ValueError, ArithmeticError, OSError) as error:
-            return None, f"{clip.path}: {type(error).__name__}: {error}"
-
-    def extract(self, clip: Clip):
-        """The record and the sums of `encode`, or (None, reason)."""
-        return self.finish(clip, self.attempt(clip, self.read, clip))
-
-    def finish(self, clip: Clip, found):
-        """`extract` from what `read` found, or from a reason."""
-        return found if found[0] is None else self.attempt(clip, self.encode, *found)
-
-
-_worker_job = None
-
-
-def _start_worker(sequence, spec, codec_folder, video, text_rows):
-    global _worker_job
-    # One process per core: further threads only get into each other's way, and an accelerator
-    # has no room for several processes.
-    threadpool_limits(1)
-    jax.config.update("jax_platforms", "cpu")
-    encoders, codec = encoders_from_spec(spec), load_codec(codec_folder)
-    _worker_job = _Job(sequence, encoders, codec, video, text_rows)
-    parent = multiprocessing.parent_process()
-    # A worker that waits for work does not notice that its parent was killed.
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-
-
-def _work(clip: Clip):
-    if _worker_job.codec.on_device:
-        return _worker_job.attempt(clip, _worker_job.read, clip)
-    return _worker_job.extract(clip)
-
-
-def _results(job: _Job, codec_folder: Path, clips: list[Clip], workers: int):
-    """_Job.extract of every clip, in order, from `workers` processes.
-
-    A codec that wants an accelerator, or all cores, works in this process alone.
-    """
-    if workers <= 1:
-        yield from map(job.extract, clips)
-        return
-    finish = job.finish if job.codec.on_device else lambda clip, found: found
-    spawn = multiprocessing.get_context("spawn")
-    init = (job.sequence, job.encoders.spec(), codec_folder, job.video, job.text_rows)
-    with concurrent.futures.ProcessPoolExecutor(workers, spawn, _start_worker, init) as pool:
-        # Submitted a few at a time: results that wait to be written take memory.
-        waiting = []
-        try:
-            for clip in clips:
-                waiting.append((clip, pool.submit(_work, clip)))
-                if len(waiting) >= 8 * workers:
-                    clip, found = waiting.pop(0)
-                    yield finish(clip, found.result())
-            for clip, found in waiting:
-                yield finish(clip, found.result())
-        except concurrent.futures.process.BrokenProcessPool:
-            raise ExtractError("a worker process died (killed, or out of memory)") from None
-
-
-def _part(out: Path, chunk: int) -> tuple[Path, Path]:
-    """(records, description) of a chunk; the description is written last."""
-    return out / f"part-{chunk:05d}.array_record", out / f"part-{chunk:05d}.json"
-
-
-def _write_part(out: Path, chunk: int, packed: list[bytes], sums, failures) -> None:
-    path, description = _part(out, chunk)
-    content = {"records": len(packed), "bytes": 0, "failures": failures}
-    content["hash"] = hashlib.sha256(b"".join(packed)).hexdigest()[:16]
-    if packed:
-        records.write_shard(path, packed)
-        content["bytes"] = path.stat().st_size
-        content["sums"] = np.sum(sums, axis=0).tolist()
-        content["fields"] = records.describe_fields(records.deserialize(packed[0]))
-    with atomic_path(description) as temporary:
-        temporary.write_text(json.dumps(content) + "\n")
 
 
 def _claim(out: Path, settings: dict) -> None:
@@ -216,7 +91,7 @@ def _fit_codec(clips: list[Clip], sequence: SequenceConfig):
         with tqdm(total=min(len(clips), _FIT_CLIPS), desc="Fitting the codec", unit="clip") as bar:
             for index in order:
                 try:
-                    sound = read_sound(clips[index].path, sequence, 0.0, clips[index].start)
+                    sound = work.read_sound(clips[index].path, sequence, 0.0, clips[index].start)
                 except MediaError as error:
                     reasons.append(str(error))
                     continue
@@ -259,25 +134,25 @@ def _prepare_codec(out: Path, source, clips: list[Clip], sequence: SequenceConfi
     return codec
 
 
-def _merge(out: Path, chunks: int, listed: list, job: _Job) -> records.Manifest:
+def _merge(out: Path, chunks: int, listed: list, job: work.Job) -> records.Manifest:
     """Write failures.tsv, the text features, and, last, the manifest.
 
     Raises:
       ExtractError: no clip could be used.
     """
-    parts = [json.loads(_part(out, chunk)[1].read_text()) for chunk in range(chunks)]
+    parts = [read_part(out, chunk) for chunk in range(chunks)]
     failures = listed + [failure for part in parts for failure in part["failures"]]
     with atomic_path(out / "failures.tsv") as temporary:
         lines = ["\t".join(" ".join(text.split()) for text in row) for row in failures]
         temporary.write_text("\n".join(["id\treason", *lines]) + "\n", encoding="utf-8")
     shards = [
-        {"name": _part(out, chunk)[0].name, "records": part["records"], "bytes": part["bytes"]}
+        {"name": part_paths(out, chunk)[0].name, "records": part["records"], "bytes": part["bytes"]}
         for chunk, part in enumerate(parts)
         if part["records"]
     ]
     if not shards:
         for chunk in range(chunks):  # nothing here is worth going on with
-            _part(out, chunk)[1].unlink()
+            part_paths(out, chunk)[1].unlink()
         raise ExtractError(
             f"none of {len(failures)} clips could be used, the first: {failures[0][1]}"
         )
@@ -285,9 +160,7 @@ def _merge(out: Path, chunks: int, listed: list, job: _Job) -> records.Manifest:
         empty_text = job.encoders.encode_text("", job.sequence).astype(np.float32)
         np.save(file, empty_text)
     captions = tqdm(job.text_rows, desc="Captions", unit="caption")
-    text_table = records.write_text_table(
-        out, (job.encoders.encode_text(caption, job.sequence) for caption in captions)
-    )
+    text_table = records.write_text_table(out, job.encoders.encode_texts(captions, job.sequence))
     fields = next(part["fields"] for part in parts if part["records"])
     del fields["text_row"]
     fields["text"] = {"shape": list(empty_text.shape), "dtype": "float16"}
@@ -299,7 +172,7 @@ def _merge(out: Path, chunks: int, listed: list, job: _Job) -> records.Manifest:
         sequence=job.sequence,
         encoders=job.encoders.spec(),
         codec={key: getattr(job.codec, key) for key in ("name", "fingerprint", "latent_dim")},
-        has_video=job.video,
+        has_video=job.transforms is not None,
         num_records=sum(shard["records"] for shard in shards),
         num_failures=len(failures),
         fields=fields,
@@ -320,10 +193,14 @@ def extract(
     sounds=None,
     captions=None,
     codec=None,
+    encoders=None,
+    encoder_dtype: str = "float32",
+    encoder_batch: int = 8,
     duration: float = 8.0,
-    clip_dim: int = 1024,
-    sync_dim: int = 768,
-    text_dim: int = 1024,
+    pieces: bool = False,
+    clip_dim: int | None = None,
+    sync_dim: int | None = None,
+    text_dim: int | None = None,
     workers: int = 1,
     shard: tuple[int, int] = (0, 1),
 ) -> records.Manifest | None:
@@ -334,8 +211,13 @@ def extract(
       videos, sounds: folder of the clips, one of the two.
       captions: TSV with columns id and caption (see `list_clips`), or None.
       codec: codec folder; None fits the linear codec on these sounds, into out/codec.
+      encoders: folder of weights for CLIP and Synchformer, or None: weights-free encoders.
+      encoder_dtype, encoder_batch: "float32" or "bfloat16", and how many pictures, segments or
+        captions at a time, for those with weights.
       duration: seconds taken from the start of each clip. Shorter videos are left out, shorter
         sounds zero-padded.
+      pieces: of sounds, take all pieces of `duration` that follow each other, not the first alone;
+        clip ID gives ID_0, ID_1, ...
       clip_dim, sync_dim, text_dim: widths of the weights-free encoders' features.
       workers: processes; the caller's `__main__` must be guarded when there are several.
       shard: (i, n): do every n-th chunk of the list from the i-th on.
@@ -349,6 +231,8 @@ def extract(
     """
     if (videos is None) == (sounds is None):
         raise ExtractError("give the folder of the videos or that of the sounds, one of the two")
+    if pieces and sounds is None:
+        raise ExtractError("pieces are taken of sounds, not of videos")
     index, count = shard
     if not 0 <= index < count:
         raise ExtractError(f"shard {index}/{count}: must be i/n with 0 <= i < n")
@@ -363,7 +247,14 @@ def extract(
     if not clips:
         raise ExtractError(f"none of {len(listed)} rows can be used, the first: {listed[0]}")
 
-    encoders = WeightsFreeEncoders(clip_dim, sync_dim, text_dim)
+    widths = {"clip_dim": clip_dim, "sync_dim": sync_dim, "text_dim": text_dim}
+    widths = {name: width for name, width in widths.items() if width is not None}
+    if encoders is None:
+        encoders = WeightsFreeEncoders(**widths)
+    elif widths:
+        raise ExtractError(f"{', '.join(widths)}: encoders with weights have their own widths")
+    else:
+        encoders = load_encoders(encoders, encoder_dtype, encoder_batch)
     names = [[clip.id, clip.caption, clip.start] for clip in clips]
     names += [clip_id for clip_id, _ in listed]
     out.mkdir(parents=True, exist_ok=True)
@@ -373,34 +264,35 @@ def extract(
         "sequence": dataclasses.asdict(sequence),
         "encoders": encoders.spec(),
         "clips": hashlib.sha256(json.dumps(names).encode()).hexdigest()[:16],
+        "pieces": pieces,
         "chunk": _CHUNK,
     })  # fmt: skip
     used = _prepare_codec(out, codec, clips, sequence)
     check_codec(used, sequence)
     # Every shard numbers the captions alike; repeated ones are encoded and stored once.
     text_rows = {text: row for row, text in enumerate(sorted({clip.caption for clip in clips}))}
-    job = _Job(sequence, encoders, used, video, text_rows)
+    job = work.Job(
+        sequence, encoders.frame_transforms(sequence) if video else None, pieces, text_rows,
+        encoders, used,
+    )  # fmt: skip
     if (out / records.MANIFEST).exists():
         print(f"{out}: already complete")
         return records.read_manifest(out)
 
     chunks = -(-len(clips) // _CHUNK)
-    todo = [c for c in range(index, chunks, count) if not _part(out, c)[1].exists()]
-    work = [clips[c * _CHUNK : (c + 1) * _CHUNK] for c in todo]
-    results = _results(job, out / "codec", [clip for part in work for clip in part], workers)
-    with tqdm(total=sum(map(len, work)), desc="Extracting", unit="clip") as bar:
-        for chunk, part in zip(todo, work, strict=True):
-            packed, sums, failures = [], [], []
-            for clip in part:
-                record, other = next(results)
-                if record is None:
-                    failures.append((clip.id, other))
-                else:
-                    packed.append(record)
-                    sums.append(other)
+    todo = [c for c in range(index, chunks, count) if not part_paths(out, c)[1].exists()]
+    shares = [clips[c * _CHUNK : (c + 1) * _CHUNK] for c in todo]
+    journals = [Journal(out, c) for c in todo]
+    left = [share[len(journal.entries) :] for share, journal in zip(shares, journals)]
+    results = work.run(job, out / "codec", [clip for share in left for clip in share], workers)
+    with tqdm(total=sum(map(len, shares)), desc="Extracting", unit="clip") as bar:
+        bar.update(sum(len(journal.entries) for journal in journals))
+        for chunk, share, journal in zip(todo, left, journals, strict=True):
+            for _ in share:
+                journal.append(next(results))
                 bar.update()
-            _write_part(out, chunk, packed, sums, failures)
-    missing = sum(not _part(out, chunk)[1].exists() for chunk in range(chunks))
+            journal.finish(out, chunk)
+    missing = sum(not part_paths(out, chunk)[1].exists() for chunk in range(chunks))
     if missing:
         print(f"{out}: shard {index}/{count} is done, {missing} of {chunks} parts are not")
         return None
@@ -413,12 +305,19 @@ def define_flags(sources: bool = True):
         flags.DEFINE_string("videos", None, "Folder of videos.")
         flags.DEFINE_string("sounds", None, "Folder of sounds, instead of videos.")
         flags.DEFINE_string("captions", None, "TSV with the columns id and caption.")
+        flags.DEFINE_boolean("pieces", False, "All pieces of each sound, not the first alone.")
     flags.DEFINE_string("out", None, "Records folder to write.", required=True)
     flags.DEFINE_string("codec", None, "Codec folder; without it one is fitted.")
+    flags.DEFINE_string("encoders", None, "Folder of CLIP's and Synchformer's weights.")
+    flags.DEFINE_enum("encoder_dtype", "float32", ["float32", "bfloat16"], "What they compute in.")
+    flags.DEFINE_integer(
+        "encoder_batch", 8, "Pictures, segments or captions at a time.", lower_bound=1
+    )
     flags.DEFINE_float("duration", 8.0, "Seconds per clip.")
-    flags.DEFINE_integer("clip_dim", 1024, "Width of the clip features.", lower_bound=1)
-    flags.DEFINE_integer("sync_dim", 768, "Width of the sync features.", lower_bound=1)
-    flags.DEFINE_integer("text_dim", 1024, "Width of the text features.", lower_bound=1)
+    without = "features of the encoders without weights"
+    flags.DEFINE_integer("clip_dim", None, f"Width of the clip {without} (1024).", lower_bound=1)
+    flags.DEFINE_integer("sync_dim", None, f"Width of the sync {without} (768).", lower_bound=1)
+    flags.DEFINE_integer("text_dim", None, f"Width of the text {without} (1024).", lower_bound=1)
     flags.DEFINE_integer("workers", os.cpu_count(), "Processes.", lower_bound=1)
     flags.DEFINE_string("shard", "0/1", "i/n: this process does the i-th of n shares.")
 
@@ -444,7 +343,7 @@ def main(argv):
     out = flags.FLAGS["out"].value
     try:
         manifest = extract(out, **settings_from_flags())
-    except ValueError as error:
+    except (ValueError, MemoryError) as error:
         sys.exit(f"error: {error}")
     if manifest:
         print(
