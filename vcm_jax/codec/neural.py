@@ -68,6 +68,7 @@ class NeuralCodec:
       token), latent_dim (C): what the latents are.
       mode: a key of MODES.
       arrays: the weights, as the constructor got them.
+      dtype: of the products in convolutions.
       fingerprint: hash of the VAE; latents of codecs that differ in it do not mix. The vocoder has
         no part in it: another one may be used with the same latents.
       on_device: whether encoding wants an accelerator or all cores, so that one process does it.
@@ -93,7 +94,7 @@ class NeuralCodec:
           dtype: of the products in convolutions, float32 (exact on every platform) or bfloat16
             (faster on accelerators).
         """
-        self.mode, self.arrays, self._dtype = mode, arrays, dtype
+        self.mode, self.arrays, self.dtype = mode, arrays, jnp.dtype(dtype)
         self._mel, self._tanh = MODES[mode].mel, MODES[mode].tanh
         self.sample_rate, self.hop = self._mel.sample_rate, self._mel.hop
         self.latent_dim = int(MODES[mode].latent_dim)
@@ -103,7 +104,7 @@ class NeuralCodec:
         """The arrays of one network, on the device."""
 
         def cast(array):
-            return jnp.asarray(array, self._dtype if array.ndim == 3 else jnp.float32)
+            return jnp.asarray(array, self.dtype if array.ndim == 3 else jnp.float32)
 
         try:
             return {
