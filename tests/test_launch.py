@@ -61,3 +61,20 @@ def test_a_config_that_is_not_understood_is_one_error_line(tmp_path, config, cha
     assert message in found.stderr and found.stderr.startswith("error: config: ")
     assert len(found.stderr.splitlines()) == 1
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "config, line",
+    [
+        ("configs/s16k.py:gan", "error: objective.name 'gan' is not one of vcm, flow_matching, "),
+        ("configs/ablations.py:q=1", "error: ablation 'q' is not one of w, m, r, p, lambda_end, "),
+        ("nowhere.py", "error: config: Configuration is not available"),
+    ],
+)
+def test_a_config_that_cannot_be_made_is_one_error_line(tmp_path, config, line):
+    found = subprocess.run(
+        [sys.executable, "-m", "vcm_jax.main", f"--config={config}", f"--workdir={tmp_path}/run"],
+        capture_output=True, text=True, cwd=ROOT,
+    )  # fmt: skip
+    assert found.returncode != 0 and found.stderr.startswith(line)
+    assert len(found.stderr.splitlines()) == 1 and not (tmp_path / "run").exists()

@@ -26,12 +26,21 @@ def main(argv):
 
 
 def parse_flags(argv):
-    """absl's parser; what a config file or one of its keys has against it becomes one line."""
+    """absl's parser; what a config file or a flag has against it becomes one line."""
     try:
-        return app.parse_flags_with_usage(argv)
+        rest = flags.FLAGS(argv)
+        dict(CONFIG.value)  # a file that could not be read raises when it is looked at
+        return rest
+    except flags.Error as error:  # of a config file that raises, the last line of its traceback
+        line = str(error).strip().splitlines()[-1].strip().removeprefix("ValueError: ")
+        sys.exit(f"error: {line}")
     except (AttributeError, KeyError, OSError) as error:
         lines = str(error.args[-1] if error.args else error).split("\n")
-        sys.exit("error: config: " + " ".join(line.strip() for line in lines if line.strip()))
+        text = " ".join(line.strip() for line in lines if line.strip())
+        key = text.strip("'\"")
+        if given := [arg for arg in argv if arg.startswith("--config.") and f".{key}" in arg]:
+            text = f"{given[0]}: this config has no {key}"
+        sys.exit(f"error: config: {text}")
 
 
 if __name__ == "__main__":
