@@ -21,7 +21,7 @@ setup(
     python_requires=">=3.11",
     install_requires=REQUIREMENTS,
     extras_require={
-        "torch": ["torch>=2.6", "ftfy>=6"],
+        "torch": ["torch>=2.6,<2.14", "ftfy>=6"],
         "test": ["pytest>=8", "pytest-xdist", "hypothesis>=6", "ruff"],
     },
 )
