@@ -21,6 +21,8 @@ setup(
     python_requires=">=3.11",
     install_requires=REQUIREMENTS,
     extras_require={
+        "gpu": ["jax[cuda13]"],
+        "tpu": ["jax[tpu]"],
         "torch": ["torch>=2.6,<2.14", "ftfy>=6"],
         "test": ["pytest>=8", "pytest-xdist", "hypothesis>=6", "ruff"],
     },

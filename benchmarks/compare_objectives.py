@@ -30,7 +30,7 @@ import numpy as np
 from absl import app, flags
 from sync_layout import overlapping
 
-from vcm_jax import page, report, sampling, sharding, train
+from vcm_jax import page, report, run_setup, sampling, sharding
 from vcm_jax.atomic import atomic_path
 from vcm_jax.data import mixture
 from vcm_jax.generate import Request, encode_request, generate_latents, load_run
@@ -92,13 +92,13 @@ def write_json(path: Path, content) -> None:
 
 def make_step(config):
     """(compiled step, its arguments' maker, bytes of memory): one training step on real records."""
-    sources, weights = train.open_sources(config.data.sources, config.data.dir, "sources")
-    model = train.model_config(config, sources[0].manifest)
-    net, settings = MMDiT(model), train.step_config(config)
+    sources, weights = run_setup.open_sources(config.data.sources, config.data.dir, "sources")
+    model = run_setup.model_config(config, sources[0].manifest)
+    net, settings = MMDiT(model), run_setup.step_config(config)
     optimizer = make_optimizer(OptimizerConfig(**config.optimizer))
     mesh = sharding.make_mesh(-1, 1, 1)
     rows, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
-    stats = train.mixed_statistics(sources, weights) | {"empty_text": sources[0].empty_text}
+    stats = run_setup.mixed_statistics(sources, weights) | {"empty_text": sources[0].empty_text}
     state = jax.jit(make_init(net, stats, optimizer, config.ema_sigma_rels), out_shardings=whole)(
         jax.random.key(0)
     )
@@ -115,7 +115,7 @@ def make_step(config):
     step = jax.jit(
         functools.partial(
             train_step, net=net, optimizer=optimizer, config=settings, teacher=teacher,
-            constrain=lambda tree: jax.lax.with_sharding_constraint(tree, rows),
+            layout=sharding.Layout(mesh, jax.tree.map(lambda _: whole, state.params)),
         )
     )  # fmt: skip
     args = (state, jax.device_put(batch, rows), jax.random.key(1), jax.device_put(variables, whole))

@@ -58,9 +58,12 @@ def prepare(model, batch_size: int, dtype, mesh, config: StepConfig):
     abstract = jax.eval_shape(init, jax.random.key(0))
     shardings = sharding.state_shardings(abstract, mesh, model.num_heads)
     rows, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
-    constrain = lambda tree: jax.lax.with_sharding_constraint(tree, rows)
     step = functools.partial(
-        train_step, net=net, optimizer=optimizer, config=config, constrain=constrain
+        train_step,
+        net=net,
+        optimizer=optimizer,
+        config=config,
+        layout=sharding.Layout(mesh, shardings.params),
     )
     step = jax.jit(
         step,

@@ -37,5 +37,7 @@ def get_config(objective: str = "vcm") -> ConfigDict:
     config.log_every = 50
     config.checkpoint_every = 500
     config.keep_every = 0
+    config.snapshot_every = 500
     config.eval_every = 500
+    config.sample_every = 1_000
     return config

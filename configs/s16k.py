@@ -72,6 +72,13 @@ def get_config(objective: str = "vcm") -> ConfigDict:
     )
     config.ema_sigma_rels = (0.05, 0.10)
 
+    config.snapshot_every = 10_000  # of the averages, for widths that are chosen afterwards
+
+    config.accumulate = 1  # microbatches of a batch, one after another
+    config.remat = "none"  # or "products", "full": less memory, more to compute
+    config.on_nonfinite = "stop"  # or "skip"
+    config.allow_config_change = False
+    config.profile = ""  # "START:STOP": a trace of these steps
     config.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))
     config.data = ConfigDict(dict(dir="", sources=(), val_sources=(), num_workers=2))
 
@@ -80,6 +87,8 @@ def get_config(objective: str = "vcm") -> ConfigDict:
     config.keep_every = 50_000
     config.eval_every = 5_000
     config.eval_batches = 4
+    config.sample_every = 10_000  # sounds and spectrograms of validation clips
+    config.sample_clips = 4
     config.eval_sample_steps = (1, 4)  # what validation clips are generated in; (): none are
     config.eval_clips = 64
     return config

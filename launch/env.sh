@@ -7,8 +7,15 @@ VENV=${VENV:-.venv}
 export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$PWD/.jax_cache}
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.5
 
+# show COMMAND...: as it can be pasted.
+show() {
+  printf +
+  printf ' %q' "$@"
+  echo
+}
+
 run() {
-  printf '+ %s\n' "$*"
+  show "$@"
   [ -n "${DRY_RUN:-}" ] || "$@"
 }
 
@@ -27,4 +34,21 @@ make_environment() {
     /*) PATH=$VENV/bin:$PATH ;;
     *) PATH=$PWD/$VENV/bin:$PATH ;;
   esac
+}
+
+# until_done COMMAND...: starts it again whenever it ends with 75: its state is saved after a
+# SIGTERM. A SIGTERM to this script is handed on, and is the end of it.
+until_done() {
+  local code=75 stopped='' child
+  if [ -n "${DRY_RUN:-}" ]; then run "$@"; return; fi
+  trap 'stopped=1; kill -TERM "$child" 2>/dev/null' TERM
+  while [ "$code" = 75 ] && [ -z "$stopped" ]; do
+    show "$@"
+    "$@" &
+    child=$!
+    # A signal ends the first wait before the command has ended.
+    while kill -0 "$child" 2>/dev/null; do wait "$child" && code=0 || code=$?; done
+  done
+  trap - TERM
+  return "$code"
 }

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from codecs_for_tests import tiny_codec
 
-from vcm_jax import checkpoint, generate, search_times, train
+from vcm_jax import checkpoint, generate, run_setup, search_times
 from vcm_jax.codec import NeuralCodec
 from vcm_jax.data import impacts
 from vcm_jax.data.records import RecordSource
@@ -39,18 +39,18 @@ def save_run(folder, **changes):
     from test_train import make_config
 
     config = make_config(folder, **{"data.sources": ("records=1",)} | changes)
-    (source,), weights = train.open_sources(config.data.sources, config.data.dir, "sources")
-    model = train.model_config(config, source.manifest)
-    stats = train.mixed_statistics([source], weights) | {"empty_text": source.empty_text}
+    (source,), weights = run_setup.open_sources(config.data.sources, config.data.dir, "sources")
+    model = run_setup.model_config(config, source.manifest)
+    stats = run_setup.mixed_statistics([source], weights) | {"empty_text": source.empty_text}
     init = make_init(MMDiT(model), stats, make_optimizer(OptimizerConfig()), (0.05,))
     state = jax.jit(init)(jax.random.key(0))
     noisy = lambda a: a + 0.1 * jax.random.normal(jax.random.key(a.size), a.shape)
     state = state.replace(ema=jax.tree.map(noisy, state.ema))
     workdir = folder / "run"
     workdir.mkdir()
-    train.describe_run(workdir, config, model, source)
-    with checkpoint.open_manager(workdir) as manager:
-        checkpoint.save(manager, state, {})
+    run_setup.describe_run(workdir, config, model, source)
+    with checkpoint.Saver(checkpoint.open_manager(workdir)) as saver:
+        saver.save(int(state.step), state, {})
     writer = Writer(workdir)
     for step in (1, 2):
         writer.scalars(step, {"train/loss": 1 / step, "train/mse_jump": float("nan")})

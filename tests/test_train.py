@@ -12,7 +12,7 @@ import pytest
 from absl import flags
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from vcm_jax import checkpoint, train
+from vcm_jax import checkpoint, monitor, resume, run_setup, train
 from vcm_jax.codec.linear import fit_linear_codec
 from vcm_jax.data import SequenceConfig, mixture, records
 from vcm_jax.features.encoders import WeightsFreeEncoders
@@ -84,6 +84,7 @@ def make_config(data, objective="vcm", **changes):
     config = load_config("impacts", objective)
     config.update_from_flattened_dict({
         "steps": 6, "batch_size": 8, "data.dir": str(data), "log_every": 2, "checkpoint_every": 3,
+        "sample_every": 0, "snapshot_every": 0,
         "eval_every": 3, "eval_batches": 1, "eval_sample_steps": (1,),
         "mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2,
         **{f"model_overrides.{name}": size for name, size in SIZES.items()},
@@ -105,15 +106,13 @@ class Interruption(Exception):
 def test_an_interrupted_run_ends_bit_identical_to_one_that_was_not(data, tmp_path, monkeypatch):
     train.train(make_config(data), tmp_path / "whole")
 
-    collect, calls = train.collect, []
-
-    def interrupted(pending, first_step):
-        calls.append(first_step)
-        if first_step >= 4:
+    def interrupted(meter):
+        if meter._step == 6:
             raise Interruption
-        return collect(pending, first_step)
+        return collect(meter)
 
-    monkeypatch.setattr(train, "collect", interrupted)
+    collect = monitor.Meter.collect
+    monkeypatch.setattr(monitor.Meter, "collect", interrupted)
     with pytest.raises(Interruption):
         train.train(make_config(data), tmp_path / "stopped")
     monkeypatch.undo()
@@ -158,7 +157,9 @@ def test_an_interrupted_run_ends_bit_identical_to_one_that_was_not(data, tmp_pat
     # Another network in the same workdir is refused, and nothing is touched.
     other = make_config(data)
     other.model_overrides.hidden_dim = 32
-    with pytest.raises(train.SetupError, match="made with another configuration .* wanted"):
+    with pytest.raises(
+        train.SetupError, match="another run: config.model_overrides.hidden_dim is 32, was 16"
+    ):
         train.train(other, tmp_path / "stopped")
     jax.tree.map(np.testing.assert_array_equal, final_state(tmp_path / "stopped"), whole)
 
@@ -240,7 +241,7 @@ def test_imported_weights_start_a_run_and_keep_their_statistics(data, tmp_path, 
     rng = np.random.default_rng(0)
     variables = jax.tree.map(
         lambda leaf: np.float32(0.05 * rng.standard_normal(leaf.shape)),
-        abstract_variables(train.model_config(config, manifest)),
+        abstract_variables(run_setup.model_config(config, manifest)),
     )
     latents = {"latent_mean": np.float32(manifest.latent_mean) + 1}
     latents["latent_std"] = 3 * np.float32(manifest.latent_std)
@@ -255,7 +256,7 @@ def test_imported_weights_start_a_run_and_keep_their_statistics(data, tmp_path, 
     assert "stds by a factor of up to 3: are the data's latents those of another codec?" in warning
 
     # Where they lack statistics, the data's are taken; other sizes are refused.
-    found = train.kept_statistics({"latent_mean": latents["latent_mean"]}, {}, "imported")
+    found = run_setup.kept_statistics({"latent_mean": latents["latent_mean"]}, {}, "imported")
     assert found == {}
     config.model_overrides.hidden_dim = 32
     with pytest.raises(train.SetupError, match="init_from .*imported was made with another conf"):
@@ -263,17 +264,12 @@ def test_imported_weights_start_a_run_and_keep_their_statistics(data, tmp_path, 
     assert not (tmp_path / "other").exists()
 
 
-def test_what_changed_between_two_configs():
-    before, now = {"a": 1, "b": {"c": 2, "d": 3}}, {"a": 1, "b": {"c": 5, "d": 3}, "e": 0}
-    assert train.changes(before, now) == ["config.b.c is 5, was 2", "config.e is 0, was None"]
-
-
 def test_statistics_of_a_mixture(data, tmp_path):
     class Fake:
         def __init__(self, mean, std):
             self.manifest = type("M", (), {"latent_mean": mean, "latent_std": std})
 
-    found = train.mixed_statistics([Fake([0.0], [1.0]), Fake([4.0], [2.0])], [3, 1])
+    found = run_setup.mixed_statistics([Fake([0.0], [1.0]), Fake([4.0], [2.0])], [3, 1])
     np.testing.assert_allclose(found["latent_mean"], [1.0])
     # E[x^2] = 3/4 * 1 + 1/4 * (16 + 4) = 5.75, minus the squared mean.
     np.testing.assert_allclose(found["latent_std"], [4.75**0.5])
@@ -282,7 +278,7 @@ def test_statistics_of_a_mixture(data, tmp_path):
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.py")), ids=lambda path: path.stem)
 def test_every_config_builds_its_settings(path):
     config = load_config(path.stem)
-    assert train.step_config(config).steps == config.steps
+    assert run_setup.step_config(config).steps == config.steps
 
 
 def tiny(data, objective, **changes):
@@ -293,7 +289,7 @@ def tiny(data, objective, **changes):
 def test_every_objective_builds_its_run(name):
     """Every config of it, and the step on abstract values: compiling each would take minutes."""
     for config in ("s16k", "impacts"):
-        settings = train.step_config(load_config(config, name))
+        settings = run_setup.step_config(load_config(config, name))
         assert objective_of(settings.objective)[0] == name
     model = dataclasses.replace(MODELS["demo"], **SIZES)
     net, optimizer = MMDiT(model), make_optimizer(OptimizerConfig())
@@ -331,13 +327,13 @@ def test_reflow_learns_from_a_trained_run(data, tmp_path):
     loaded, variables = load_teacher(
         read_section(student.objective)[0], net, run["codec"]
     )  # fmt: skip
-    (source,), weights = train.open_sources(("train=1",), str(data), "sources")
+    (source,), weights = run_setup.open_sources(("train=1",), str(data), "sources")
     shapes = mixture.Shapes(clip=(5, 6), sync=(8, 5))
     mixed = mixture.mix([source], weights, seed=0)
     (batch,) = mixture.batches(mixed, shapes, batch_size=2, first_step=0, last_step=1)
     x1 = np.random.default_rng(0).standard_normal((2, net.config.latent_seq_len, 20), np.float32)
     stats = dict(variables["stats"])
-    args = (batch, x1, jax.random.key(0), np.zeros(2, bool), train.step_config(student))
+    args = (batch, x1, np.zeros(2, bool))
     same = teacher_data(loaded, variables, stats, *args)
     twice = stats | {"latent_std": 2 * stats["latent_std"]}
     halved = teacher_data(loaded, variables, twice, *args)
@@ -371,10 +367,10 @@ def test_meanflow_needs_attention_with_a_jvp(data, tmp_path, monkeypatch):
 def test_ablations_change_one_setting():
     ablated = load_config("ablations", "w=2,lambda_end=1/250")
     before, now = load_config("s16k").to_dict(), ablated.to_dict()
-    assert train.changes(before, now) == [
-        "config.objective.guidance_scale is 2.0, was 4.0",
-        "config.objective.lambda_end is 0.004, was 0.002",
-    ]
+    assert resume.changes(before, now) == {
+        "objective.guidance_scale": "is 2.0, was 4.0",
+        "objective.lambda_end": "is 0.004, was 0.002",
+    }
     assert load_config("ablations", "base=impacts,r=0").batch_size == 32
     assert load_config("ablations", "sync=time").model_overrides.sync_alignment == "time"
     for text, message in (

@@ -1,14 +1,50 @@
-"""State, data position and description of a run, saved together in one atomic step (Orbax)."""
+"""State, data position and description of a run, saved together in one atomic step (Orbax).
 
+    python -m vcm_jax.checkpoint reconstruct --workdir=RUN --sigma_rel=0.03 [--step=200000]
+
+makes averaged weights of any width from the snapshots that a run keeps of its averages; afterwards
+`vcm_jax.generate --workdir=RUN --sigma_rel=0.03` uses them.
+"""
+
+import argparse
+import secrets
+import sys
+import time
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from absl import logging
+from flax import traverse_util
+from tqdm import tqdm
+
+from vcm_jax import ema
+from vcm_jax.atomic import atomic_path
+from vcm_jax.logs import show_ours
+
+# Seconds after which a save that failed is tried again, and again; then the run stops.
+RETRY_AFTER = (2.0, 10.0)
 
 
 class CheckpointError(ValueError):
     """A checkpoint that is not there or does not fit; one line that says what would."""
+
+
+class StorageError(OSError):
+    """Nothing can be saved any more; one line that says where, why, and what is there."""
+
+
+def check_writable(workdir) -> None:
+    """Raises StorageError where no file can be written."""
+    probe = Path(workdir) / f".probe.{secrets.token_hex(4)}"
+    try:
+        probe.parent.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"x")
+        probe.unlink()
+    except OSError as error:
+        raise StorageError(f"{workdir} cannot be written: {error.strerror}") from error
 
 
 def open_manager(workdir, keep_every: int | None = None, read_only: bool = False):
@@ -32,12 +68,117 @@ def open_manager(workdir, keep_every: int | None = None, read_only: bool = False
     return ocp.CheckpointManager(directory, options=options, item_handlers=handlers)
 
 
-def save(manager: ocp.CheckpointManager, state, meta: dict) -> None:
-    """Saves in the background; `meta` is JSON. Wait with `manager.wait_until_finished()`."""
-    manager.save(
-        int(state.step),
-        args=ocp.args.Composite(state=ocp.args.PyTreeSave(state), meta=ocp.args.JsonSave(meta)),
+def open_snapshots(workdir, read_only: bool = False):
+    """The snapshots of a run's averages, under WORKDIR/snapshots; all of them stay."""
+    options = ocp.CheckpointManagerOptions(
+        cleanup_tmp_directories=not read_only,
+        read_only=read_only,
+        multiprocessing_options=ocp.options.MultiprocessingOptions(
+            barrier_sync_key_prefix="snapshots"
+        ),
     )
+    directory = Path(workdir).absolute() / "snapshots"
+    handlers = {"state": ocp.PyTreeCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
+    return ocp.CheckpointManager(directory, options=options, item_handlers=handlers)
+
+
+class Saver:
+    """Saves in the background, tries again what failed, and stops the run when it fails for good.
+
+    Of several processes none can try again alone: there the first failure stops the run.
+
+    Args:
+      manager: of `open_manager` or `open_snapshots`; it is closed with the saver, a context.
+    """
+
+    def __init__(self, manager: ocp.CheckpointManager):
+        self.manager = manager
+        self._failures = 0
+
+    def save(self, step: int, state, meta: dict, wait: bool = False) -> None:
+        """Saves a pytree of arrays and JSON; with `wait` it is on disk when this returns.
+
+        Raises:
+          StorageError: after the last try; earlier checkpoints are whole.
+        """
+        args = ocp.args.Composite(state=ocp.args.PyTreeSave(state), meta=ocp.args.JsonSave(meta))
+        while True:
+            try:
+                # Orbax would make a directory that vanished anew, and hide that all in it is lost.
+                if not self.manager.directory.is_dir():
+                    raise FileNotFoundError("the directory is gone")
+                self.manager.wait_until_finished()
+                self.manager.save(step, args=args, force=True)
+                if wait:
+                    self.manager.wait_until_finished()
+                    self._failures = 0
+                return
+            except Exception as error:  # tensorstore and Orbax raise many kinds
+                self._failed(error)
+
+    def failed(self) -> bool:
+        """Whether a save in the background failed since the last call, so that one is due."""
+        try:
+            self.manager.check_for_errors()
+        except Exception as error:
+            self._failed(error)
+            return True
+        if not self.manager.is_saving_in_progress():
+            self._failures = 0
+        return False
+
+    def drop_after(self, step: int) -> None:
+        """Deletes what is later than a step that the run goes on from."""
+        for later in self.manager.all_steps():
+            if later > step:
+                self.manager.delete(later)
+
+    def _failed(self, error: Exception) -> None:
+        self._failures += 1
+        reason = next((line for line in str(error).splitlines() if line.strip()), repr(error))
+        if "No space left" in str(error):
+            reason = "No space left on device"
+        where = self.manager.directory
+        if self._failures > len(RETRY_AFTER) or jax.process_count() > 1:
+            try:
+                there = ", ".join(map(str, sorted(self.manager.all_steps()))) or "nothing"
+            except OSError:
+                there = "nothing"
+            raise StorageError(
+                f"{where} cannot be saved to: {reason[:200]}; there and whole: {there}"
+            ) from error
+        seconds = RETRY_AFTER[self._failures - 1]
+        logging.warning("%s: saving failed (%s); again in %g s", where, reason[:200], seconds)
+        time.sleep(seconds)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *_):
+        """Waits for what is being saved."""
+        try:
+            self.manager.close()
+        except Exception as error:
+            if kind is None:
+                self._failures = len(RETRY_AFTER)
+                self._failed(error)
+            logging.warning("%s: the last save failed: %s", self.manager.directory, error)
+
+
+def save(manager: ocp.CheckpointManager, state, meta: dict) -> None:
+    """Saves a state in the background; `meta` is JSON. Closing the manager waits for it."""
+    args = ocp.args.Composite(state=ocp.args.PyTreeSave(state), meta=ocp.args.JsonSave(meta))
+    manager.save(int(state.step), args=args)
+
+
+def save_snapshot(saver: Saver, state) -> None:
+    """Keeps the averages for `reconstruct`, as float16 like EDM2's, half of what they take."""
+    saver.save(int(state.step), {"ema": _halved(state.ema), "stats": state.stats}, {})
+
+
+@jax.jit
+def _halved(averages):
+    return jax.tree.map(lambda a: a.astype(jnp.float16), averages)
 
 
 def _shapes(tree) -> dict[str, tuple]:
@@ -75,7 +216,7 @@ def _existing_step(manager, step: int | None) -> int:
 
 
 def restore(manager: ocp.CheckpointManager, abstract_state, step: int | None = None):
-    """(state, meta) of a step, the latest by default.
+    """The state of a step, the latest by default.
 
     Args:
       manager: from `open_manager`.
@@ -95,11 +236,10 @@ def restore(manager: ocp.CheckpointManager, abstract_state, step: int | None = N
             state=ocp.args.PyTreeRestore(
                 item=abstract_state,
                 restore_args=ocp.checkpoint_utils.construct_restore_args(abstract_state),
-            ),
-            meta=ocp.args.JsonRestore(),
+            )
         ),
     )
-    return restored["state"], restored["meta"]
+    return restored["state"]
 
 
 def read_meta(manager, step: int) -> dict:
@@ -108,12 +248,13 @@ def read_meta(manager, step: int) -> dict:
 
 
 def restore_weights(workdir, step: int | None = None, sigma_rel: float | None = None):
-    """The averaged weights of a run, as the network's variables, on the default device.
+    """The averaged weights of a run, as the network's variables, on the host.
 
     Args:
       workdir: of the run.
       step: which checkpoint, the latest by default.
-      sigma_rel: width of the average, the first that the run keeps by default.
+      sigma_rel: width of the average, the first that the run keeps by default; one that it does
+        not keep can be made with `reconstruct`.
 
     Returns:
       `{"params": ..., "stats": ...}` of numpy arrays.
@@ -124,20 +265,105 @@ def restore_weights(workdir, step: int | None = None, sigma_rel: float | None = 
     directory = Path(workdir) / "checkpoints"
     if not directory.is_dir():
         raise CheckpointError(f"{workdir}: no checkpoints there (the workdir of a run is wanted)")
+    if sigma_rel is not None and (path := _reconstructed(workdir, sigma_rel, step)):
+        with np.load(path) as arrays:
+            return traverse_util.unflatten_dict(dict(arrays), sep="/")
     with open_manager(workdir, read_only=True) as manager:
         step = _existing_step(manager, step)
-        tree = manager.item_metadata(step)["state"].tree
-        widths = sorted(tree["ema"], key=float)
+        widths = _widths(manager, step)
         width = widths[0] if sigma_rel is None else f"{sigma_rel:g}"
         if width not in widths:
             raise CheckpointError(
-                f"{directory}/{step}: no average of sigma_rel {width}, only {', '.join(widths)}"
+                f"{directory}/{step}: no average of sigma_rel {width}, only {', '.join(widths)} "
+                "(python -m vcm_jax.checkpoint reconstruct makes others)"
             )
-        wanted = {"ema": {width: tree["ema"][width]}, "stats": tree["stats"]}
-        # To the host: the devices may be others than those that saved it.
-        on_host = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
-        args = ocp.args.Composite(
-            state=ocp.args.PyTreeRestore(item=wanted, restore_args=on_host, partial_restore=True)
-        )
-        restored = manager.restore(step, args=args)["state"]
+        return _restore_average(manager, step, width)
+
+
+def _widths(manager, step: int) -> list[str]:
+    return sorted(manager.item_metadata(step)["state"].tree["ema"], key=float)
+
+
+def _restore_average(manager, step: int, width: str) -> dict:
+    """{"params", "stats"} of one average, on the host: the devices may have changed."""
+    tree = manager.item_metadata(step)["state"].tree
+    wanted = {"ema": {width: tree["ema"][width]}, "stats": tree["stats"]}
+    on_host = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
+    args = ocp.args.Composite(
+        state=ocp.args.PyTreeRestore(item=wanted, restore_args=on_host, partial_restore=True)
+    )
+    restored = manager.restore(step, args=args)["state"]
     return {"params": restored["ema"][width], "stats": restored["stats"]}
+
+
+def _reconstructed(workdir, sigma_rel: float, step: int | None) -> Path | None:
+    """The file that `reconstruct` made, the latest step's by default; None where there is none."""
+    found = {
+        int(path.stem.split("_")[0]): path
+        for path in (Path(workdir) / "averages").glob(f"*_{sigma_rel:g}.npz")
+    }
+    return found.get(max(found, default=None) if step is None else step)
+
+
+def reconstruct(workdir, sigma_rel: float, step: int | None = None) -> Path:
+    """Averaged weights of any width from a run's snapshots (EDM2 algorithm 3, post-hoc EMA).
+
+    Args:
+      workdir: of the run.
+      sigma_rel: the width wanted.
+      step: at which the average ends; one of the snapshots', the last by default.
+
+    Returns:
+      The file written, WORKDIR/averages/STEP_WIDTH.npz.
+
+    Raises:
+      CheckpointError: when there are no snapshots, or none of that step.
+      ValueError: when no average is that wide.
+    """
+    if not (Path(workdir) / "snapshots").is_dir():
+        raise CheckpointError(
+            f"{workdir}: no snapshots there (config.snapshot_every says how often a run keeps them)"
+        )
+    with open_snapshots(workdir, read_only=True) as manager:
+        step = _existing_step(manager, step)
+        snapshots = [
+            (at, width)
+            for at in sorted(manager.all_steps())
+            if at <= step
+            for width in _widths(manager, at)
+        ]
+        coefficients = ema.posthoc_coefficients(
+            [at for at, _ in snapshots], [float(width) for _, width in snapshots], step, sigma_rel
+        )
+        total = None
+        for (at, width), weight in zip(tqdm(snapshots, unit="snapshot"), coefficients):
+            found = _restore_average(manager, at, width)
+            term = jax.tree.map(lambda a, w=weight: w * a.astype(np.float64), found["params"])
+            total = term if total is None else jax.tree.map(np.add, total, term)
+    params = jax.tree.map(np.float32, total)
+    arrays = traverse_util.flatten_dict({"params": params, "stats": found["stats"]}, sep="/")
+    path = Path(workdir) / "averages" / f"{step}_{sigma_rel:g}.npz"
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, **arrays)
+    return path
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="python -m vcm_jax.checkpoint")
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("reconstruct", help="averaged weights of any width")
+    command.add_argument("--workdir", required=True, help="folder of the run")
+    command.add_argument("--sigma_rel", required=True, type=float, help="width of the average")
+    command.add_argument("--step", type=int, help="where it ends (the last snapshot)")
+    args = parser.parse_args(argv)
+    show_ours()
+    try:
+        path = reconstruct(args.workdir, args.sigma_rel, args.step)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    print(f"{path}: use it with vcm_jax.generate --workdir={args.workdir} "
+          f"--sigma_rel={args.sigma_rel:g} --checkpoint={path.stem.split('_')[0]}")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

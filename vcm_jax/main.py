@@ -1,18 +1,25 @@
 """Trains a model: `python -m vcm_jax.main --config=configs/s16k.py --workdir=runs/s16k`.
 
-To resume a run, run the same command again.
+The same command on every machine of a run; to resume a run, run it again. Exit codes: 0 done; 1 the
+line on stderr says what is wrong; 74 nothing can be saved any more; 75 a SIGTERM, the state is
+saved; 130 Ctrl-C.
 """
 
+import os
 import sys
 
+import jax
 from absl import app, flags
 from ml_collections import config_flags
 
-from vcm_jax import train
+from vcm_jax import distributed, preemption, train
 from vcm_jax.logs import show_ours
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "What to train: a file of configs/.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, events, codec.")
+DRY_RUN = flags.DEFINE_bool(
+    "dry_run", False, "Compile, print what the run would take, and stop; writes nothing."
+)
 
 
 def main(argv):
@@ -20,9 +27,25 @@ def main(argv):
         raise app.UsageError(f"not understood: {' '.join(argv[1:])}")
     show_ours()
     try:
-        train.train(CONFIG.value, WORKDIR.value)
-    except (train.SetupError, train.NonFiniteError) as error:
-        sys.exit(f"error: {error}")
+        distributed.initialize()
+        train.train(CONFIG.value, WORKDIR.value, DRY_RUN.value)
+    except (distributed.DistributedError, train.SetupError, train.NonFiniteError) as error:
+        leave(1, f"error: {error}")
+    except OSError as error:
+        leave(74, f"error: {error}")
+    except preemption.Preempted as saved:
+        leave(preemption.EXIT_CODE, f"{saved}; the same command goes on")
+    except KeyboardInterrupt:
+        leave(130, "interrupted; the same command goes on from the last checkpoint")
+
+
+def leave(code: int, line: str) -> None:
+    """Ends the process; one of several does not wait for others that wait for it."""
+    print(line, file=sys.stderr, flush=True)
+    if jax.distributed.is_initialized():
+        sys.stdout.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def parse_flags(argv):

@@ -26,7 +26,7 @@ from vcm_jax.data.records import RecordSource
 from vcm_jax.generate import load_run
 from vcm_jax.logs import show_ours
 from vcm_jax.models import MMDiT
-from vcm_jax.train_step import StepConfig, encode_batch
+from vcm_jax.train_step import encode_batch
 
 
 def best_path(errors: np.ndarray, num_steps: int) -> list[int]:
@@ -117,10 +117,7 @@ def run_velocity(run, records: RecordSource, num_clips: int):
     )
     mixed = mixture.mix([records], [1.0], seed=0)
     (batch,) = mixture.batches(mixed, shapes, batch_size=num_clips, first_step=0, last_step=1)
-    # Nothing is dropped, so that the key is of no effect.
-    velocity, cond, null_cond = encode_batch(
-        MMDiT(model), run.variables, batch, jax.random.key(0), StepConfig(steps=1)
-    )
+    velocity, cond, null_cond = encode_batch(MMDiT(model), run.variables, batch)
     u = sampling.velocity_for(run.objective, velocity, null_cond, run.sampler.guidance_scale)
     return u, cond
 

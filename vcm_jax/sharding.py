@@ -1,5 +1,8 @@
 """The device mesh, and where every array of a run lives on it."""
 
+import dataclasses
+from typing import Any
+
 import jax
 import numpy as np
 from absl import logging
@@ -39,14 +42,42 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def check_batch_size(batch_size: int, mesh: Mesh) -> None:
-    """Raises ValueError when the devices do not divide the global batch."""
+def process_part(mesh: Mesh, batch_size: int) -> tuple[int, int]:
+    """(part, parts): this process's devices hold the part-th of so many equal parts of the batch.
+
+    Several processes hold the same part where a mesh splits the model across them.
+
+    Raises:
+      ValueError: when a process holds rows that are not one block of the batch.
+    """
+    blocks = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
+    spans = sorted({block[0].indices(batch_size)[:2] for block in blocks})
+    start, stop = spans[0][0], spans[-1][1]
+    rows = sum(b - a for a, b in spans)
+    if rows != stop - start or batch_size % rows or start % rows:
+        raise ValueError(
+            f"mesh {dict(mesh.shape)}: process {jax.process_index()} holds rows {spans}, which "
+            "are not one part of the batch; mesh.tensor must divide a process's devices or be a "
+            "multiple of them"
+        )
+    return start // rows, batch_size // rows
+
+
+def check_batch_size(batch_size: int, mesh: Mesh, accumulate: int = 1) -> None:
+    """Raises ValueError when the devices do not divide the global batch, or a microbatch of it."""
     parts = int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
+    if accumulate < 1:
+        raise ValueError(f"accumulate must be at least 1, not {accumulate}")
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, not {batch_size}")
     if batch_size % parts:
         raise ValueError(
             f"batch_size {batch_size} does not divide over mesh.data x mesh.fsdp = {parts} devices"
+        )
+    if batch_size % (parts * accumulate):
+        raise ValueError(
+            f"batch_size {batch_size} does not divide into accumulate = {accumulate} microbatches "
+            f"over mesh.data x mesh.fsdp = {parts} devices"
         )
 
 
@@ -96,3 +127,64 @@ def state_shardings(abstract_state, mesh: Mesh, num_heads: int):
         return NamedSharding(mesh, PartitionSpec(*axes))
 
     return jax.tree_util.tree_map_with_path(sharding, abstract_state)
+
+
+def place(abstract, shardings):
+    """Shapes and dtypes with their shardings, as a checkpoint is restored to."""
+    return jax.tree.map(
+        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings
+    )
+
+
+def device_bytes(abstract, shardings) -> int:
+    """What one device holds of a tree."""
+    sizes = jax.tree.map(
+        lambda a, s: int(np.prod(s.shard_shape(a.shape))) * a.dtype.itemsize, abstract, shardings
+    )
+    return sum(jax.tree.leaves(sizes))
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """What a training step says about where its arrays live; by default nothing.
+
+    Weights that are split over `fsdp` are gathered for the step, once, and gradients come back
+    split: said outright, since the compiler left alone may gather activations instead.
+
+    Attributes:
+      mesh: the devices.
+      weights: shardings of the parameters.
+    """
+
+    mesh: Mesh | None = None
+    weights: Any = None
+
+    def rows(self, tree):
+        """Spreads the leading axis over the devices."""
+        if self.mesh is None:
+            return tree
+        return jax.lax.with_sharding_constraint(tree, batch_sharding(self.mesh))
+
+    def replicate(self, tree):
+        """Whole on every device."""
+        if self.mesh is None:
+            return tree
+        return jax.lax.with_sharding_constraint(tree, replicated(self.mesh))
+
+    def gather(self, params):
+        """Whole along `fsdp`, split along `tensor`."""
+        if self.mesh is None:
+            return params
+
+        def whole(sharding):
+            axes = [axis if axis == "tensor" else None for axis in sharding.spec]
+            return NamedSharding(self.mesh, PartitionSpec(*axes))
+
+        shardings = jax.tree.map(whole, self.weights)
+        return jax.lax.with_sharding_constraint(params, shardings)
+
+    def scatter(self, grads):
+        """As the parameters are kept."""
+        if self.mesh is None:
+            return grads
+        return jax.lax.with_sharding_constraint(grads, self.weights)

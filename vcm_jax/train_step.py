@@ -1,6 +1,7 @@
 """One training step: a pure function of (state, batch, key)."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -9,13 +10,15 @@ import optax
 from clu import metrics as clu_metrics
 
 from vcm_jax import ema, sampling
-from vcm_jax.models import Conditions
+from vcm_jax.models import Conditions, ModelConfig
 from vcm_jax.objectives import objective_of
 from vcm_jax.objectives.common import expand, select_rows
 from vcm_jax.objectives.meanflow import MeanFlowConfig
 from vcm_jax.objectives.vcm import VCMConfig
+from vcm_jax.sharding import Layout
 
 TIME_BINS = 5
+ONE_DEVICE = Layout()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +97,21 @@ def check_network(net, config: StepConfig) -> None:
         ) from None
 
 
+def abstract_batch(model: ModelConfig, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and dtypes of the batches that `train_step` takes."""
+    like = lambda shape, dtype: jax.ShapeDtypeStruct((batch_size, *shape), dtype)
+    latent = like((model.latent_seq_len, model.latent_dim), jnp.float32)
+    return {
+        "latent_mean": latent,
+        "latent_std": latent,
+        "clip": like((model.clip_seq_len, model.clip_dim), jnp.float16),
+        "sync": like((model.sync_seq_len, model.sync_dim), jnp.float16),
+        "text": like((model.text_seq_len, model.text_dim), jnp.float16),
+        "has_video": like((), jnp.bool_),
+        "has_text": like((), jnp.bool_),
+    }
+
+
 def draw_latents(batch, stats, key):
     """Normalised latents x0 `B N C`, float32: drawn from their mean and std."""
     mean, std = batch["latent_mean"], batch["latent_std"]
@@ -102,21 +120,39 @@ def draw_latents(batch, stats, key):
     return latents / stats["latent_std"][None, None]
 
 
-def fill_conditions(batch, null: Conditions, key, config: StepConfig) -> Conditions:
-    """Raw features, with the empty ones (`null`, 1 row) where a modality is missing or dropped."""
+def take_part(tree, part: int | jax.Array, parts: int):
+    """Rows part, part + parts, part + 2 parts, ... of a pytree with leading axis `B`.
+
+    With the stride every device of a sharded batch takes them from rows that it has, and the first
+    rows stay first.
+    """
+    if parts == 1:
+        return tree
+    take = lambda a: a.reshape(-1, parts, *a.shape[1:])[:, part]
+    return jax.tree.map(take, tree)
+
+
+def drop_modalities(batch, key, config: StepConfig):
+    """The batch with `has_video` and `has_text` false where that modality is dropped."""
     keys = jax.random.split(key)
     keep = lambda key, prob, has: has & ~jax.random.bernoulli(key, prob, has.shape)
-    video = keep(keys[0], config.video_drop_prob, batch["has_video"])
-    text = keep(keys[1], config.text_drop_prob, batch["has_text"])
+    return batch | {
+        "has_video": keep(keys[0], config.video_drop_prob, batch["has_video"]),
+        "has_text": keep(keys[1], config.text_drop_prob, batch["has_text"]),
+    }
+
+
+def fill_conditions(batch, null: Conditions) -> Conditions:
+    """Raw features, with the empty ones (`null`, 1 row) where a modality is missing or dropped."""
     fill = lambda mask, value, empty: jnp.where(expand(mask, value), value, empty)
     return Conditions(
-        clip=fill(video, batch["clip"], null.clip),
-        sync=fill(video, batch["sync"], null.sync),
-        text=fill(text, batch["text"], null.text),
+        clip=fill(batch["has_video"], batch["clip"], null.clip),
+        sync=fill(batch["has_video"], batch["sync"], null.sync),
+        text=fill(batch["has_text"], batch["text"], null.text),
     )
 
 
-def encode_batch(net, variables, batch, key, config: StepConfig):
+def encode_batch(net, variables, batch):
     """The network on given variables, and the batch's conditions encoded by it.
 
     Returns:
@@ -125,15 +161,15 @@ def encode_batch(net, variables, batch, key, config: StepConfig):
     batch_size = batch["latent_mean"].shape[0]
     apply = lambda *args: net.apply(variables, *args[:-1], method=args[-1])
     null = apply(1, "null_conditions")
-    cond = apply(fill_conditions(batch, null, key, config), "encode_conditions")
+    cond = apply(fill_conditions(batch, null), "encode_conditions")
     # The empty condition is encoded once for the batch.
     null_cond = sampling.repeat_rows(apply(null, "encode_conditions"), batch_size)
     return (lambda x, t, s, cond: apply(x, t, s, cond, "velocity")), cond, null_cond
 
 
-def teacher_data(teacher: Teacher, variables, stats, batch, x1, key, is_null, config):
+def teacher_data(teacher: Teacher, variables, stats, batch, x1, is_null):
     """What the teacher makes of the noise x1 under the batch's conditions, in our normalisation."""
-    u, cond, null_cond = encode_batch(teacher.net, variables, batch, key, config)
+    u, cond, null_cond = encode_batch(teacher.net, variables, batch)
     cond = select_rows(is_null, null_cond, cond)
     u = sampling.velocity_for(teacher.settings, u, null_cond)
     x0 = sampling.sample(u, x1, sampling.uniform_times(teacher.steps), cond)
@@ -146,10 +182,13 @@ def teacher_data(teacher: Teacher, variables, stats, batch, x1, key, is_null, co
 
 
 def loss_fn(
-    params, stats, batch, key, step, teacher_variables=None,
-    *, net, config: StepConfig, constrain, teacher: Teacher | None = None,
+    params, stats, batch, key, step, teacher_variables=None, part=0,
+    *, net, config: StepConfig, constrain, teacher: Teacher | None = None, parts: int = 1,
 ):  # fmt: skip
-    """The objective on one batch: scalar loss, and a `clu.metrics` collection."""
+    """The objective on one batch: scalar loss, and a `clu.metrics` collection.
+
+    With `parts` it is the loss of one part of the rows alone, on what is drawn for the whole batch.
+    """
     _, objective = objective_of(config.objective)
     batch_size = batch["latent_mean"].shape[0]
     num_instant = config.num_instant(batch_size)
@@ -160,11 +199,13 @@ def loss_fn(
         keys[2], batch_size, num_instant, step, config.steps, config.objective
     )
     is_null = jax.random.bernoulli(keys[3], config.null_prob, (batch_size,))
+    batch = drop_modalities(batch, keys[4], config)
+    batch, x0, x1, t, s, is_null = take_part((batch, x0, x1, t, s, is_null), part, parts)
+    num_instant //= parts
     if teacher is not None:
-        x0 = teacher_data(teacher, teacher_variables, stats, batch, x1, keys[4], is_null, config)
+        x0 = teacher_data(teacher, teacher_variables, stats, batch, x1, is_null)
 
-    variables = {"params": params, "stats": stats}
-    u, cond, null_cond = encode_batch(net, variables, batch, keys[4], config)
+    u, cond, null_cond = encode_batch(net, {"params": params, "stats": stats}, batch)
     loss, aux = objective.loss(
         u, x0, x1, t, s, lam, cond, null_cond, is_null, config.objective,
         num_instant=num_instant, constrain=constrain,
@@ -190,9 +231,28 @@ def step_metrics(loss, aux, t, num_instant: int):
     return found
 
 
+def gradients(params, *args, parts: int, **kwargs):
+    """Gradients of `loss_fn` and its metrics, over `parts` microbatches one after another.
+
+    Microbatches bound the memory of activations: the result is that of the whole batch at once.
+    """
+    compute = jax.grad(functools.partial(loss_fn, parts=parts, **kwargs), has_aux=True)
+    if parts == 1:
+        return compute(params, *args)
+
+    def add(total, part):
+        grads, metrics = compute(params, *args, part)
+        return jax.tree.map(lambda a, g: a + g / parts, total, grads), metrics
+
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    grads, metrics = jax.lax.scan(add, zeros, jnp.arange(parts))
+    return grads, jax.tree.map(lambda a: a.sum(0), metrics)  # an Average is a total and a count
+
+
 def train_step(
     state, batch, key, teacher_variables=None,
-    *, net, optimizer, config: StepConfig, constrain=lambda x: x, teacher: Teacher | None = None,
+    *, net, optimizer, config: StepConfig, layout: Layout = ONE_DEVICE,
+    teacher: Teacher | None = None, accumulate: int = 1, skip_nonfinite: bool = False,
 ):  # fmt: skip
     """One update of parameters, optimizer and averages.
 
@@ -203,16 +263,22 @@ def train_step(
       key: of the run; the step's own key is `fold_in(key, state.step)`.
       teacher_variables, teacher: of reflow.
       net, optimizer, config: static.
-      constrain: spreads rows over the devices, see `vcm_loss`.
+      layout: where rows, weights and gradients live on the devices.
+      accumulate: number of microbatches; it divides the batch and its s = t rows.
+      skip_nonfinite: whether a step whose loss or gradient is not finite changes nothing but the
+        step's number.
 
     Returns:
-      The new state and a `clu.metrics.Collection` of this step.
+      The new state and a `clu.metrics.Collection` of this step; its `nonfinite` is 1 when the loss
+      or a gradient is not finite.
     """
     key = jax.random.fold_in(key, state.step)
-    grads, metrics = jax.grad(loss_fn, has_aux=True)(
-        state.params, state.stats, batch, key, state.step, teacher_variables,
-        net=net, config=config, constrain=constrain, teacher=teacher,
+    grads, metrics = gradients(
+        layout.gather(state.params), state.stats, batch, key, state.step, teacher_variables,
+        net=net, config=config, constrain=layout.rows, teacher=teacher, parts=accumulate,
     )  # fmt: skip
+    grads = layout.scatter(grads)
+    grad_norm = optax.tree.norm(grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     step = state.step + 1
@@ -220,10 +286,14 @@ def train_step(
         width: ema.update(average, params, step, ema.gamma_from_sigma_rel(float(width)))
         for width, average in state.ema.items()
     }
+    finite = jnp.isfinite(metrics["loss"].total) & jnp.isfinite(grad_norm)
     average = clu_metrics.Average.from_model_output
     metrics |= {
-        "grad_norm": average(optax.tree.norm(grads)),
+        "grad_norm": average(grad_norm),
         "update_norm": average(optax.tree.norm(updates)),
+        "nonfinite": average(1.0 - finite),
     }
-    state = state.replace(step=step, params=params, opt_state=opt_state, ema=averages)
-    return state, clu_metrics.Collection.create_collection(**metrics)
+    changed = state.replace(params=params, opt_state=opt_state, ema=averages)
+    if skip_nonfinite:
+        changed = jax.tree.map(lambda new, old: jnp.where(finite, new, old), changed, state)
+    return changed.replace(step=step), clu_metrics.Collection.create_collection(**metrics)

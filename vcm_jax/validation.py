@@ -14,18 +14,16 @@ from vcm_jax import checkpoint, sampling
 from vcm_jax.metrics import SoundFigures, frechet_distance
 from vcm_jax.metrics.sounds import FIGURES
 from vcm_jax.objectives.vcm import VCMConfig
-from vcm_jax.train_step import StepConfig, encode_batch
+from vcm_jax.train_step import encode_batch
 
 VCM = VCMConfig()
 
 
 @functools.partial(jax.jit, static_argnames=("net", "objective", "num_steps", "place"))
-def _generate(params, stats, batch, key, net, objective, num_steps, place):
+def generate(params, stats, batch, key, net, objective, num_steps, place):
     """(generated latents, true latents), `B N C` each, in the data's units."""
-    # Nothing is dropped: what is missing is empty, and no randomness is used.
-    keep_all = StepConfig(steps=1, null_prob=0.0)
     variables = {"params": params, "stats": stats}
-    u, cond, null_cond = encode_batch(net, variables, batch, key, keep_all)
+    u, cond, null_cond = encode_batch(net, variables, batch)
     noise = jax.random.normal(key, batch["latent_mean"].shape)
     times = sampling.uniform_times(num_steps)
     x0 = sampling.OWN_SAMPLER(objective, u, noise, times, cond, null_cond)
@@ -78,7 +76,7 @@ def figures(
     for i, batch in enumerate(batches):
         take = min(max_clips - count, len(batch["latent_mean"]))
         for num in steps:
-            pair = _generate(
+            pair = generate(
                 params, stats, batch, jax.random.fold_in(key, i), net, objective, num, place
             )
             for kept, latents in zip(found[num], jax.device_get(pair)):

@@ -1,8 +1,11 @@
 """Batches from weighted sources of records, in an order that is a function of (seed, index)."""
 
 import bisect
+import ctypes
 import dataclasses
 import itertools
+import signal
+import sys
 from collections.abc import Sequence
 
 import grain
@@ -196,7 +199,8 @@ def batches(
     ahead = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_THREADS)
     dataset = dataset.to_iter_dataset(ahead)
     if num_workers:
-        dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers))
+        options = grain.MultiprocessingOptions(num_workers=num_workers)
+        dataset = dataset.mp_prefetch(options, worker_init_fn=_start_worker)
     return _report_damage(iter(dataset), max_damaged)
 
 
@@ -209,3 +213,18 @@ def _report_damage(found, max_damaged: int):
             if count > max_damaged:
                 raise RecordError(f"{count} damaged records, the last: {line}")
         yield batch
+
+
+def _start_worker(index: int, count: int) -> None:
+    """A worker leaves SIGTERM and Ctrl-C to the run, which still reads, and dies with it."""
+    del index, count
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform == "linux":
+        set_parent_death_signal = 1
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+
+
+def record_ids(mixed: Mixture, step: int, batch_size: int) -> list[str]:
+    """The ids of the batch that step `step` (0 is the first) trains on; reads the records."""
+    return [mixed.read(step * batch_size + row)[0]["id"] for row in range(batch_size)]

@@ -67,6 +67,14 @@ def nearest_time_rows(source: int, target: int, latent_rate: float) -> np.ndarra
     return distance.argmin(1).astype(np.int32)
 
 
+def _products(primitive, *_, **__) -> bool:
+    return primitive in (jax.lax.dot_general_p, jax.lax.conv_general_dilated_p)
+
+
+# What a block keeps of its activations for the backward pass; the rest is computed again.
+REMAT = {"none": None, "products": _products, "full": jax.checkpoint_policies.nothing_saveable}
+
+
 class MMDiT(nn.Module):
     """The average velocity u(x, t, s, c) (SoundVCM 3.5; MMAudio, model/networks.py).
 
@@ -77,10 +85,12 @@ class MMDiT(nn.Module):
       config: sizes.
       dtype: of activations and matrix products; parameters are float32, and so are
         normalisations, softmax and the result (at least).
+      remat: what a block keeps for the backward pass, a key of `REMAT`.
     """
 
     config: ModelConfig
     dtype: jnp.dtype = jnp.float32
+    remat: str = "none"
 
     def setup(self):
         c, zeros = self.config, nn.initializers.zeros
@@ -184,12 +194,14 @@ class MMDiT(nn.Module):
 
         latent = self.audio_input_proj_2(nn.selu(self.audio_input_proj_0(x)))
         clip, text = enc.clip, enc.text
+        joint = lambda block, *args: block(*args, rows, latent_angles, clip_angles)
+        fused = lambda block, *args: block(*args, rows, latent_angles)
+        if self.remat != "none":
+            joint, fused = (nn.remat(call, policy=REMAT[self.remat]) for call in (joint, fused))
         for block in self.joint_blocks:
-            latent, clip, text = block(
-                latent, clip, text, frame_c, active_c, rows, latent_angles, clip_angles
-            )
+            latent, clip, text = joint(block, latent, clip, text, frame_c, active_c)
         for block in self.fused_blocks:
-            latent = block(latent, frame_c, rows, latent_angles)
+            latent = fused(block, latent, frame_c)
         return layers.at_least_float32(self.final_layer(latent, active_c))
 
 

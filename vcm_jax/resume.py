@@ -1,0 +1,98 @@
+"""What may differ between a run and its continuation."""
+
+import dataclasses
+from collections.abc import Mapping
+
+# How the work is done and watched, not what is computed (but for the order of sums).
+FREE = (
+    "accumulate", "allow_config_change", "checkpoint_every", "data.dir", "data.num_workers",
+    "data.val_sources", "eval_batches", "eval_clips", "eval_every", "eval_sample_steps",
+    "keep_every", "log_every", "mesh", "on_nonfinite", "profile", "remat", "sample_clips",
+    "sample_every", "snapshot_every",
+)  # fmt: skip
+# What the state, the data position and the snapshots rest on: another run.
+FIXED = (
+    "batch_size", "ema_sigma_rels", "model", "model_overrides", "objective", "records", "seed",
+)  # fmt: skip
+
+
+class ResumeError(ValueError):
+    """A run that cannot go on as it is configured now; one line that says what changed."""
+
+
+def changes(before: Mapping, now: Mapping, prefix: str = "") -> dict[str, str]:
+    """Which values differ between two nested configs: {dotted key: "is ..., was ..."}."""
+    found = {}
+    for key in sorted(before.keys() | now.keys()):
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            found |= changes(old, new, f"{prefix}{key}.")
+        elif old != new:
+            found[prefix + key] = f"is {new!r}, was {old!r}"
+    return found
+
+
+def _of(key: str, group: tuple[str, ...]) -> bool:
+    return any(key == name or key.startswith(f"{name}.") for name in group)
+
+
+def describe(config: Mapping, texts, sources) -> dict:
+    """What a checkpoint says of its run, as JSON has it.
+
+    Args:
+      config: nested dict.
+      texts: 'PATH=WEIGHT' of every data source.
+      sources: their RecordSource.
+    """
+    first = sources[0].manifest
+    return {
+        "config": dict(config),
+        "records": {
+            "codec": first.codec,
+            "encoders": first.encoders,
+            "sequence": dataclasses.asdict(first.sequence),
+        },
+        "sources": {
+            text: {"records": len(source), "fingerprint": source.manifest.fingerprint}
+            for text, source in zip(texts, sources)
+        },
+    }
+
+
+def check(saved: Mapping, now: Mapping, allow: bool) -> list[str]:
+    """Compares the meta of a checkpoint with that of the run that would go on from it.
+
+    Args:
+      saved, now: of `describe`.
+      allow: whether keys that are neither `FREE` nor `FIXED`, and data sources, may differ.
+
+    Returns:
+      A line on every difference, for the log.
+
+    Raises:
+      ResumeError: when something differs that must not.
+    """
+    config = changes(saved["config"], now["config"])
+    lines = {key: f"config.{key} {change}" for key, change in config.items()}
+    records = changes(saved.get("records", now["records"]), now["records"])
+    lines |= {f"records.{key}": f"records' {key} {change}" for key, change in records.items()}
+    refused = {key: line for key, line in lines.items() if not _of(key, FREE)}
+    for text, source in now["sources"].items():
+        if (before := saved.get("sources", {}).get(text, source)) != source:
+            refused[text] = lines[text] = (
+                f"data source {text} changed since the checkpoint: {source['records']} records "
+                f"({source['fingerprint'][:8]}), was {before['records']} "
+                f"({before['fingerprint'][:8]})"
+            )
+    fixed = [line for key, line in refused.items() if _of(key, FIXED)]
+    if fixed:
+        raise ResumeError(
+            f"this workdir holds another run: {'; '.join(fixed)}. Give another --workdir "
+            "(config.init_from starts it from this run's weights)"
+        )
+    if refused and not allow:
+        raise ResumeError(
+            f"this run was started otherwise: {'; '.join(refused.values())}. "
+            "--config.allow_config_change goes on nevertheless"
+        )
+    return list(lines.values())
