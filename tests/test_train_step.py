@@ -1,7 +1,7 @@
 """The training step: what it changes, what it does not depend on, and its numbers."""
 
-import dataclasses
 import collections
+import dataclasses
 import functools
 import re
 
