@@ -29,6 +29,9 @@ def test_a_mixture_of_one_has_the_gaussian_s_flow():
         found = mixture.flow(x, 0.9, 0.1, label)
         exact = x - 0.8 * flow.average_velocity(x, np.float64(0.9), np.float64(0.1))
     np.testing.assert_allclose(found, exact, rtol=1e-6)
+    label, x = jnp.zeros(3, int), np.zeros((3, 2))
+    ends = [problem.flow(x, 1.0, 0.0, label) for problem in toy.PROBLEMS.values()]
+    assert np.isfinite(ends).all(), "one program for each problem"
 
 
 def test_classes_and_guidance_of_a_mixture():
