@@ -5,8 +5,8 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 if [ "${1:-}" = --dry-run ]; then DRY_RUN=1; shift; fi
-extras=test
-if [ "${1:-}" = --torch ]; then extras=test,torch; shift; fi
+extras="test"
+if [ "${1:-}" = --torch ]; then extras="test,torch"; shift; fi
 . launch/env.sh
 make_environment "$extras"
 run ruff check .
