@@ -54,6 +54,8 @@ def start(workdir, config, devices=8, **env):
         [sys.executable, "-m", "vcm_jax.main", "--config=configs/impacts.py",
          f"--workdir={workdir}", *(f"--config.{key}={value}" for key, value in config.items())],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT, env=environment,
+        # A shell starts what it puts in the background with Ctrl-C ignored, which is inherited.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
 
 
