@@ -117,14 +117,15 @@ class Saver:
                 self._failed(error)
 
     def failed(self) -> bool:
-        """Whether a save in the background failed since the last call, so that one is due."""
+        """Whether a save in the background has failed, so that one is due now; waits for none."""
+        if jax.process_count() > 1 or self.manager.is_saving_in_progress():
+            return False
         try:
-            self.manager.check_for_errors()
+            self.manager.wait_until_finished()
         except Exception as error:
             self._failed(error)
             return True
-        if not self.manager.is_saving_in_progress():
-            self._failures = 0
+        self._failures = 0
         return False
 
     def drop_after(self, step: int) -> None:
@@ -140,12 +141,9 @@ class Saver:
             reason = "No space left on device"
         where = self.manager.directory
         if self._failures > len(RETRY_AFTER) or jax.process_count() > 1:
-            try:
-                there = ", ".join(map(str, sorted(self.manager.all_steps()))) or "nothing"
-            except OSError:
-                there = "nothing"
+            there = sorted(int(p.name) for p in where.glob("*") if p.name.isdigit())
             raise StorageError(
-                f"{where} cannot be saved to: {reason[:200]}; there and whole: {there}"
+                f"{where} cannot be saved to: {reason[:200]}; there and whole: {there or 'nothing'}"
             ) from error
         seconds = RETRY_AFTER[self._failures - 1]
         logging.warning("%s: saving failed (%s); again in %g s", where, reason[:200], seconds)

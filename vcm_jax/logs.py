@@ -4,8 +4,14 @@ from absl import logging
 
 
 def show_ours() -> None:
-    """Shows this package's information and everybody's warnings; Orbax alone says a lot more."""
+    """Shows this package's information and everybody's warnings; Orbax alone says a lot more.
+
+    What Orbax raises it also logs with a traceback; who catches it here says it in a line.
+    """
     logging.set_verbosity(logging.INFO)
     logging.get_absl_handler().addFilter(
-        lambda record: record.levelno >= 30 or "vcm_jax" in record.pathname
+        lambda record: (
+            "vcm_jax" in record.pathname
+            or (record.levelno >= 30 and not (record.exc_info and "orbax" in record.pathname))
+        )
     )
