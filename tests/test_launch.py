@@ -1,28 +1,37 @@
 """The scripts say what they would do, and the commands they name exist."""
 
+import shlex
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = sorted(ROOT.glob("launch/*.sh"))
+SCRIPTS = sorted([*ROOT.glob("launch/*.sh"), *ROOT.glob("launch/*.sbatch")])
 
 
-def dry_run(script, tmp_path):
+def dry_run(script, tmp_path, *arguments, **env):
     return subprocess.run(
-        ["bash", str(script), "--dry-run"], capture_output=True, text=True, check=True,
-        cwd=tmp_path, env={"PATH": "/usr/bin:/bin", "VENV": str(tmp_path / "venv")},
+        ["bash", str(script), "--dry-run", *arguments], capture_output=True, text=True, check=True,
+        cwd=tmp_path, env={"PATH": "/usr/bin:/bin", "VENV": str(tmp_path / "venv"), **env},
     ).stdout  # fmt: skip
+
+
+def commands(script, tmp_path, *arguments, **env):
+    """The commands of a dry run, as lists of words, as a shell would read them."""
+    lines = dry_run(ROOT / "launch" / script, tmp_path, *arguments, **env).splitlines()
+    return [shlex.split(line[2:]) for line in lines if line.startswith("+ ")]
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
 def test_scripts_are_clean(script):
     subprocess.run(["bash", "-n", str(script)], check=True)
-    if shutil.which("shellcheck"):
-        subprocess.run(["shellcheck", "--external-sources", str(script)], check=True)
+    if not shutil.which("shellcheck"):
+        pytest.skip("shellcheck is not installed")
+    subprocess.run(["shellcheck", "--external-sources", str(script)], check=True)
 
 
 @pytest.mark.parametrize("name", ["demo", "test"])
@@ -41,6 +50,122 @@ def test_the_demo_runs_every_part(tmp_path):
         "vcm_jax.data.impacts", *["vcm_jax.features.extract"] * 3, "vcm_jax.main",
         "vcm_jax.generate", "vcm_jax.report",
     ]  # fmt: skip
+
+
+FLAGS = [
+    "--config=configs/s16k.py",
+    "--workdir=/mnt/vcm/runs/s16k",
+    "--config.data.sources=('clips=1', 'some sounds=1')",
+]
+TRAIN = ["python", "-m", "vcm_jax.main", *FLAGS]
+
+
+def test_local_gpu(tmp_path):
+    found = commands("local_gpu.sh", tmp_path, *FLAGS)
+    assert found[-2][-1] == ".[gpu]" and found[-1] == TRAIN
+
+
+def test_a_local_run_is_started_again_as_long_as_it_was_told_to_stop(tmp_path):
+    """A command that ends with 75 twice and then with 3; and one that a SIGTERM is handed to."""
+    script = f"""
+        . {ROOT}/launch/env.sh
+        again() {{ echo x >> runs; [ "$(wc -l < runs)" -lt 3 ] && exit 75; exit 3; }}
+        code=0; until_done again || code=$?; echo "ended with $code"
+        waits() {{ trap 'exit 75' TERM; touch ready; while true; do sleep 0.05; done; }}
+        (while [ ! -f ready ]; do sleep 0.05; done; kill -TERM $$) &
+        code=0; until_done waits || code=$?; echo "ended with $code"
+    """
+    found = subprocess.run(
+        ["bash", "-uc", script],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        timeout=60,
+        check=True,
+    )
+    assert (tmp_path / "runs").read_text().count("x") == 3
+    assert [line for line in found.stdout.splitlines() if "ended" in line] == [
+        "ended with 3", "ended with 75",
+    ]  # fmt: skip
+    assert found.stdout.count("+ waits") == 1
+
+
+def test_slurm(tmp_path):
+    script = ROOT / "launch/slurm_gpu.sbatch"
+    found = commands(script.name, tmp_path, *FLAGS, SLURM_SUBMIT_DIR=str(ROOT), SLURM_JOB_ID="17")
+    assert found[-2] == ["srun", "--wait=60", *TRAIN]
+    assert found[-1] == ["scontrol", "requeue", "17"]
+    options = [l.split()[1] for l in script.read_text().splitlines() if l.startswith("#SBATCH")]
+    assert {"--requeue", "--signal=TERM@120", "--ntasks-per-node=1"} <= set(options)
+    # sbatch reads its options up to the first command.
+    text = script.read_text()
+    assert text.rindex("#SBATCH") < text.index("\nset -e")
+
+
+def remote(command):
+    """What `gcloud ... ssh --command=...` does there."""
+    return next(word for word in command if word.startswith("--command=")).removeprefix(
+        "--command="
+    )
+
+
+def test_tpu_queued(tmp_path):
+    env = {"NAME": "run1", "ZONE": "us-z", "TYPE": "v6e-16", "VERSION": "v2", "BUCKET": "bucket"}
+    call = lambda *arguments, **more: commands("tpu_queued.sh", tmp_path, *arguments, **env | more)
+    queue = ["gcloud", "compute", "tpus", "queued-resources"]
+    create = [
+        *queue, "create", "run1", "--node-id=run1", "--accelerator-type=v6e-16",
+        "--runtime-version=v2", "--spot", "--zone=us-z",
+    ]  # fmt: skip
+    assert call("create") == [create]
+    assert "--spot" not in call("create", SPOT="")[0]
+    (state,) = call("state")
+    assert state == [*queue, "describe", "run1", "--format=value(state.state)", "--zone=us-z"]
+    delete = [*queue, "delete", "run1", "--force", "--quiet", "--zone=us-z"]
+    assert call("delete") == [delete]
+
+    *_, install = call("install")
+    assert "gcsfuse --implicit-dirs bucket /mnt/vcm" in remote(install)
+    assert "--worker=all" in install and "'.[tpu]'" in remote(install)
+    (run,) = call("run", *FLAGS)
+    assert "--worker=all" in run
+    # Where it arrives it starts the training in the background, and keeps how it ends.
+    python = tmp_path / "vcm_jax/.venv/bin/python"
+    python.parent.mkdir(parents=True)
+    python.write_text('#!/bin/sh\nfor a in "$@"; do echo "$a"; done\nexit 75\n')
+    python.chmod(0o755)
+    subprocess.run(["bash", "-c", remote(run)], check=True, cwd=tmp_path, timeout=60)
+    while not (code := tmp_path / "vcm_jax/code").exists() or not code.read_text():
+        time.sleep(0.05)
+    assert code.read_text() == "75\n"
+    assert (tmp_path / "vcm_jax/log").read_text().splitlines() == TRAIN[1:]
+    assert "--worker=0" in call("logs")[0]
+    steps = call("watch", *FLAGS)
+    assert steps[:2] == [create, state] and run in steps and steps[-1] == delete
+
+
+def test_xpk(tmp_path):
+    env = {"CLUSTER": "c", "PROJECT": "p", "ZONE": "us-z", "TYPE": "v6e-256", "IMAGE": "image"}
+    call = lambda *arguments: commands("xpk.sh", tmp_path, *arguments, **env)
+    build, push = call("build")
+    assert build == ["docker", "build", "--file=launch/Dockerfile", "--tag=image", "."]
+    assert push == ["docker", "push", "image"]
+    (run,) = call("run", *FLAGS)
+    assert run[:4] == ["xpk", "workload", "create", "--cluster=c"]
+    assert {"--tpu-type=v6e-256", "--docker-image=image", "--restart-on-exit-codes=75"} <= set(run)
+    assert shlex.split(remote(run))[1:] == TRAIN
+    assert [c[2] for c in call("list") + call("delete")] == ["list", "delete"]
+    copied = [l.split() for l in (ROOT / "launch/Dockerfile").read_text().splitlines()]
+    assert ["COPY", "requirements.txt", "."] in copied and ["COPY", ".", "."] in copied
+
+
+@pytest.mark.parametrize("script", ["tpu_queued", "xpk"])
+def test_a_command_that_a_script_does_not_know(script, tmp_path):
+    found = subprocess.run(
+        ["bash", str(ROOT / f"launch/{script}.sh"), "--dry-run", "fly"],
+        capture_output=True, text=True, cwd=tmp_path,
+    )  # fmt: skip
+    assert found.returncode == 2 and found.stderr == "not understood: fly\n"
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,10 @@ def main(argv):
     except OSError as error:
         leave(74, f"error: {error}")
     except preemption.Preempted as saved:
-        leave(preemption.EXIT_CODE, f"{saved}; the same command goes on")
+        print(f"{saved}; the same command goes on", file=sys.stderr, flush=True)
+        if jax.distributed.is_initialized():  # all leave together: none is missed by another
+            jax.distributed.shutdown()
+        sys.exit(preemption.EXIT_CODE)
     except KeyboardInterrupt:
         leave(130, "interrupted; the same command goes on from the last checkpoint")
 
