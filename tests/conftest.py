@@ -18,6 +18,7 @@ os.environ["NUMBA_CACHE_DIR"] = str(
 
 import jax
 import pytest
+from absl import logging
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -28,6 +29,14 @@ def compilation_cache(tmp_path_factory):
     if not jax.config.jax_compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("jax_cache")))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+@pytest.fixture(autouse=True)
+def verbosity():
+    """Commands choose how much is logged; what one chose must not hold for the next test."""
+    before = logging.get_verbosity()
+    yield
+    logging.set_verbosity(before)
 
 
 def pytest_addoption(parser):

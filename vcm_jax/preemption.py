@@ -20,17 +20,36 @@ def watch():
     """Yields a function of the step that is done: whether to save and stop, on every process alike.
 
     One process answers its own SIGTERM. Of several, JAX's preemption service hears the signals and
-    agrees on a step that none of them has passed; call the function after every step.
+    agrees on a step that none of them has passed; call the function after every step. It raises
+    KeyboardInterrupt after a Ctrl-C: raised by the signal itself it can get lost, in a callback
+    whose exceptions Python ignores (JAX has one in the garbage collector). A second one raises at
+    once.
     """
-    if jax.process_count() > 1:
-        yield multihost_utils.reached_preemption_sync_point
-        return
     if threading.current_thread() is not threading.main_thread():  # Python's rule for handlers
         yield lambda step: False
         return
-    told = threading.Event()
-    before = signal.signal(signal.SIGTERM, lambda *_: told.set())
+    interrupted, told = threading.Event(), threading.Event()
+
+    def interrupt(*_):
+        interrupted.set()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    handlers = {}
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where it is ignored
+        handlers[signal.SIGINT] = interrupt
+    if jax.process_count() == 1:
+        handlers[signal.SIGTERM] = lambda *_: told.set()
+
+    def stop(step: int) -> bool:
+        if interrupted.is_set():
+            raise KeyboardInterrupt
+        if jax.process_count() > 1:
+            return multihost_utils.reached_preemption_sync_point(step)
+        return told.is_set()
+
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
-        yield lambda step: told.is_set()
+        yield stop
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
