@@ -49,12 +49,12 @@ def start(workdir, config, devices=8, **env):
         environment |= {
             "JAX_COMPILATION_CACHE_DIR": cache, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5"
         }  # fmt: skip
+    # A shell starts what it puts in the background with Ctrl-C ignored, which is inherited.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     return subprocess.Popen(
         [sys.executable, "-m", "vcm_jax.main", "--config=configs/impacts.py",
          f"--workdir={workdir}", *(f"--config.{key}={value}" for key, value in config.items())],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT, env=environment,
-        # A shell starts what it puts in the background with Ctrl-C ignored, which is inherited.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
 
 

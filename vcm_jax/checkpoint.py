@@ -7,6 +7,7 @@ makes averaged weights of any width from the snapshots that a run keeps of its a
 """
 
 import argparse
+import os
 import secrets
 import sys
 import time
@@ -94,6 +95,17 @@ class Saver:
     def __init__(self, manager: ocp.CheckpointManager):
         self.manager = manager
         self._failures = 0
+        # Held open, so that another directory in its place can be told from it.
+        local = os.path.isdir(manager.directory)
+        self._directory = os.open(manager.directory, os.O_RDONLY) if local else None
+
+    def _check_directory(self) -> None:
+        """Orbax would make a directory that vanished anew, and hide that all in it is lost."""
+        found = self.manager.directory.is_dir()
+        if found and self._directory is not None:
+            found = os.path.samestat(os.stat(self.manager.directory), os.fstat(self._directory))
+        if not found:
+            raise FileNotFoundError("the directory is gone")
 
     def save(self, step: int, state, meta: dict, wait: bool = False) -> None:
         """Saves a pytree of arrays and JSON; with `wait` it is on disk when this returns.
@@ -104,9 +116,7 @@ class Saver:
         args = ocp.args.Composite(state=ocp.args.PyTreeSave(state), meta=ocp.args.JsonSave(meta))
         while True:
             try:
-                # Orbax would make a directory that vanished anew, and hide that all in it is lost.
-                if not self.manager.directory.is_dir():
-                    raise FileNotFoundError("the directory is gone")
+                self._check_directory()
                 self.manager.wait_until_finished()
                 self.manager.save(step, args=args, force=True)
                 if wait:
@@ -154,6 +164,8 @@ class Saver:
 
     def __exit__(self, kind, *_):
         """Waits for what is being saved."""
+        if self._directory is not None:
+            os.close(self._directory)
         try:
             self.manager.close()
         except Exception as error:
