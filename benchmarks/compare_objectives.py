@@ -91,7 +91,7 @@ def write_json(path: Path, content) -> None:
 
 
 def make_step(config):
-    """(compiled step, its arguments' maker, bytes of memory): one training step on real records."""
+    """(a call of one training step on real records, the compiled step)."""
     sources, weights = run_setup.open_sources(config.data.sources, config.data.dir, "sources")
     model = run_setup.model_config(config, sources[0].manifest)
     net, settings = MMDiT(model), run_setup.step_config(config)
@@ -120,18 +120,21 @@ def make_step(config):
     )  # fmt: skip
     args = (state, jax.device_put(batch, rows), jax.random.key(1), jax.device_put(variables, whole))
     compiled = step.lower(*args).compile()
-    return lambda: jax.block_until_ready(compiled(*args)), compiled.memory_analysis()
+    return lambda: jax.block_until_ready(compiled(*args)), compiled
 
 
 def measure(entries, out: Path, turns: int = 5, calls: int = 2) -> dict:
-    """Seconds of a training step (the fastest turn) and memory of each config, kept in OUT."""
+    """Seconds of a training step (the fastest turn), and what XLA says of it, kept in OUT.
+
+    Memory (beside the arguments) and FLOPs are those of one device.
+    """
     path = out / "steps.json"
     found = json.loads(path.read_text()) if path.exists() else {}
     wanted = {entry.name: entry for entry in entries if entry.name not in found}
-    steps, memory = {}, {}
+    steps, compiled = {}, {}
     for name, entry in wanted.items():
         print(f"measuring {name}", flush=True)
-        steps[name], memory[name] = make_step(entry_config(entry))
+        steps[name], compiled[name] = make_step(entry_config(entry))
         steps[name]()
     seconds = {name: [] for name in wanted}
     for _ in range(turns):
@@ -143,7 +146,8 @@ def measure(entries, out: Path, turns: int = 5, calls: int = 2) -> dict:
     for name in wanted:
         found[name] = {
             "seconds": min(seconds[name]),
-            "temporary_bytes": memory[name].temp_size_in_bytes,
+            "temporary_bytes": compiled[name].memory_analysis().temp_size_in_bytes,
+            "flops": compiled[name].cost_analysis()["flops"],
         }
     write_json(path, found)
     return found
@@ -273,14 +277,14 @@ def tables(results, truth, measured, base: str) -> list[tuple[str, list[list[str
         for name, figures in truth.items():
             rows.append([name, *[f"{figures[figure]:.3f}"] * len(STEPS)])
         found.append((f"{title} ({better})", rows))
-    rows = [
-        ["", "ms a step", f"time / {base}", "memory (MB)", f"memory / {base}", "steps", "seeds"]
-    ]
+    rows = [["", "ms a step", f"time / {base}", "GFLOP a step", f"FLOPs / {base}", "memory (MB)",
+             f"memory / {base}", "steps", "seeds"]]  # fmt: skip
     for name, runs in results.items():
         if name in measured:
             m, b = measured[name], measured.get(base, measured[name])
             rows.append([
                 name, f"{1000 * m['seconds']:.0f}", f"{m['seconds'] / b['seconds']:.2f}",
+                f"{m['flops'] / 1e9:.1f}", f"{m['flops'] / b['flops']:.2f}",
                 f"{m['temporary_bytes'] / 1e6:.0f}",
                 f"{m['temporary_bytes'] / b['temporary_bytes']:.2f}",
                 str(runs[0]["steps"]), str(len(runs)),
