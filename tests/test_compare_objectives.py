@@ -76,14 +76,14 @@ def test_names_and_the_report_of_what_is_scored(tmp_path):
             found[compare.REFERENCE] = figures | {"f1": 0.25}
         compare.write_json(entry.workdir / "scores.json", {"steps": 7, "figures": found})
     compare.write_json(tmp_path / "truth.json", {"true sound": figures})
-    steps = {"vcm": {"seconds": 0.3, "temporary_bytes": 4e6}}
-    steps["flow_matching"] = {"seconds": 0.1, "temporary_bytes": 2e6}
+    steps = {"vcm": {"seconds": 0.3, "temporary_bytes": 4e6, "flops": 6e9}}
+    steps["flow_matching"] = {"seconds": 0.1, "temporary_bytes": 2e6, "flops": 4e9}
     compare.write_json(tmp_path / "steps.json", steps)
     page = compare.write_report(entries, tmp_path, "a <note>").read_text()
     text = (tmp_path / "comparison.md").read_text()
     assert "| vcm | 0.700 ± 0.141 | 0.700 ± 0.141 |" in text
     assert "| flow_matching, unguided | 0.250 |" in text and "lambda_end" not in text
-    assert "| vcm | 300 | 3.00 | 4 | 2.00 | 7 | 2 |" in text
+    assert "| vcm | 300 | 3.00 | 6.0 | 1.50 | 4 | 2.00 | 7 | 2 |" in text
     assert "a &lt;note&gt;" in page and "<td>0.700 ± 0.141</td>" in page
     assert json.loads((tmp_path / "steps.json").read_text()) == steps
     assert (tmp_path / "comparison.png").stat().st_size > 1000

@@ -311,6 +311,8 @@ def test_every_objective_builds_its_run(name):
     after, metrics = jax.eval_shape(step, state, batch, jax.random.key(1))
     assert jax.tree.structure(after) == jax.tree.structure(state)
     assert metrics.loss.total.dtype == np.float32
+    parts = functools.partial(step, accumulate=2)
+    assert jax.eval_shape(parts, state, batch, jax.random.key(1))[0] == after
 
 
 def test_reflow_learns_from_a_trained_run(data, tmp_path):

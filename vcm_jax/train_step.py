@@ -128,7 +128,7 @@ def take_part(tree, part: int | jax.Array, parts: int):
     """
     if parts == 1:
         return tree
-    take = lambda a: a.reshape(-1, parts, *a.shape[1:])[:, part]
+    take = lambda a: a.reshape(-1, parts, *a.shape[1:])[:, part] if a.ndim else a
     return jax.tree.map(take, tree)
 
 
@@ -200,7 +200,7 @@ def loss_fn(
     )
     is_null = jax.random.bernoulli(keys[3], config.null_prob, (batch_size,))
     batch = drop_modalities(batch, keys[4], config)
-    batch, x0, x1, t, s, is_null = take_part((batch, x0, x1, t, s, is_null), part, parts)
+    batch, x0, x1, t, s, lam, is_null = take_part((batch, x0, x1, t, s, lam, is_null), part, parts)
     num_instant //= parts
     if teacher is not None:
         x0 = teacher_data(teacher, teacher_variables, stats, batch, x1, is_null)

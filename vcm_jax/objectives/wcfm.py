@@ -50,7 +50,8 @@ def wcfm_loss(
 ):
     """Flow matching, each pair weighted by exp(-cost / gibbs_eps), cost = mean (x1 - x0)^2.
 
-    The weights are normalised to a mean of 1 over the batch; in its limit this is flow matching
+    The weights are normalised to a mean of 1 over the batch (where gradients are accumulated, over
+    each microbatch); in its limit this is flow matching
     under the coupling of the entropic optimal transport between tilted marginals. The mean over N
     and C in the cost, where the paper has the sum, is a choice: the temperature keeps its meaning
     for clips of any length. Network evaluations: the differentiated pass alone.

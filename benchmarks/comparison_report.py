@@ -1,0 +1,122 @@
+"""Tables and plots of what `compare_objectives.py` has scored."""
+
+import html
+import json
+import statistics
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+
+from vcm_jax import page
+from vcm_jax.atomic import atomic_path
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+STEPS = (1, 2, 4, 25)
+FIGURES = {
+    "f1": ("onset F1", "higher is better"),
+    "material": ("material recognised", "higher is better"),
+    "frechet": ("log-mel Frechet distance", "lower is better"),
+    "sharpness": ("spectral sharpness", "as the true sound's is best"),
+}
+REFERENCE = "one Euler step"
+
+
+def write_json(path: Path, content) -> None:
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1))
+
+
+def spread(values) -> str:
+    """Mean, and the standard deviation where there are several."""
+    text = f"{statistics.fmean(values):.3f}"
+    return text + (f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else "")
+
+
+def tables(results, truth, measured, base: str) -> list[tuple[str, list[list[str]]]]:
+    """(title, rows) of every table; the first row is the head."""
+    found = []
+    for figure, (title, better) in FIGURES.items():
+        rows = [["", *(f"{n} step{'s' * (n > 1)}" for n in STEPS)]]
+        for name, runs in results.items():
+            values = [[run["figures"][str(n)][figure] for run in runs] for n in STEPS]
+            rows.append([name, *map(spread, values)])
+            if any(REFERENCE in run["figures"] for run in runs):
+                reference = [run["figures"][REFERENCE][figure] for run in runs]
+                rows.append([f"{name}, unguided", spread(reference), *[""] * (len(STEPS) - 1)])
+        for name, figures in truth.items():
+            rows.append([name, *[f"{figures[figure]:.3f}"] * len(STEPS)])
+        found.append((f"{title} ({better})", rows))
+    rows = [["", "ms a step", f"time / {base}", "GFLOP a step", f"FLOPs / {base}", "memory (MB)",
+             f"memory / {base}", "steps", "seeds"]]  # fmt: skip
+    for name, runs in results.items():
+        if name in measured:
+            m, b = measured[name], measured.get(base, measured[name])
+            rows.append([
+                name, f"{1000 * m['seconds']:.0f}", f"{m['seconds'] / b['seconds']:.2f}",
+                f"{m['flops'] / 1e9:.1f}", f"{m['flops'] / b['flops']:.2f}",
+                f"{m['temporary_bytes'] / 1e6:.0f}",
+                f"{m['temporary_bytes'] / b['temporary_bytes']:.2f}",
+                str(runs[0]["steps"]), str(len(runs)),
+            ])  # fmt: skip
+    found.append(("Training step", rows))
+    return found
+
+
+def plot(results, truth):
+    """Every figure over the number of steps, a line a run, with the range over seeds."""
+    figure, axes = plt.subplots(1, len(FIGURES), figsize=(4.2 * len(FIGURES), 3.8))
+    colours = plt.get_cmap("tab10" if len(results) <= 10 else "tab20").colors
+    for axis, (key, (title, better)) in zip(axes, FIGURES.items()):
+        for colour, (name, runs) in zip(colours, results.items()):
+            values = np.array([[run["figures"][str(n)][key] for n in STEPS] for run in runs])
+            axis.plot(STEPS, values.mean(0), "o-", ms=3.5, lw=1.3, color=colour, label=name)
+            axis.fill_between(STEPS, values.min(0), values.max(0), color=colour, alpha=0.15, lw=0)
+        for (name, found), style in zip(truth.items(), ("-", ":")):
+            axis.axhline(found[key], color="black", lw=1, ls=style, label=name)
+        axis.set_xscale("log")
+        axis.set_xticks(STEPS, [str(n) for n in STEPS])
+        axis.minorticks_off()
+        axis.set_xlabel("sampler steps")
+        axis.set_title(f"{title}\n({better})", fontsize=9)
+        if key == "frechet":
+            axis.set_yscale("log")
+    axes[-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.tight_layout()
+    return figure
+
+
+def write_report(entries, out: Path, note: str) -> Path:
+    """comparison.md, comparison.png and comparison.html of the runs that are scored."""
+    results = {}
+    for entry in entries:
+        path = entry.workdir / "scores.json"
+        if path.exists():
+            results.setdefault(entry.name, []).append(json.loads(path.read_text()))
+    if not results:
+        raise ValueError(f"{out}: no run is scored yet")
+    truth = json.loads((out / "truth.json").read_text())
+    steps = out / "steps.json"
+    measured = json.loads(steps.read_text()) if steps.exists() else {}
+    base = "flow_matching" if "flow_matching" in results else next(iter(results))
+    found = tables(results, truth, measured, base)
+    title = "Objectives compared on Impacts"
+    lines = [f"# {title}", "", note, ""]
+    for name, rows in found:
+        lines += [f"## {name}", "", "| " + " | ".join(rows[0]) + " |", "|---" * len(rows[0]) + "|"]
+        lines += ["| " + " | ".join(row) + " |" for row in rows[1:]] + [""]
+    figure = plot(results, truth)
+    with atomic_path(out / "comparison.png") as path:
+        figure.savefig(path, format="png", dpi=90)
+    lines += ["![](comparison.png)", ""]
+    with atomic_path(out / "comparison.md") as path:
+        path.write_text("\n".join(lines))
+    parts = [f"<h1>{title}</h1><p>{html.escape(note)}</p>", page.image(figure)]
+    for name, (head, *rows) in found:
+        rows = [[html.escape(cell) for cell in row] for row in rows]
+        parts += [f"<h2>{html.escape(name)}</h2>", page.table(head, rows)]
+    with atomic_path(out / "comparison.html") as path:
+        path.write_text(page.document(title, parts))
+    return out / "comparison.html"
