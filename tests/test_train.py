@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -192,6 +193,89 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
 
 
+def test_steps_that_are_not_finite_can_be_left_out(data, tmp_path):
+    """The first step ruins the weights; the run stops when three more have changed nothing."""
+    config = make_config(
+        data, eval_every=0, checkpoint_every=2, on_nonfinite="skip", steps=9,
+        **{"optimizer.learning_rate": 1e25, "optimizer.warmup_steps": 0},
+    )  # fmt: skip
+    with pytest.raises(train.NonFiniteError, match="3 steps in a row were left out: .* at step 4;"):
+        train.train(config, tmp_path)
+    state = final_state(tmp_path)
+    assert state["step"] == 2 and all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
+    lines = map(json.loads, (tmp_path / "nonfinite.jsonl").read_text().splitlines())
+    source = records.RecordSource(data / "train")
+    mixed = mixture.mix([source], [1.0], seed=0)
+    for step, line in zip((2, 3, 4), lines, strict=True):
+        assert line["step"] == step
+        assert line["ids"] == [mixed[i]["id"] for i in range(8 * step - 8, 8 * step)]
+
+
+def test_watching_a_run(data, tmp_path):
+    config = make_config(
+        data, eval_every=0, sample_every=3, sample_clips=2, profile="2:4", snapshot_every=3
+    )
+    train.train(config, tmp_path)
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    for i in range(2):
+        names = [f"clip_{i}/{kind}" for kind in ("1_steps", "4_steps", "25_steps")]
+        for name in names:
+            assert [event.step for event in events.Audio(name)] == [3, 6]
+            assert [event.step for event in events.Images(f"{name}/spectrogram")] == [3, 6]
+        (truth,) = events.Audio(f"clip_{i}/truth")
+        assert truth.length_frames == SEQUENCE.num_samples and truth.sample_rate == 16_000
+    # The same noise and clips every time; the weights have changed.
+    first, last = (event.encoded_audio_string for event in events.Audio("clip_0/1_steps"))
+    assert first != last
+    tags = set(events.Tags()["scalars"])
+    assert {
+        "ema/distance_0.05", "ema/distance_0.1", "speed/data_wait_ms", "speed/device_ms",
+        "speed/host_ms", "speed/step_ms", "speed/tflops_per_device", "train/update_norm",
+        "train/skipped_steps", "memory/host_peak_gib",
+    } <= tags  # fmt: skip
+    assert all(0 < event.value < 1 for event in events.Scalars("ema/distance_0.1"))
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+
+    # Widths that the run did not keep, for generating and for starting other runs.
+    checkpoint.reconstruct(tmp_path, 0.08)
+    weights = checkpoint.restore_weights(tmp_path, 6, 0.08)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=0.05),
+        weights["params"], final_state(tmp_path)["ema"]["0.1"],
+    )  # fmt: skip
+
+
+def test_what_may_change_when_a_run_goes_on(data, tmp_path, caplog):
+    folder = tmp_path / "records"
+    shutil.copytree(data / "train", folder / "train")
+    config = lambda **changes: make_config(folder, eval_every=0, **changes)
+    workdir = tmp_path / "run"
+    train.train(config(steps=3, checkpoint_every=3), workdir)
+    with pytest.raises(train.SetupError, match="steps is 6, was 3.*allow_config_change"):
+        train.train(config(), workdir)
+    shutil.rmtree(folder / "train")
+    write_records(folder / "train", 13)
+    message = r"data source train=1 changed since the checkpoint: 13 records .* was 12"
+    with pytest.raises(train.SetupError, match=message):
+        train.train(config(steps=3, checkpoint_every=3), workdir)
+    assert final_state(workdir)["step"] == 3
+    train.train(config(allow_config_change=True, log_every=3), workdir)
+    assert final_state(workdir)["step"] == 6
+    assert "config.log_every is 3, was 2" in caplog.text
+
+
+def test_a_dry_run_says_what_a_run_takes_and_writes_nothing(data, tmp_path, capsys):
+    config = make_config(data, **{"data.sources": ()})  # no data are needed
+    train.train(config, tmp_path / "run", dry_run=True)
+    out = capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
+    assert "fused_blocks_0/ffn/w1/kernel" in out and "Total: " in out
+    assert "mesh: {'data': 2, 'fsdp': 2, 'tensor': 2}, 8 devices" in out
+    for line in ("state of a device: ", "activations and other temporaries of a device: ",
+                 "model FLOPs: ", "input: "):  # fmt: skip
+        assert line in out
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
@@ -207,6 +291,15 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
         ({"optimizer.b1": 1.0}, "optimizer.b1"),
         ({"steps": 0}, "steps"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"accumulate": 3}, "batch_size 8 does not divide into accumulate = 3 microbatches"),
+        ({"accumulate": 0}, "accumulate must be at least 1"),
+        (
+            {"batch_size": 16, "accumulate": 4, "objective.instant_ratio": 0.6},
+            "accumulate 4 does not divide the 10 rows",
+        ),
+        ({"remat": "some"}, "config.remat 'some' is not one of none, products, full"),
+        ({"on_nonfinite": "hope"}, "config.on_nonfinite 'hope' is not one of stop, skip"),
+        ({"profile": "5"}, "profile '5' must be START:STOP"),
         ({"dtype": "float99"}, "'float99' is not one of float32"),
         ({"init_from": "nowhere"}, "nowhere: no checkpoints"),
         ({"data.val_sources": ("nowhere=1",)}, "nowhere"),

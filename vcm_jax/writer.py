@@ -38,7 +38,7 @@ class Writer:
         self._events = EventsWriter(str(folder / "events"), f".{first_step}")
         if first_step:
             session = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-            self._event(first_step, session_log=session)
+            self._event(first_step + 1, session_log=session)
         path = self.workdir / "metrics.jsonl"
         _drop_later_lines(path, first_step)
         self._lines = path.open("a", buffering=1)
