@@ -258,7 +258,7 @@ def parse_profile(text: str) -> tuple[int, int] | None:
 
 
 class Profile:
-    """A trace of the steps START ... STOP - 1, under WORKDIR/profile (xprof or Perfetto read it).
+    """A trace of the steps START ... STOP - 1, under WORKDIR/profile (xprof reads it).
 
     Call it with the number of every step before that is started; `close` ends a trace early.
     """
@@ -271,7 +271,7 @@ class Profile:
             return
         if not self._on and step == self._span[0]:
             jax.block_until_ready(state)
-            jax.profiler.start_trace(self._folder, create_perfetto_trace=True)
+            jax.profiler.start_trace(self._folder)
             self._on = True
         elif self._on and step == self._span[1]:
             jax.block_until_ready(state)
