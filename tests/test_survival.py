@@ -130,6 +130,7 @@ def test_many_kills(data, tmp_path, workers):
         assert_equal(workdir, whole)
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_and_stop_together(data, tmp_path):
     """Float32: parameters within 1e-5 of one process's; then one goes on from what two saved."""
     config = settings(data, **{"mesh.data": 4, "mesh.fsdp": 2})
