@@ -29,11 +29,12 @@ from sync_layout import overlapping
 
 from vcm_jax import report, run_setup, sampling, sharding
 from vcm_jax.data import mixture
-from vcm_jax.generate import Request, encode_request, generate_latents, load_run
+from vcm_jax.generate import Request, encode_request, generate_latents
 from vcm_jax.logs import show_ours
 from vcm_jax.metrics import fit_material_classifier
 from vcm_jax.models import MMDiT
 from vcm_jax.objectives import OBJECTIVES
+from vcm_jax.runs import load_run
 from vcm_jax.teacher import load_teacher
 from vcm_jax.train_state import OptimizerConfig, make_init, make_optimizer
 from vcm_jax.train_step import train_step

@@ -25,9 +25,16 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 @pytest.fixture(scope="session", autouse=True)
 def compilation_cache(tmp_path_factory):
-    """Programs that several tests compile are compiled once, and kept where a cache is set."""
+    """Programs that several tests compile are compiled once, and kept where a cache is set.
+
+    pytest-xdist's processes share the cache; JAX locks only one whose size is limited.
+    """
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
     if not jax.config.jax_compilation_cache_dir:
-        jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("jax_cache")))
+        jax.config.update("jax_compilation_cache_dir", str(folder / "jax_cache"))
+    jax.config.update("jax_compilation_cache_max_size", 2**30)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 

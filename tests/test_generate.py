@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from codecs_for_tests import tiny_codec
 
-from vcm_jax import checkpoint, generate, run_setup, search_times
+from vcm_jax import checkpoint, generate, run_setup, runs, search_times
 from vcm_jax.codec import NeuralCodec
 from vcm_jax.data import impacts
 from vcm_jax.data.records import RecordSource
@@ -64,7 +64,7 @@ def world(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(world):
-    return generate.load_run(world / "run")
+    return runs.load_run(world / "run")
 
 
 def clip(world, number=0):
@@ -241,9 +241,9 @@ def test_outputs_that_cannot_or_must_not_be_written(tmp_path):
 
 def test_folders_that_are_not_runs(world, tmp_path):
     with pytest.raises(ValueError, match="not the workdir of a run"):
-        generate.load_run(tmp_path)
+        runs.load_run(tmp_path)
     with pytest.raises(ValueError, match="no checkpoint of step 9"):
-        generate.load_run(world / "run", step=9)
+        runs.load_run(world / "run", step=9)
 
 
 def test_a_run_in_the_neural_codecs_latents(tmp_path, monkeypatch):
@@ -261,12 +261,12 @@ def test_a_run_in_the_neural_codecs_latents(tmp_path, monkeypatch):
     assert same == (tmp_path / "codec/codec.npz").stat().st_ino  # a gigabyte is kept once
 
     request = generate.Request("a", clip(tmp_path), "a metal ball")
-    own = sound_of(generate.load_run(tmp_path / "run"), request)
+    own = sound_of(runs.load_run(tmp_path / "run"), request)
     assert len(own) == round(1.28 * 16_000) and own.std() > 1e-3
 
     def use(codec, name):
         codec.save(tmp_path / name)
-        return generate.load_run(tmp_path / "run", codec_folder=tmp_path / name)
+        return runs.load_run(tmp_path / "run", codec_folder=tmp_path / name)
 
     changed = lambda name: codec.arrays | {name: codec.arrays[name] + 0.1}
     vocoder = NeuralCodec("16k", changed("vocoder.conv_post.bias"))

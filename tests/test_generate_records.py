@@ -8,7 +8,7 @@ import pytest
 import soundfile
 from test_generate import world as world
 
-from vcm_jax import generate
+from vcm_jax import generate, runs
 from vcm_jax.data import records
 from vcm_jax.features import extract
 from vcm_jax.generate_records import RecordsError, generate_records
@@ -24,7 +24,7 @@ def given(world):
         world / "test_records", videos=world / "data/test", captions=world / "data/test.tsv",
         codec=world / "records/codec", duration=1.28, clip_dim=6, sync_dim=5, text_dim=4,
     )  # fmt: skip
-    return generate.load_run(world / "run"), records.RecordSource(world / "test_records")
+    return runs.load_run(world / "run"), records.RecordSource(world / "test_records")
 
 
 def read(folder, suffix="wav"):

@@ -47,7 +47,8 @@ def start(workdir, config, devices=8, **env):
     }  # fmt: skip
     if cache := jax.config.jax_compilation_cache_dir:
         environment |= {
-            "JAX_COMPILATION_CACHE_DIR": cache, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5"
+            "JAX_COMPILATION_CACHE_DIR": cache, "JAX_COMPILATION_CACHE_MAX_SIZE": str(2**30),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
         }  # fmt: skip
     # A shell starts what it puts in the background with Ctrl-C ignored, which is inherited.
     signal.signal(signal.SIGINT, signal.default_int_handler)

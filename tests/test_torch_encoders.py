@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 from test_generate import save_run
 
-from vcm_jax import generate
+from vcm_jax import generate, runs
 from vcm_jax.codec import fit_linear_codec
 from vcm_jax.data import SequenceConfig
 from vcm_jax.data.records import RecordSource
@@ -304,7 +304,7 @@ def test_generation_needs_the_weights_of_the_features(folder, videos, codec, tmp
     )  # fmt: skip
     widths = {"clip_dim": 12, "sync_dim": 16, "text_dim": 16}
     save_run(tmp_path, **{f"model_overrides.{name}": width for name, width in widths.items()})
-    run = generate.load_run(tmp_path / "run", encoder_folder=folder)
+    run = runs.load_run(tmp_path / "run", encoder_folder=folder)
     item = generate.encode_request(generate.Request("a", videos / "a.mp4", "the dogs"), run)
     source = RecordSource(tmp_path / "records")
     np.testing.assert_array_equal(item.clip.astype(np.float16), source[0]["clip"])
@@ -312,11 +312,11 @@ def test_generation_needs_the_weights_of_the_features(folder, videos, codec, tmp
     ((_, sound),) = generate.generate(run, [item], uniform_times(1))
     assert len(sound) == round(1.28 * RATE) and np.isfinite(sound).all() and sound.any()
     with pytest.raises(ValueError, match="give the folder of their weights, --encoders=DIR"):
-        generate.load_run(tmp_path / "run")
+        runs.load_run(tmp_path / "run")
     other = tiny.write_weights(tmp_path / "other", seed=1)
     with pytest.raises(ValueError, match="other: hash of clip is"):
-        generate.load_run(tmp_path / "run", encoder_folder=other)
-    assert generate.load_run(tmp_path / "run", with_encoders=False).encoders is None
+        runs.load_run(tmp_path / "run", encoder_folder=other)
+    assert runs.load_run(tmp_path / "run", with_encoders=False).encoders is None
 
 
 # A command with tiny sizes, whose encoder takes its time.

@@ -20,7 +20,7 @@ import numpy as np
 from absl import app, flags, logging
 from tqdm import tqdm
 
-from vcm_jax import generate, page, sampling
+from vcm_jax import generate, page, runs, sampling
 from vcm_jax.atomic import atomic_path
 from vcm_jax.evaluate_caches import EvaluateError
 from vcm_jax.evaluate_sounds import SAMPLE_RATE, read_pair
@@ -120,7 +120,7 @@ def sounds_of(entry: Entry, clips: list[Clip], folder: Path, seed: int, duration
             f"{list_few(silent)}: generate first and give the folder"
         )
     logging.info("%s: generating sound for %d clips", entry.label, len(clips))
-    run = generate.load_run(entry.path)
+    run = runs.load_run(entry.path)
     requests = (generate.Request(clip.id, clip.path, clip.caption) for clip in clips)
     items = (generate.encode_request(r, run, duration or None) for r in requests)
     paths, times = {}, sampling.uniform_times(entry.steps)

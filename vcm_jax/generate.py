@@ -11,7 +11,6 @@ devices; `--out` is then a folder of sounds, and `--shard=0/2` half of them, for
 
 import dataclasses
 import functools
-import json
 import os
 import sys
 import zlib
@@ -24,102 +23,18 @@ import numpy as np
 from absl import app, flags
 from tqdm import tqdm
 
-from vcm_jax import checkpoint, sampling
-from vcm_jax.codec import check_codec, load_codec
+from vcm_jax import sampling
 from vcm_jax.data.records import RecordSource
 from vcm_jax.data.sequence import SequenceConfig
 from vcm_jax.features import media
-from vcm_jax.features.encoders import encoders_from_spec
 from vcm_jax.features.extract import encode_video
 from vcm_jax.features.listing import list_clips
 from vcm_jax.logs import show_ours
-from vcm_jax.models import Conditions, MMDiT, ModelConfig
-from vcm_jax.objectives import read_section
+from vcm_jax.models import Conditions, MMDiT
+from vcm_jax.runs import Run, load_run
 
 # One evaluation looks at all of a clip at once: attention grows with the square of its length.
 MAX_DURATION = 120.0
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """A trained run, ready to generate.
-
-    Attributes:
-      model: sizes, at the duration of training.
-      variables: averaged parameters and statistics.
-      sequence: lengths at the duration of training.
-      encoder_spec: of what made the features in training.
-      encoders, codec: what turns videos and captions into features, and latents into sound;
-        encoders are None in a run that was loaded without.
-      objective: settings of the objective that it was trained with.
-      sampler: how it is sampled, the objective's own way unless another is put in.
-
-    Raises:
-      ValueError: when the sampler does not fit the objective.
-    """
-
-    model: ModelConfig
-    variables: dict
-    sequence: SequenceConfig
-    encoder_spec: dict
-    encoders: object | None
-    codec: object
-    objective: object
-    sampler: sampling.Sampler = sampling.OWN_SAMPLER
-
-    def __post_init__(self):
-        self.sampler.check(self.objective)
-
-
-def load_run(
-    workdir,
-    step: int | None = None,
-    sigma_rel: float | None = None,
-    codec_folder=None,
-    encoder_folder=None,
-    with_encoders: bool = True,
-) -> Run:
-    """Reads a workdir of `vcm_jax.main`.
-
-    Args:
-      workdir: of the run.
-      step: of the checkpoint, None for the latest.
-      sigma_rel: width of the weights' average, None for the run's first.
-      codec_folder: the codec to use instead of the run's own, e.g. with another vocoder.
-      encoder_folder: weights of CLIP and Synchformer, for a run whose features they made.
-      with_encoders: False where the features are there already.
-
-    Raises:
-      ValueError: when it is not one, has no such step or average, or the codec or the encoders are
-        not those of this run.
-    """
-    workdir = Path(workdir)
-    try:
-        run = json.loads((workdir / "run.json").read_text())
-    except FileNotFoundError:
-        raise ValueError(f"{workdir} is not the workdir of a run: it has no run.json") from None
-    sequence = SequenceConfig(**run["sequence"])
-    codec_folder = codec_folder or workdir / "codec"
-    codec = load_codec(codec_folder)
-    try:
-        check_codec(codec, sequence)
-        for key, value in run["codec"].items():
-            if getattr(codec, key) != value:
-                raise ValueError(
-                    f"its {key} is {getattr(codec, key)}, that of the training data {value}"
-                )
-    except ValueError as error:
-        raise ValueError(f"{codec_folder} does not fit the run {workdir}: {error}") from None
-    encoders = encoders_from_spec(run["encoders"], encoder_folder) if with_encoders else None
-    return Run(
-        model=ModelConfig(**run["model"]),
-        variables=checkpoint.restore_weights(workdir, step, sigma_rel),
-        sequence=sequence,
-        encoder_spec=run["encoders"],
-        encoders=encoders,
-        codec=codec,
-        objective=read_section(run["config"]["objective"])[0],
-    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,7 +156,7 @@ def generate(
     """(item, sound) of every item, float32 mono, as long as the item says.
 
     Args:
-      run: from `load_run`.
+      run: from `runs.load_run`.
       items: from `encode_request`; held back until a batch of equal length is full.
       times: as `sampling.sample`'s, e.g. `sampling.uniform_times(1)`.
       seed: of the noise, which also depends on the request's id.

@@ -127,7 +127,7 @@ def generate_records(
     """Writes OUT/ID.wav or .flac for every record, on all devices of this process.
 
     Args:
-      run: from `generate.load_run`.
+      run: from `runs.load_run`.
       source: the records.
       out: folder of the sounds; made, or gone on with.
       times: as `sampling.sample`'s.

@@ -21,7 +21,7 @@ from vcm_jax import page, sampling
 from vcm_jax.atomic import atomic_path
 from vcm_jax.data import impacts
 from vcm_jax.features import media
-from vcm_jax.generate import Request, encode_request, generate_latents, load_run
+from vcm_jax.generate import Request, encode_request, generate_latents
 from vcm_jax.logs import show_ours
 from vcm_jax.metrics import (
     detect_onsets,
@@ -33,6 +33,7 @@ from vcm_jax.metrics import (
     onset_scores,
     spectral_sharpness,
 )
+from vcm_jax.runs import load_run
 
 STEPS = (1, 4)
 MIN_CLIPS = 2

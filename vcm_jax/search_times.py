@@ -11,7 +11,6 @@ steps of an Euler sampler; here a jump is the trained network's own.
 
 import dataclasses
 import functools
-import json
 import sys
 from pathlib import Path
 
@@ -20,10 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from vcm_jax import sampling
+from vcm_jax import runs, sampling
 from vcm_jax.data import mixture
 from vcm_jax.data.records import RecordSource
-from vcm_jax.generate import load_run
 from vcm_jax.logs import show_ours
 from vcm_jax.models import MMDiT
 from vcm_jax.train_step import encode_batch
@@ -124,7 +122,7 @@ def run_velocity(run, records: RecordSource, num_clips: int):
 
 def records_of(workdir) -> RecordSource:
     """The records that a run is validated on or, without any, trained on."""
-    data = json.loads((Path(workdir) / "run.json").read_text())["config"]["data"]
+    data = runs.describe(workdir)["config"]["data"]
     path, _ = mixture.parse_source((data["val_sources"] or data["sources"])[0])
     return RecordSource(Path(data["dir"]) / path)
 
@@ -148,7 +146,7 @@ def main(argv):
     try:
         if args.steps >= args.grid:
             raise ValueError(f"--steps={args.steps} must be less than --grid={args.grid}")
-        run = load_run(args.workdir, args.checkpoint)
+        run = runs.load_run(args.workdir, args.checkpoint, with_encoders=False)
         run = dataclasses.replace(run, sampler=sampling.Sampler(args.guidance_scale))
         records = RecordSource(Path(args.records)) if args.records else records_of(args.workdir)
         u, cond = run_velocity(run, records, args.clips)

@@ -1,9 +1,6 @@
 """Reading the trained run that teaches a reflow run."""
 
-import json
-from pathlib import Path
-
-from vcm_jax import checkpoint
+from vcm_jax import checkpoint, runs
 from vcm_jax.models import ModelConfig
 from vcm_jax.objectives import read_section
 from vcm_jax.objectives.reflow import ReflowConfig
@@ -25,13 +22,11 @@ def load_teacher(settings, net, codec: dict):
         return None, None
     if not settings.teacher:
         raise ValueError("objective.teacher is empty: name the workdir of a trained run")
-    workdir = Path(settings.teacher)
+    workdir = settings.teacher
     try:
-        run = json.loads((workdir / "run.json").read_text())
-    except FileNotFoundError:
-        raise ValueError(
-            f"objective.teacher {workdir} is not the workdir of a run: it has no run.json"
-        ) from None
+        run = runs.describe(workdir)
+    except ValueError as error:
+        raise ValueError(f"objective.teacher {error}") from None
     model = ModelConfig(**run["model"])
     if model != net.config:
         names = [n for n in run["model"] if getattr(model, n) != getattr(net.config, n)]

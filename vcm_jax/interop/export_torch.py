@@ -10,14 +10,13 @@ convention (one time, 0 is noise), and then runs in MMAudio's code.
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 import numpy as np
 from absl import logging
 
-from vcm_jax import checkpoint
+from vcm_jax import checkpoint, runs
 from vcm_jax.atomic import atomic_path
 from vcm_jax.interop.import_network import reverse
 from vcm_jax.interop.state_dict import import_torch
@@ -72,10 +71,7 @@ def run(args) -> None:
     torch = import_torch("export_torch")
     if Path(args.out).is_dir():
         raise ValueError(f"--out={args.out} is a folder: name a file, for example vcm_s16k.pth")
-    path = Path(args.workdir) / "run.json"
-    if not path.is_file():
-        raise ValueError(f"{args.workdir} is not the workdir of a run: it has no run.json")
-    described = json.loads(path.read_text())
+    described = runs.describe(args.workdir)
     settings = read_section(described["config"]["objective"])[0]
     name, objective = objective_of(settings)
     network = object()
