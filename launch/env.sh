@@ -39,11 +39,12 @@ make_environment() {
 }
 
 # until_done COMMAND...: starts it again whenever it ends with 75: its state is saved after a
-# SIGTERM. A SIGTERM to this script is handed on, and is the end of it.
+# SIGTERM. A SIGTERM or Ctrl-C to this script is handed on as a SIGTERM, and is the end of it: what
+# a script puts into the background does not hear Ctrl-C.
 until_done() {
   local code=75 stopped='' child
   if [ -n "${DRY_RUN:-}" ]; then run "$@"; return; fi
-  trap 'stopped=1; kill -TERM "$child" 2>/dev/null' TERM
+  trap 'stopped=1; kill -TERM "$child" 2>/dev/null' TERM INT
   while [ "$code" = 75 ] && [ -z "$stopped" ]; do
     show "$@"
     "$@" &
@@ -51,6 +52,6 @@ until_done() {
     # A signal ends the first wait before the command has ended.
     while kill -0 "$child" 2>/dev/null; do wait "$child" && code=0 || code=$?; done
   done
-  trap - TERM
+  trap - TERM INT
   return "$code"
 }

@@ -11,12 +11,14 @@ if [ "${1:-}" = --dry-run ]; then DRY_RUN=1; shift; fi
 . launch/env.sh
 NAME=${NAME:-vcm} ZONE=${ZONE:-us-east5-b} TYPE=${TYPE:-v6e-16}
 VERSION=${VERSION:-v2-alpha-tpuv6e} SPOT=${SPOT---spot} BUCKET=${BUCKET:-my-bucket}
+POLL=${POLL:-60}  # seconds
 
 queue() { run gcloud compute tpus queued-resources "$@" --zone="$ZONE"; }
 
 # on WORKERS COMMAND
 on() { run gcloud compute tpus tpu-vm ssh "$NAME" --zone="$ZONE" --worker="$1" --command="$2"; }
 
+# Empty where there is no answer: no request, or no connection.
 state() { queue describe "$NAME" --format="value(state.state)"; }
 
 create() {
@@ -29,32 +31,46 @@ delete() { queue delete "$NAME" --force --quiet; }
 install() {
   run git archive --format=tar.gz --output=/tmp/vcm_jax.tar.gz HEAD
   run gcloud compute tpus tpu-vm scp /tmp/vcm_jax.tar.gz "$NAME:" --zone="$ZONE" --worker=all
-  on all "mkdir -p vcm_jax && tar xzf vcm_jax.tar.gz -C vcm_jax && cd vcm_jax && python3 -m venv \
-.venv && .venv/bin/pip install --quiet --requirement requirements.txt --editable '.[tpu]' && \
-sudo mkdir -p /mnt/vcm && sudo chmod 777 /mnt/vcm && gcsfuse --implicit-dirs $BUCKET /mnt/vcm"
+  # The machines' own Python may be older than what JAX takes: uv brings one.
+  on all "mkdir -p vcm_jax && tar xzf vcm_jax.tar.gz -C vcm_jax && cd vcm_jax && \
+python3 -m pip install --quiet --user uv && python3 -m uv venv --quiet --allow-existing \
+--python 3.12 .venv && python3 -m uv pip install --quiet --python .venv/bin/python \
+--requirement requirements.txt --editable '.[tpu]' && sudo mkdir -p /mnt/vcm && \
+(mountpoint -q /mnt/vcm || (sudo chmod 777 /mnt/vcm && gcsfuse --implicit-dirs $BUCKET /mnt/vcm))"
 }
 
+# Where a run is under way it goes on undisturbed. The file `code` is empty until it ends.
 start() {
   local flags
   flags=$(printf ' %q' "$@")
-  on all "cd vcm_jax && rm -f code && (JAX_COMPILATION_CACHE_DIR=/mnt/vcm/jax_cache nohup sh -c \
-$(printf '%q' ".venv/bin/python -m vcm_jax.main$flags; echo \$? > code") >> log 2>&1 &)"
+  on all "cd vcm_jax && ([ ! -s code ] && kill -0 \$(cat pid 2>/dev/null) 2>/dev/null || \
+(: > code; JAX_COMPILATION_CACHE_DIR=/mnt/vcm/jax_cache nohup sh -c \
+$(printf '%q' "echo \$\$ > pid; .venv/bin/python -m vcm_jax.main$flags; echo \$? > code") \
+>> log 2>&1 &))"
+}
+
+# Whether the machines are gone for good: a request that failed or was preempted.
+gone() {
+  case $(state) in FAILED | SUSPEND*) return 0 ;; *) return 1 ;; esac
 }
 
 # Ends when the run has; 1 when it must begin anew on other machines.
 follow() {
-  local now code
-  while true; do
-    now=$(state)
-    [ "$now" = ACTIVE ] || return 1
-    code=$(on 0 "cat vcm_jax/code 2>/dev/null || true" | tail -n 1)
+  local code
+  until gone; do
+    code=$(on 0 "cat vcm_jax/code" | tail -n 1) || code=''
     case $code in
       0) return 0 ;;
-      75) start "$@" ;;
-      [1-9]*) echo "the run ended with $code: see logs" >&2; exit "$code" ;;
+      75) sleep "$POLL"; start "$@" || true ;;  # when all workers have left
+      [1-9]*)
+        echo "the run ended with $code; the machines are still there, and cost: see logs, then" \
+          "run it again or delete" >&2
+        exit "$code"
+        ;;
     esac
-    sleep 60
+    sleep "$POLL"
   done
+  return 1
 }
 
 watch() {
@@ -65,13 +81,17 @@ watch() {
   # What `run` shows would be read as an answer.
   run() { "$@"; }
   while true; do
-    state > /dev/null 2>&1 || create
     until [ "$(state)" = ACTIVE ]; do
-      case $(state) in FAILED | SUSPEND*) delete; create ;; esac
-      sleep 60
+      if gone; then delete || true; fi
+      state > /dev/null || create || true
+      sleep "$POLL"
     done
-    if install && start "$@" && follow "$@"; then break; fi
-    delete || true
+    # What fails for want of a connection is tried again; only machines that are gone are deleted.
+    if install && start "$@"; then
+      if follow "$@"; then break; fi
+    else
+      sleep "$POLL"
+    fi
   done
   delete
 }

@@ -2,6 +2,9 @@
 
 import os
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -97,6 +100,16 @@ def test_every_process_reads_the_rows_of_its_devices(sizes, per_process, parts, 
     if len({index[0].start for index in scattered.values()}) > 1 and sizes == (8, 1, 1):
         with pytest.raises(ValueError, match="not one part of the batch"):
             sharding.process_part(mesh, 16)
+
+
+def test_a_sigterm_before_there_is_anything_to_save():
+    code = "import os, signal; from vcm_jax import preemption; preemption.leave_at_once(); "
+    found = subprocess.run(
+        [sys.executable, "-c", code + "os.kill(os.getpid(), signal.SIGTERM)"],
+        capture_output=True, text=True, cwd=Path(__file__).parents[1],
+    )  # fmt: skip
+    assert found.returncode == preemption.EXIT_CODE
+    assert found.stderr == "SIGTERM: nothing to save yet; the same command goes on\n"
 
 
 def test_sigterm_is_noted_and_the_handler_given_back():

@@ -66,13 +66,15 @@ def test_local_gpu(tmp_path):
 
 
 def test_a_local_run_is_started_again_as_long_as_it_was_told_to_stop(tmp_path):
-    """A command that ends with 75 twice and then with 3; and one that a SIGTERM is handed to."""
+    """A command that ends with 75 twice and then with 3; and one that signals are handed to."""
     script = f"""
         . {ROOT}/launch/env.sh
         again() {{ echo x >> runs; [ "$(wc -l < runs)" -lt 3 ] && exit 75; exit 3; }}
         code=0; until_done again || code=$?; echo "ended with $code"
         waits() {{ trap 'exit 75' TERM; touch ready; while true; do sleep 0.05; done; }}
         (while [ ! -f ready ]; do sleep 0.05; done; kill -TERM $$) &
+        code=0; until_done waits || code=$?; echo "ended with $code"
+        rm ready; (while [ ! -f ready ]; do sleep 0.05; done; kill -INT $$) &
         code=0; until_done waits || code=$?; echo "ended with $code"
     """
     found = subprocess.run(
@@ -85,9 +87,9 @@ def test_a_local_run_is_started_again_as_long_as_it_was_told_to_stop(tmp_path):
     )
     assert (tmp_path / "runs").read_text().count("x") == 3
     assert [line for line in found.stdout.splitlines() if "ended" in line] == [
-        "ended with 3", "ended with 75",
+        "ended with 3", "ended with 75", "ended with 75",
     ]  # fmt: skip
-    assert found.stdout.count("+ waits") == 1
+    assert found.stdout.count("+ waits") == 2
 
 
 def test_slurm(tmp_path):
@@ -142,6 +144,58 @@ def test_tpu_queued(tmp_path):
     assert "--worker=0" in call("logs")[0]
     steps = call("watch", *FLAGS)
     assert steps[:2] == [create, state] and run in steps and steps[-1] == delete
+
+
+GCLOUD = """#!/bin/bash
+echo "$*" >> "$CALLS"
+case "$*" in
+  *" describe "*) line=$(head -n 1 states); sed -i 1d states; [ "$line" != none ] || exit 1
+    [ "$line" != lost ] || exit 1; echo "$line" ;;
+  *"cat vcm_jax/code"*) head -n 1 codes; sed -i 1d codes ;;
+esac
+"""
+
+
+@pytest.mark.parametrize(
+    "states, codes, wanted, exit_code",
+    [
+        # No request yet; no connection for a moment; 75 is started again.
+        ("none none none ACTIVE lost ACTIVE ACTIVE", " 75 0",
+         "create install run run delete", 0),
+        # Preempted while it runs, and while it waits.
+        ("ACTIVE SUSPENDED SUSPENDED SUSPENDED none FAILED FAILED none ACTIVE ACTIVE", "0",
+         "install run delete create delete create install run delete", 0),
+        # A run that failed leaves its machines for a look at them.
+        ("ACTIVE ACTIVE", "1", "install run", 1),
+    ],
+)  # fmt: skip
+def test_tpu_watch_against_a_stand_in_for_gcloud(tmp_path, states, codes, wanted, exit_code):
+    stub = tmp_path / "bin/gcloud"
+    stub.parent.mkdir()
+    stub.write_text(GCLOUD.replace("states", str(tmp_path / "states")).replace(
+        "codes", str(tmp_path / "codes")
+    ))  # fmt: skip
+    stub.chmod(0o755)
+    (tmp_path / "states").write_text("\n".join(states.split()) + "\n")
+    (tmp_path / "codes").write_text("\n".join(codes.split(" ")) + "\n")
+    found = subprocess.run(
+        ["bash", str(ROOT / "launch/tpu_queued.sh"), "watch", *FLAGS], timeout=60, cwd=tmp_path,
+        capture_output=True, text=True,
+        env={"PATH": f"{stub.parent}:/usr/bin:/bin", "POLL": "0", "CALLS": str(tmp_path / "calls")},
+    )  # fmt: skip
+    kinds = {
+        "queued-resources create": "create", "queued-resources delete": "delete",
+        " scp ": "install", "vcm_jax.main": "run",
+    }  # fmt: skip
+    calls = [
+        kind
+        for line in (tmp_path / "calls").read_text().splitlines()
+        for text, kind in kinds.items()
+        if text in line
+    ]
+    assert " ".join(calls) == wanted, found.stdout + found.stderr
+    assert found.returncode == exit_code, found.stderr
+    assert ("the machines are still there" in found.stderr) == (exit_code == 1)
 
 
 def test_xpk(tmp_path):

@@ -281,6 +281,12 @@ def test_a_dry_run_says_what_a_run_takes_and_writes_nothing(data, tmp_path, caps
     [
         ({"batch_size": 6}, "batch_size 6 does not divide"),
         ({"mesh.data": 3}, "does not fit 8 devices"),
+        (
+            {"model_overrides.hidden_dim": 20, "mesh.data": 1, "mesh.fsdp": 8, "mesh.tensor": 1},
+            "mesh.fsdp=8 does not divide the model's hidden_dim 20",
+        ),
+        ({"checkpoint_every": 0}, "config.checkpoint_every must be at least 1, not 0"),
+        ({"eval_batches": 0}, "config.eval_batches must be at least 1, not 0"),
         ({"data.sources": ()}, "data.sources is empty"),
         ({"data.sources": ("train=-1",)}, "PATH=WEIGHT"),
         ({"data.sources": ("nowhere=1",)}, "nowhere"),

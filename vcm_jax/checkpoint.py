@@ -7,6 +7,7 @@ makes averaged weights of any width from the snapshots that a run keeps of its a
 """
 
 import argparse
+import contextlib
 import os
 import secrets
 import sys
@@ -67,6 +68,14 @@ def open_manager(workdir, keep_every: int | None = None, read_only: bool = False
     directory = Path(workdir).absolute() / "checkpoints"
     handlers = {"state": ocp.PyTreeCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
     return ocp.CheckpointManager(directory, options=options, item_handlers=handlers)
+
+
+def latest_step(workdir) -> int | None:
+    """The step that a run in this workdir goes on from; None for a new run."""
+    if not (Path(workdir) / "checkpoints").is_dir():
+        return None
+    with open_manager(workdir, read_only=True) as manager:
+        return manager.latest_step()
 
 
 def open_snapshots(workdir, read_only: bool = False):
@@ -175,12 +184,6 @@ class Saver:
             logging.warning("%s: the last save failed: %s", self.manager.directory, error)
 
 
-def save(manager: ocp.CheckpointManager, state, meta: dict) -> None:
-    """Saves a state in the background; `meta` is JSON. Closing the manager waits for it."""
-    args = ocp.args.Composite(state=ocp.args.PyTreeSave(state), meta=ocp.args.JsonSave(meta))
-    manager.save(int(state.step), args=args)
-
-
 def save_snapshot(saver: Saver, state) -> None:
     """Keeps the averages for `reconstruct`, as float16 like EDM2's, half of what they take."""
     saver.save(int(state.step), {"ema": _halved(state.ema), "stats": state.stats}, {})
@@ -218,6 +221,8 @@ def _existing_step(manager, step: int | None) -> int:
     there = sorted(manager.all_steps())
     if step is None and there:
         return there[-1]
+    if step is None:
+        raise CheckpointError(f"{manager.directory}: nothing is saved there yet")
     if step not in there:
         raise CheckpointError(
             f"{manager.directory}: no checkpoint of step {step}; there are {there or 'none'}"
@@ -238,23 +243,40 @@ def restore(manager: ocp.CheckpointManager, abstract_state, step: int | None = N
       CheckpointError: when there is no such step, or its arrays have other shapes.
     """
     step = _existing_step(manager, step)
-    saved = manager.item_metadata(step)["state"]
+    with _readable(manager, step):
+        saved = manager.item_metadata(step)["state"]
     check_shapes(saved, abstract_state, f"the checkpoint {manager.directory}/{step}")
-    restored = manager.restore(
-        step,
-        args=ocp.args.Composite(
-            state=ocp.args.PyTreeRestore(
-                item=abstract_state,
-                restore_args=ocp.checkpoint_utils.construct_restore_args(abstract_state),
-            )
-        ),
+    args = ocp.args.PyTreeRestore(
+        item=abstract_state,
+        restore_args=ocp.checkpoint_utils.construct_restore_args(abstract_state),
     )
-    return restored["state"]
+    with _readable(manager, step):
+        return manager.restore(step, args=ocp.args.Composite(state=args))["state"]
 
 
 def read_meta(manager, step: int) -> dict:
-    """The `meta` that was saved with a step."""
-    return manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+    """The `meta` that was saved with a step.
+
+    Raises:
+      CheckpointError: when it is damaged.
+    """
+    with _readable(manager, step):
+        return manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+
+
+@contextlib.contextmanager
+def _readable(manager, step: int):
+    """What Orbax and tensorstore raise, in many kinds, becomes a CheckpointError."""
+    try:
+        yield
+    except Exception as error:
+        reason = next((line for line in str(error).splitlines() if line.strip()), repr(error))
+        earlier = [at for at in manager.all_steps() if at < step]
+        way_out = f"the run then goes on from {max(earlier)}" if earlier else "there is no earlier"
+        raise CheckpointError(
+            f"{manager.directory}/{step} cannot be read ({reason[:200]}): if it is damaged, "
+            f"delete it; {way_out}"
+        ) from error
 
 
 def restore_weights(workdir, step: int | None = None, sigma_rel: float | None = None):
@@ -275,10 +297,12 @@ def restore_weights(workdir, step: int | None = None, sigma_rel: float | None = 
     directory = Path(workdir) / "checkpoints"
     if not directory.is_dir():
         raise CheckpointError(f"{workdir}: no checkpoints there (the workdir of a run is wanted)")
-    if sigma_rel is not None and (path := _reconstructed(workdir, sigma_rel, step)):
-        with np.load(path) as arrays:
-            return traverse_util.unflatten_dict(dict(arrays), sep="/")
     with open_manager(workdir, read_only=True) as manager:
+        made = None if sigma_rel is None else _reconstructed(workdir, sigma_rel, step)
+        at = manager.latest_step() if step is None else step
+        if made and not (at in manager.all_steps() and f"{sigma_rel:g}" in _widths(manager, at)):
+            with np.load(made) as arrays:
+                return traverse_util.unflatten_dict(dict(arrays), sep="/")
         step = _existing_step(manager, step)
         widths = _widths(manager, step)
         width = widths[0] if sigma_rel is None else f"{sigma_rel:g}"
@@ -291,7 +315,8 @@ def restore_weights(workdir, step: int | None = None, sigma_rel: float | None = 
 
 
 def _widths(manager, step: int) -> list[str]:
-    return sorted(manager.item_metadata(step)["state"].tree["ema"], key=float)
+    with _readable(manager, step):
+        return sorted(manager.item_metadata(step)["state"].tree["ema"], key=float)
 
 
 def _restore_average(manager, step: int, width: str) -> dict:
@@ -302,7 +327,8 @@ def _restore_average(manager, step: int, width: str) -> dict:
     args = ocp.args.Composite(
         state=ocp.args.PyTreeRestore(item=wanted, restore_args=on_host, partial_restore=True)
     )
-    restored = manager.restore(step, args=args)["state"]
+    with _readable(manager, step):
+        restored = manager.restore(step, args=args)["state"]
     return {"params": restored["ema"][width], "stats": restored["stats"]}
 
 

@@ -1,17 +1,30 @@
 """What the commands show of the log."""
 
+import sys
+
 from absl import logging
+
+# Orbax logs with a traceback what it also raises, and a save that failed leaves asyncio tasks
+# behind; who catches the error here says it in a line.
+TOLD_OTHERWISE = ("orbax", "asyncio")
 
 
 def show_ours() -> None:
-    """Shows this package's information and everybody's warnings; Orbax alone says a lot more.
-
-    What Orbax raises it also logs with a traceback; who catches it here says it in a line.
-    """
+    """Shows this package's information and everybody's warnings; Orbax alone says a lot more."""
     logging.set_verbosity(logging.INFO)
-    logging.get_absl_handler().addFilter(
-        lambda record: (
-            "vcm_jax" in record.pathname
-            or (record.levelno >= 30 and not (record.exc_info and "orbax" in record.pathname))
-        )
-    )
+    logging.get_absl_handler().addFilter(_shown)
+    others = sys.unraisablehook
+
+    def unraisable(error):
+        # Of every array of a save that failed TensorStore tells a loop that is gone.
+        if str(error.exc_value) != "Event loop is closed":
+            others(error)
+
+    sys.unraisablehook = unraisable
+
+
+def _shown(record) -> bool:
+    if "vcm_jax" in record.pathname:
+        return True
+    told = record.exc_info and any(name in record.pathname for name in TOLD_OTHERWISE)
+    return record.levelno >= 30 and not told

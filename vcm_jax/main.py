@@ -5,6 +5,7 @@ line on stderr says what is wrong; 74 nothing can be saved any more; 75 a SIGTER
 saved; 130 Ctrl-C.
 """
 
+import errno
 import os
 import sys
 
@@ -12,7 +13,7 @@ import jax
 from absl import app, flags
 from ml_collections import config_flags
 
-from vcm_jax import distributed, preemption, train
+from vcm_jax import checkpoint, distributed, preemption, train
 from vcm_jax.logs import show_ours
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "What to train: a file of configs/.")
@@ -20,19 +21,22 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, 
 DRY_RUN = flags.DEFINE_bool(
     "dry_run", False, "Compile, print what the run would take, and stop; writes nothing."
 )
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 
 
 def main(argv):
     if argv[1:]:
         raise app.UsageError(f"not understood: {' '.join(argv[1:])}")
     show_ours()
+    preemption.leave_at_once()
     try:
         distributed.initialize()
         train.train(CONFIG.value, WORKDIR.value, DRY_RUN.value)
     except (distributed.DistributedError, train.SetupError, train.NonFiniteError) as error:
         leave(1, f"error: {error}")
     except OSError as error:
-        leave(74, f"error: {error}")
+        unwritable = isinstance(error, checkpoint.StorageError) or error.errno in UNWRITABLE
+        leave(74 if unwritable else 1, f"error: {error}")
     except preemption.Preempted as saved:
         print(f"{saved}; the same command goes on", file=sys.stderr, flush=True)
         if jax.distributed.is_initialized():  # all leave together: none is missed by another
@@ -43,9 +47,13 @@ def main(argv):
 
 
 def leave(code: int, line: str) -> None:
-    """Ends the process; one of several does not wait for others that wait for it."""
+    """Ends the process; one of several does not wait for others that wait for it.
+
+    Nor does one that cannot write: what Orbax leaves behind complains at length when it is torn
+    down, and the line would not be the last.
+    """
     print(line, file=sys.stderr, flush=True)
-    if jax.distributed.is_initialized():
+    if code == 74 or jax.distributed.is_initialized():
         sys.stdout.flush()
         os._exit(code)
     sys.exit(code)

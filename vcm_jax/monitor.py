@@ -10,6 +10,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import jax
+import librosa
 import numpy as np
 import optax
 from absl import logging
@@ -237,7 +238,11 @@ class Evaluation:
             self._heard_truth = True
             for name, latents in heard.items():
                 for i, latent in enumerate(latents):
-                    sound = self._codec.decode(latent)
+                    try:
+                        sound = self._codec.decode(latent)
+                    except (ValueError, librosa.ParameterError) as error:  # a run may recover
+                        logging.warning("clip_%d/%s cannot be heard: %s", i, name, error)
+                        continue
                     writer.sound(
                         int(state.step), f"clip_{i}/{name}", sound, self._codec.sample_rate
                     )

@@ -41,11 +41,9 @@ def describe(compiled, flops: float, abstract, shardings, batch, mesh) -> str:
         f"input: {nbytes(batch) / batch_size / 2**10:.1f} KiB a sample, "
         f"{nbytes(batch) / 1e6:.4g} MB a step",
     ]
-    for name, peak in monitor.PEAK_TFLOPS.items():
-        rate = 0.4 * peak * 1e12 * devices / flops
-        if kind.startswith(name):
-            lines.append(
-                f"at an MFU of 40% of {peak} TFLOP/s: {rate:.4g} samples/s, "
-                f"which read {rate * nbytes(batch) / batch_size / 1e9:.3g} GB/s"
-            )
+    peak = next((p for name, p in monitor.PEAK_TFLOPS.items() if kind.startswith(name)), None)
+    rate = 0.4 * peak * 1e12 * devices / flops if peak else 1000.0
+    at = f"at an MFU of 40% of {peak} TFLOP/s: " if peak else "at "
+    bandwidth = rate * nbytes(batch) / batch_size / 1e9
+    lines.append(f"{at}{rate:.4g} samples/s, which read {bandwidth:.3g} GB/s")
     return "\n".join(lines)

@@ -26,6 +26,11 @@ from vcm_jax.train_step import StepConfig, Teacher, check_network
 
 DTYPES = ("float32", "bfloat16")
 ON_NONFINITE = ("stop", "skip")
+# 0 is never.
+LEAST = {
+    "checkpoint_every": 1, "log_every": 1, "eval_batches": 1, "eval_clips": 1, "eval_every": 0,
+    "keep_every": 0, "sample_clips": 0, "sample_every": 0, "snapshot_every": 0,
+}  # fmt: skip
 
 
 class SetupError(ValueError):
@@ -181,12 +186,17 @@ def read_setup(config: ConfigDict, without_data: bool) -> Setup:
         for key, known in (("dtype", DTYPES), ("remat", REMAT), ("on_nonfinite", ON_NONFINITE)):
             if config[key] not in known:
                 raise SetupError(f"config.{key} {config[key]!r} is not one of {', '.join(known)}")
+        for key, least in LEAST.items():
+            if (value := config[key]) < least:
+                raise SetupError(f"config.{key} must be at least {least}, not {value}")
+        sharding.process_part(mesh, config.batch_size)
         sources, weights, val = [], [], None
         if config.data.sources or not without_data:
             sources, weights = open_sources(config.data.sources, config.data.dir, "sources")
         if sources and config.data.val_sources and (config.eval_every or config.sample_every):
             val = open_sources(config.data.val_sources, config.data.dir, "val_sources", sources[0])
         model = model_config(config, sources[0].manifest if sources else None)
+        sharding.check_model(model, mesh)
         settings = step_config(config)
         instant = settings.num_instant(config.batch_size)
         if instant % config.accumulate:

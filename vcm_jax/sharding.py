@@ -81,6 +81,19 @@ def check_batch_size(batch_size: int, mesh: Mesh, accumulate: int = 1) -> None:
         )
 
 
+def check_model(model, mesh: Mesh) -> None:
+    """Raises ValueError when the mesh splits what the model cannot be split into.
+
+    Heads that do not divide are no error: attention is then replicated.
+    """
+    for axis, name in (("fsdp", "hidden_dim"), ("tensor", "mlp_dim")):
+        if getattr(model, name) % mesh.shape[axis]:
+            raise ValueError(
+                f"mesh.{axis}={mesh.shape[axis]} does not divide the model's {name} "
+                f"{getattr(model, name)}"
+            )
+
+
 def logical_axes(path: tuple[str, ...], ndim: int) -> tuple[str | None, ...]:
     """Names of a variable's axes from its place in the network; None where nothing is split.
 

@@ -64,7 +64,7 @@ def _train(config: ConfigDict, workdir: Path, stack: contextlib.ExitStack, dry_r
     key = jax.random.key(config.seed)
     stats, params = initial_stats(setup), None
     abstract = jax.eval_shape(make_init(net, stats, optimizer, config.ema_sigma_rels), key)
-    if config.init_from:
+    if config.init_from and checkpoint.latest_step(workdir) is None:
         start = checkpoint.restore_weights(config.init_from)
         params = start["params"]
         checkpoint.check_shapes(params, abstract.params, f"init_from {config.init_from}")
@@ -124,6 +124,10 @@ def _train(config: ConfigDict, workdir: Path, stack: contextlib.ExitStack, dry_r
         logging.info("%s is complete: %d of %d steps", workdir, first_step, config.steps)
         return
     snapshots.drop_after(first_step)
+    due = functools.partial(_due, steps=config.steps)
+    if first_step and due(config.snapshot_every, first_step):
+        if first_step not in snapshots.manager.all_steps():  # killed before it was written
+            checkpoint.save_snapshot(snapshots, state)
     if leader:
         describe_run(workdir, config, model, setup.sources[0])
     fold = lambda key: [jax.random.fold_in(key, i) for i in (1, 2)]
@@ -162,7 +166,7 @@ def _train(config: ConfigDict, workdir: Path, stack: contextlib.ExitStack, dry_r
         )
         batches = list(read(val, first_step=0, last_step=config.eval_batches))
         best = None
-        if config.eval_sample_steps:
+        if config.eval_every and config.eval_sample_steps:
             name = f"val/log_mel_fd_{config.eval_sample_steps[0]}_steps"
             best = validation.Best(workdir, name)
             if leader:
@@ -177,6 +181,8 @@ def _train(config: ConfigDict, workdir: Path, stack: contextlib.ExitStack, dry_r
         )  # fmt: skip
 
     writer = stack.enter_context(contextlib.closing(Writer(workdir, first_step, enabled=leader)))
+    if setup.profile and first_step >= setup.profile[0]:
+        logging.warning("config.profile: step %d is done, there is no trace", setup.profile[0])
     profile = stack.enter_context(
         contextlib.closing(monitor.Profile(setup.profile if leader else None, workdir))
     )
@@ -186,7 +192,6 @@ def _train(config: ConfigDict, workdir: Path, stack: contextlib.ExitStack, dry_r
         report=workdir / "nonfinite.jsonl" if leader else None,
     )  # fmt: skip
     learning_rate = learning_rate_schedule(setup.optimizer)
-    due = functools.partial(_due, steps=config.steps)
 
     batch = to_device(next(data))
     for step in range(first_step + 1, config.steps + 1):
@@ -200,7 +205,7 @@ def _train(config: ConfigDict, workdir: Path, stack: contextlib.ExitStack, dry_r
 
         stop = told_to_stop(step)
         save = due(config.checkpoint_every, step) or stop or saver.failed()
-        keep = due(config.snapshot_every, step)
+        keep = due(config.snapshot_every, step) or snapshots.failed()
         if save or keep or due(config.log_every, step):
             # Also before a checkpoint: nothing that is not finite is ever saved.
             values, seconds = meter.collect()

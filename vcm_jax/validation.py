@@ -128,6 +128,9 @@ class Best:
         """Saves the state's averages if the figure is the lowest so far; says whether it was.
 
         Every process must call it; the first one's figure decides.
+
+        Raises:
+          StorageError: when it cannot be saved.
         """
         value = float(values[self.figure])
         if jax.process_count() > 1:
@@ -136,7 +139,8 @@ class Best:
             return False
         self.value = value
         meta = meta | {"figure": self.figure, "value": value}
-        with checkpoint.open_manager(self.folder) as manager:
-            # Only what generating needs: these are no checkpoints to resume from.
-            checkpoint.save(manager, state.replace(params=None, opt_state=None), meta)
+        # Only what generating needs: these are no checkpoints to resume from.
+        kept = state.replace(params=None, opt_state=None)
+        with checkpoint.Saver(checkpoint.open_manager(self.folder)) as saver:
+            saver.save(int(state.step), kept, meta, wait=True)
         return True
