@@ -7,6 +7,7 @@ from pathlib import Path
 
 import av
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from codecs_for_tests import tiny_codec
@@ -237,6 +238,14 @@ def test_outputs_that_cannot_or_must_not_be_written(tmp_path):
         with pytest.raises(ValueError, match=message):
             check(out)
     assert video.read_bytes() == b"x"
+
+
+def test_too_little_memory_is_one_line(monkeypatch):
+    monkeypatch.setattr(generate.flags, "FLAGS", arguments(records=""))
+    too_much = lambda args: jax.block_until_ready(jnp.zeros(2**45))
+    monkeypatch.setattr(generate, "_main_requests", too_much)
+    with pytest.raises(SystemExit, match="error: .* not enough memory: lower --batch_size"):
+        generate.main(["generate"])
 
 
 def test_folders_that_are_not_runs(world, tmp_path):

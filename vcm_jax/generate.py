@@ -321,13 +321,7 @@ def _main_records(args):
         print(f"{speed:.3g} clips/s after the first batch, on {devices} devices")
 
 
-def main(argv):
-    if argv[1:]:
-        raise app.UsageError(f"not understood: {' '.join(argv[1:])}")
-    show_ours()
-    args = flags.FLAGS
-    if args.records:
-        return _main_records(args)
+def _main_requests(args):
     try:
         times, sampler = read_sampler(args)
         requests, failures = _requests(args)
@@ -359,6 +353,19 @@ def main(argv):
     print(f"{written} written, {len(failures)} left out")
     if not written:
         sys.exit(1)
+
+
+def main(argv):
+    if argv[1:]:
+        raise app.UsageError(f"not understood: {' '.join(argv[1:])}")
+    show_ours()
+    args = flags.FLAGS
+    try:
+        (_main_records if args.records else _main_requests)(args)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        sys.exit("error: the device has not enough memory: lower --batch_size or --duration")
 
 
 if __name__ == "__main__":

@@ -37,6 +37,14 @@ def main(argv):
     except OSError as error:
         unwritable = isinstance(error, checkpoint.StorageError) or error.errno in UNWRITABLE
         leave(74 if unwritable else 1, f"error: {error}")
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        leave(
+            1,
+            "error: the devices have not enough memory: a smaller batch_size, accumulate, "
+            "remat=products or full, or a larger mesh.fsdp needs less (--dry_run says how much)",
+        )
     except preemption.Preempted as saved:
         print(f"{saved}; the same command goes on", file=sys.stderr, flush=True)
         if jax.distributed.is_initialized():  # all leave together: none is missed by another
