@@ -1,5 +1,6 @@
 """What the commands show of the log."""
 
+import re
 import sys
 
 from absl import logging
@@ -27,4 +28,6 @@ def _shown(record) -> bool:
     if "vcm_jax" in record.pathname:
         return True
     told = record.exc_info and any(name in record.pathname for name in TOLD_OTHERWISE)
-    return record.levelno >= 30 and not told
+    # Of a checkpoint that is only read Orbax warns that it is only read.
+    reading = "orbax" in record.pathname and re.search("read.only", record.getMessage())
+    return record.levelno >= 30 and not told and not reading
