@@ -22,7 +22,9 @@ import sys
 import time
 from pathlib import Path
 
+import harness
 import jax
+import librosa
 from absl import app, flags
 from comparison_report import FIGURES, REFERENCE, STEPS, write_json, write_report
 from sync_layout import overlapping
@@ -41,6 +43,13 @@ from vcm_jax.train_step import train_step
 
 ROOT = Path(__file__).parents[1]
 STAGES = ("measure", "train", "score", "report")
+NOTE = (
+    "Network `demo`, its steps of training in the last table; mean and standard deviation over "
+    "seeds. Flow matching, wcfm and reflow are sampled with Euler steps, the first two with "
+    "guidance, so that a step is two evaluations; one Euler step without guidance is the "
+    "conditional mean. Reflow starts from the flow-matching run of its seed, whose time comes "
+    "on top. Guidance is at the scale of each objective's config (meanflow's is 2, the others' 3)."
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +92,7 @@ def make_step(config):
     state = jax.jit(make_init(net, stats, optimizer, config.ema_sigma_rels), out_shardings=whole)(
         jax.random.key(0)
     )
-    teacher, variables = load_teacher(settings.objective, net, sources[0].manifest.codec)
+    teacher, variables = load_teacher(settings.objective, net, sources[0].manifest)
     shapes = mixture.Shapes(
         clip=(model.clip_seq_len, model.clip_dim), sync=(model.sync_seq_len, model.sync_dim)
     )
@@ -102,14 +111,14 @@ def make_step(config):
     args = (state, jax.device_put(batch, rows), jax.random.key(1), jax.device_put(variables, whole))
     compiled = step.lower(*args).compile()
     # XLA counts the body of a loop once, and the teacher's sampler is one.
-    flops = compiled.cost_analysis()["flops"] if teacher is None else None
+    flops = harness.xla_flops(compiled) if teacher is None else None
     return lambda: jax.block_until_ready(compiled(*args)), compiled, flops
 
 
 def measure(entries, out: Path, turns: int = 5, calls: int = 2) -> dict:
     """Seconds of a training step (the fastest turn), and what XLA says of it, kept in OUT.
 
-    Memory (beside the arguments) and FLOPs are those of one device.
+    Memory is that of one device, beside the arguments.
     """
     path = out / "steps.json"
     found = json.loads(path.read_text()) if path.exists() else {}
@@ -157,6 +166,8 @@ def overrides(entry: Entry) -> dict:
 def num_steps(entry: Entry, measured: dict, minutes: float, samples: int) -> int:
     if samples:
         return max(1, round(samples / load_config(entry.config).batch_size))
+    if entry.name not in measured:
+        raise ValueError(f"{entry.out}/steps.json has no {entry.name}: --stage=measure comes first")
     return max(1, round(60 * minutes / measured[entry.name]["seconds"]))
 
 
@@ -217,9 +228,12 @@ class Scorer:
                 batch_size=len(items),
             )  # fmt: skip
             length = lambda item: round(item.seconds * run.codec.sample_rate)
-            found[label] = self.figures(
-                [run.codec.decode(x)[: length(item)] for item, x in zip(items, latents)]
-            )
+            try:
+                sounds = [run.codec.decode(x)[: length(i)] for i, x in zip(items, latents)]
+                found[label] = self.figures(sounds)
+            except (ValueError, librosa.ParameterError) as error:  # nothing that can be heard
+                print(f"{entry.workdir}, {label}: no figures ({error})", flush=True)
+                found[label] = dict.fromkeys(FIGURES, float("nan"))
         return found
 
 
@@ -237,7 +251,8 @@ def score(entries, data: Path, out: Path, num_clips: int, num_train: int) -> Non
             write_json(out / "truth.json", truth)
         print(f"scoring {entry.workdir}", flush=True)
         lines = (entry.workdir / "metrics.jsonl").read_text().splitlines()
-        write_json(path, {"steps": json.loads(lines[-1])["step"], "figures": scorer.run(entry)})
+        steps, count = json.loads(lines[-1])["step"], len(scorer.clips)
+        write_json(path, {"steps": steps, "clips": count, "figures": scorer.run(entry)})
 
 
 def _define_flags():
@@ -261,11 +276,11 @@ def main(argv):
         raise app.UsageError(f"not understood: {' '.join(argv[1:])}")
     show_ours()
     out = Path(args.out)
-    entries = [Entry(c, int(seed), out) for seed in args.seeds for c in args.config]
-    # A teacher comes before its student.
-    entries.sort(key=lambda entry: entry.name == "reflow")
-    out.mkdir(parents=True, exist_ok=True)
     try:
+        entries = [Entry(c, int(seed), out) for seed in args.seeds for c in args.config]
+        # A teacher comes before its student.
+        entries.sort(key=lambda entry: entry.name == "reflow")
+        out.mkdir(parents=True, exist_ok=True)
         students = [entry for entry in entries if entry.name == "reflow"]
         others = [entry for entry in entries if entry not in students]
         for group in (others, students):
@@ -278,14 +293,7 @@ def main(argv):
         if "score" in args.stage:
             score(entries, Path(args.data), out, args.clips, args.train_clips)
         if "report" in args.stage:
-            budget = f"{args.samples} samples" if args.samples else f"{args.minutes:g} minutes"
-            note = (
-                f"Network `demo`, {budget} of training a run, {args.clips} test clips; one Euler "
-                "step of flow matching without guidance is the conditional mean. Reflow starts "
-                "from the flow-matching run, whose time comes on top. Shown: mean and standard "
-                "deviation over seeds."
-            )
-            print(write_report(entries, out, note))
+            print(write_report(entries, out, NOTE))
     except (ValueError, FileNotFoundError, subprocess.CalledProcessError) as error:
         sys.exit(f"error: {error}")
 

@@ -50,7 +50,7 @@ def tables(results, truth, measured, base: str) -> list[tuple[str, list[list[str
         for name, figures in truth.items():
             rows.append([name, *[f"{figures[figure]:.3f}"] * len(STEPS)])
         found.append((f"{title} ({better})", rows))
-    rows = [["", "ms a step", f"time / {base}", "GFLOP a step", f"FLOPs / {base}", "memory (MB)",
+    rows = [["", "ms a step", f"time / {base}", "GFLOP a step", f"FLOPs / {base}", "MB a device",
              f"memory / {base}", "steps", "seeds"]]  # fmt: skip
     for name, runs in results.items():
         if name in measured:

@@ -5,7 +5,9 @@
 
 --config=configs/s16k.py:OBJECTIVE trains with another objective: flow_matching (MMAudio's), soflow
 (BiTCAM's S-16k), meanflow, split_meanflow, shortcut, wcfm, or reflow, which also wants
---config.objective.teacher=WORKDIR, a trained run.
+--config.objective.teacher=WORKDIR, a trained run. All drop the whole condition of a row at once
+(objective.null_prob), so that they can be compared; video_drop_prob and text_drop_prob drop one
+modality alone.
 
 Sources are folders made by `python -m vcm_jax.features.extract`; the weights say how often each is
 drawn, whatever its size. The paper mixes video-text-audio and text-audio half and half.
@@ -21,7 +23,7 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from vcm_jax.models import ModelConfig
-from vcm_jax.objectives import make_settings
+from vcm_jax.objectives import OBJECTIVES, make_settings
 
 # Fields of the network that a run may change; its lengths follow from the data's duration.
 MODEL_FIELDS = {
@@ -89,6 +91,7 @@ def get_config(objective: str = "vcm") -> ConfigDict:
     config.eval_batches = 4
     config.sample_every = 10_000  # sounds and spectrograms of validation clips
     config.sample_clips = 4
-    config.eval_sample_steps = (1, 4)  # what validation clips are generated in; (): none are
+    # What validation clips are generated in, the first for `best/`; (): none are.
+    config.eval_sample_steps = (25,) if OBJECTIVES[objective].instant_only else (1, 4)
     config.eval_clips = 64
     return config

@@ -79,6 +79,9 @@ def test_names_and_the_report_of_what_is_scored(tmp_path):
     steps = {"vcm": {"seconds": 0.3, "temporary_bytes": 4e6, "flops": 6e9}}
     steps["flow_matching"] = {"seconds": 0.1, "temporary_bytes": 2e6, "flops": 4e9}
     compare.write_json(tmp_path / "steps.json", steps)
+    with pytest.raises(ValueError, match="steps.json has no lambda_end=1/250: --stage=measure"):
+        compare.num_steps(entries[2], steps, 1.0, 0)
+    assert compare.num_steps(entries[0], steps, 1.0, 0) == 200
     page = compare.write_report(entries, tmp_path, "a <note>").read_text()
     text = (tmp_path / "comparison.md").read_text()
     assert "| vcm | 0.700 ± 0.141 | 0.700 ± 0.141 |" in text

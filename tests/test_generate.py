@@ -158,7 +158,8 @@ def test_any_sampler(world, run):
         dataclasses.replace(run, sampler=Sampler(guidance_interval=(0.0, 0.5)))
 
 
-def test_searched_times_of_a_run(world, run):
+def test_searched_times_of_a_run(world):
+    run = runs.load_run(world / "run", with_encoders=False)
     source = RecordSource(world / "records")
     u, cond = search_times.run_velocity(run, source, 3)
     noise = np.random.default_rng(0).standard_normal((3, run.model.latent_seq_len, 20), np.float32)

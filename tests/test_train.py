@@ -426,8 +426,8 @@ def test_reflow_learns_from_a_trained_run(data, tmp_path):
     # What the student is shown: the teacher's samples, in the student's normalisation.
     net = MMDiT(ModelConfig(**run["model"]))
     loaded, variables = load_teacher(
-        read_section(student.objective)[0], net, run["codec"]
-    )  # fmt: skip
+        read_section(student.objective)[0], net, records.RecordSource(data / "train").manifest
+    )
     (source,), weights = run_setup.open_sources(("train=1",), str(data), "sources")
     shapes = mixture.Shapes(clip=(5, 6), sync=(8, 5))
     mixed = mixture.mix([source], weights, seed=0)
@@ -440,6 +440,9 @@ def test_reflow_learns_from_a_trained_run(data, tmp_path):
     halved = teacher_data(loaded, variables, twice, *args)
     np.testing.assert_allclose(halved, same / 2, atol=1e-5)
     assert same.shape == x1.shape and np.abs(same - x1).max() > 1e-3
+    half = teacher_data(loaded, variables, stats, batch, x1, np.array([True, False]))
+    np.testing.assert_allclose(half[1], same[1], atol=1e-6)
+    assert (half[0] != same[0]).any(), "a row without its condition is another sound"
 
     for changes, message in (
         ({}, "objective.teacher is empty: name the workdir"),

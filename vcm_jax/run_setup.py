@@ -207,8 +207,8 @@ def read_setup(config: ConfigDict, without_data: bool) -> Setup:
         optimizer = _dataclass_from(OptimizerConfig, dict(config.optimizer), "optimizer")
         net = MMDiT(model, dtype=jnp.dtype(config.dtype), remat=config.remat)
         check_network(net, settings)
-        codec = sources[0].manifest.codec if sources else None
-        teacher, variables = load_teacher(settings.objective, net, codec)
+        manifest = sources[0].manifest if sources else None
+        teacher, variables = load_teacher(settings.objective, net, manifest)
         profile = monitor.parse_profile(config.profile)
     return Setup(
         mesh, net, sources, weights, val, model, settings, optimizer, teacher, variables, profile

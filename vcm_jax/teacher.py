@@ -7,16 +7,16 @@ from vcm_jax.objectives.reflow import ReflowConfig
 from vcm_jax.train_step import Teacher
 
 
-def load_teacher(settings, net, codec: dict):
+def load_teacher(settings, net, manifest):
     """(Teacher, its variables) of a reflow run; (None, None) for other objectives.
 
     Args:
       settings: of the objective.
       net: the student's network, whose sizes are the teacher's too.
-      codec: description of the student's latents.
+      manifest: of the student's records; None where there are none yet.
 
     Raises:
-      ValueError: when there is no teacher, or it has other sizes or other latents.
+      ValueError: when there is no teacher, or it has other sizes, features or latents.
     """
     if not isinstance(settings, ReflowConfig):
         return None, None
@@ -34,9 +34,11 @@ def load_teacher(settings, net, codec: dict):
             f"objective.teacher {workdir} is of another size: "
             + ", ".join(f"{n} {getattr(model, n)}, not {getattr(net.config, n)}" for n in names)
         )
-    if run["codec"] != codec:
-        raise ValueError(
-            f"objective.teacher {workdir} has latents of another codec: {run['codec']}"
-        )
+    for what in ("codec", "encoders") if manifest else ():
+        if run[what] != getattr(manifest, what):
+            raise ValueError(
+                f"objective.teacher {workdir} was trained with other {what} than the records have: "
+                f"{run[what]}, not {getattr(manifest, what)}"
+            )
     teacher = Teacher(net, read_section(run["config"]["objective"])[0], settings.teacher_steps)
     return teacher, checkpoint.restore_weights(workdir)

@@ -17,7 +17,8 @@ class ShortcutConfig:
 
     Attributes:
       finest: M, a power of 2: jumps have lengths 2 / M, 4 / M, ..., 1 and start at multiples of
-        their length; 1 / M counts as s = t.
+        their length; 1 / M counts as s = t. Jumps shorter than 2 / M are trained by no row, so that
+        a sampler takes at most M / 2 steps.
       guidance_scale, mix_ratio, guidance_interval: of the target at s = t, as `VCMConfig`'s.
       p, eps: of the adaptive weight; p = 0, the paper's, is the plain mean squared error.
       instant_ratio: the part of the rows with s = t.
