@@ -2,6 +2,7 @@
 
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -77,6 +78,8 @@ def test_a_local_run_is_started_again_as_long_as_it_was_told_to_stop(tmp_path):
         rm ready; (while [ ! -f ready ]; do sleep 0.05; done; kill -INT $$) &
         code=0; until_done waits || code=$?; echo "ended with $code"
     """
+    # A shell starts what it puts in the background with Ctrl-C ignored, which is inherited.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     found = subprocess.run(
         ["bash", "-uc", script],
         capture_output=True,

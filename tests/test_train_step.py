@@ -268,11 +268,15 @@ def test_batch_that_the_devices_do_not_divide():
 
 
 def test_randomness_is_a_function_of_the_step():
-    init = make_init(NET, STATS, OPTIMIZER, (0.05,))
-    state = init(jax.random.key(0))
-    step = jax.jit(functools.partial(train_step, net=NET, optimizer=OPTIMIZER, config=CONFIG))
-    batch = make_batch()
-    losses = lambda state: float(step(state, batch, jax.random.key(7))[1].loss.compute())
+    mesh = sharding.make_mesh(1, devices=jax.devices()[:1])
+    step, init, shardings = make_step(mesh)  # the program of `one_device`
+    state = jax.jit(init, out_shardings=shardings)(jax.random.key(0))
+    batch = jax.device_put(make_batch(), sharding.batch_sharding(mesh))
+
+    def losses(state):
+        state = jax.device_put(state, shardings)
+        return float(step(state, batch, jax.random.key(7))[1].loss.compute())
+
     assert losses(state) == losses(state)
     assert losses(state) != losses(state.replace(step=state.step + 1))
 
@@ -323,6 +327,7 @@ def test_learning_rate():
     )
 
 
+@pytest.mark.slow
 def test_all_rows_instant_or_none():
     for ratio in (0.0, 1.0):
         config = dataclasses.replace(CONFIG, objective=VCMConfig(p=0.0, instant_ratio=ratio))
