@@ -25,7 +25,7 @@ from vcm_jax import ema
 from vcm_jax.models import MODELS, MMDiT
 from vcm_jax.models.layers import attention, conv1d
 from vcm_jax.objectives.vcm import VCMConfig
-from vcm_jax.train_state import OptimizerConfig, make_optimizer
+from vcm_jax.training.state import OptimizerConfig, make_optimizer
 
 
 @dataclasses.dataclass(frozen=True)

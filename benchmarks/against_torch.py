@@ -26,9 +26,9 @@ def time_jax(args) -> list[float]:
     import jax.numpy as jnp
     import train_step
 
-    from vcm_jax import sharding
+    from vcm_jax.devices import sharding
     from vcm_jax.models import MODELS, Conditions, MMDiT
-    from vcm_jax.train_step import StepConfig
+    from vcm_jax.training.step import StepConfig
 
     model, dtype = MODELS[args.model], jnp.dtype(args.dtype)
     mesh, config = sharding.make_mesh(), StepConfig(steps=300_000)

@@ -29,17 +29,20 @@ from absl import app, flags
 from comparison_report import FIGURES, REFERENCE, STEPS, write_json, write_report
 from sync_layout import overlapping
 
-from vcm_jax import report, run_setup, sampling, sharding
-from vcm_jax.data import mixture
-from vcm_jax.generate import Request, encode_request, generate_latents
-from vcm_jax.logs import show_ours
-from vcm_jax.metrics import fit_material_classifier
+from vcm_jax import sampling
+from vcm_jax.cli import show_ours
+from vcm_jax.devices import sharding
+from vcm_jax.generation.clips import Request, encode_request, generate_latents
+from vcm_jax.generation.run import load_run
+from vcm_jax.impacts import report
+from vcm_jax.impacts.materials import fit_material_classifier
 from vcm_jax.models import MMDiT
 from vcm_jax.objectives import OBJECTIVES
-from vcm_jax.runs import load_run
-from vcm_jax.teacher import load_teacher
-from vcm_jax.train_state import OptimizerConfig, make_init, make_optimizer
-from vcm_jax.train_step import train_step
+from vcm_jax.records import mixture
+from vcm_jax.training import setup
+from vcm_jax.training.state import OptimizerConfig, make_init, make_optimizer
+from vcm_jax.training.step import train_step
+from vcm_jax.training.teacher import load_teacher
 
 ROOT = Path(__file__).parents[1]
 STAGES = ("measure", "train", "score", "report")
@@ -82,13 +85,13 @@ def load_config(text: str):
 
 def make_step(config):
     """(a call of one training step on real records, the compiled step, its FLOPs or None)."""
-    sources, weights = run_setup.open_sources(config.data.sources, config.data.dir, "sources")
-    model = run_setup.model_config(config, sources[0].manifest)
-    net, settings = MMDiT(model), run_setup.step_config(config)
+    sources, weights = setup.open_sources(config.data.sources, config.data.dir, "sources")
+    model = setup.model_config(config, sources[0].manifest)
+    net, settings = MMDiT(model), setup.step_config(config)
     optimizer = make_optimizer(OptimizerConfig(**config.optimizer))
     mesh = sharding.make_mesh(-1, 1, 1)
     rows, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
-    stats = run_setup.mixed_statistics(sources, weights) | {"empty_text": sources[0].empty_text}
+    stats = setup.mixed_statistics(sources, weights) | {"empty_text": sources[0].empty_text}
     state = jax.jit(make_init(net, stats, optimizer, config.ema_sigma_rels), out_shardings=whole)(
         jax.random.key(0)
     )

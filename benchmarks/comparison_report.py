@@ -8,8 +8,8 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 
-from vcm_jax import page
 from vcm_jax.atomic import atomic_path
+from vcm_jax.media import page
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

@@ -3,7 +3,7 @@
     python benchmarks/input_pipeline.py --dir=/tmp/input_pipeline
 
 writes records of the full size (8 s at 16 kHz: 609 KiB of features) into --dir, reads them through
-`vcm_jax.data.mixture` with threads and with 1, 2, ... worker processes, and compares with plain
+`vcm_jax.records.mixture` with threads and with 1, 2, ... worker processes, and compares with plain
 memory maps of the same features, read by as many threads in the same order. Each figure is the
 best of --repeats (the machine may be busy otherwise) and comes with the slowest. A corpus of the
 same shards linked over and over shows the memory that a large one takes, and that a run resumes
@@ -21,7 +21,19 @@ from pathlib import Path
 import numpy as np
 from absl import app, flags
 
-from vcm_jax.data import SequenceConfig, mixture, records
+from vcm_jax.records import mixture
+from vcm_jax.records.schema import (
+    MANIFEST,
+    TEXT_TABLE,
+    Manifest,
+    read_manifest,
+    serialize,
+    write_manifest,
+    write_shard,
+    write_text_table,
+)
+from vcm_jax.records.sequence import SequenceConfig
+from vcm_jax.records.source import RecordSource
 
 DIR = flags.DEFINE_string("dir", None, "Folder for the records; kept.", required=True)
 RECORDS = flags.DEFINE_integer("records", 512, "Records that are written.", lower_bound=1)
@@ -51,8 +63,8 @@ def _random(rng, name):
 
 def write_corpus(folder: Path, count: int, in_table: bool) -> Path:
     """Records of random features, with the text in them or in the text table."""
-    if (folder / records.MANIFEST).exists():
-        if records.read_manifest(folder).num_records == count:
+    if (folder / MANIFEST).exists():
+        if read_manifest(folder).num_records == count:
             return folder
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -65,15 +77,15 @@ def write_corpus(folder: Path, count: int, in_table: bool) -> Path:
             if in_table:
                 del record["text"]
                 record["text_row"] = i % _CAPTIONS
-            packed.append(records.serialize(record))
+            packed.append(serialize(record))
         path = folder / f"part-{first // _SHARD:05d}.array_record"
-        records.write_shard(path, packed)
+        write_shard(path, packed)
         shards.append({"name": path.name, "records": len(packed), "bytes": path.stat().st_size})
     if in_table:
-        table = records.write_text_table(folder, (_random(rng, "text") for _ in range(_CAPTIONS)))
-    records.write_manifest(
+        table = write_text_table(folder, (_random(rng, "text") for _ in range(_CAPTIONS)))
+    write_manifest(
         folder,
-        records.Manifest(
+        Manifest(
             sequence=SequenceConfig(), encoders={}, codec={"latent_dim": 20}, has_video=True,
             num_records=count, num_failures=0,
             fields={n: {"shape": s, "dtype": np.dtype(d).name} for n, (s, d) in _FEATURES.items()},
@@ -88,7 +100,7 @@ def link_corpus(folder: Path, small: Path, gigabytes: float) -> Path:
     """A corpus of that size from hard links to the shards of a small one."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    content = json.loads((small / records.MANIFEST).read_text())
+    content = json.loads((small / MANIFEST).read_text())
     shards, size = [], 0
     while size < gigabytes * 1e9:
         shard = content["shards"][len(shards) % len(content["shards"])]
@@ -96,9 +108,9 @@ def link_corpus(folder: Path, small: Path, gigabytes: float) -> Path:
         os.link(small / shard["name"], folder / name)
         shards.append(shard | {"name": name})
         size += shard["bytes"]
-    os.link(small / records.TEXT_TABLE, folder / records.TEXT_TABLE)
+    os.link(small / TEXT_TABLE, folder / TEXT_TABLE)
     content |= {"shards": shards, "num_records": sum(shard["records"] for shard in shards)}
-    (folder / records.MANIFEST).write_text(json.dumps(content))
+    (folder / MANIFEST).write_text(json.dumps(content))
     return folder
 
 
@@ -123,7 +135,7 @@ def rate(make_batches) -> dict:
 
 def reader(folder: Path, workers: int, batch_size: int):
     """count -> that many batches through the library."""
-    mixed = mixture.mix([records.RecordSource(folder)], [1.0], 0)
+    mixed = mixture.mix([RecordSource(folder)], [1.0], 0)
     return lambda count: mixture.batches(
         mixed, SHAPES, batch_size=batch_size, first_step=0, last_step=count, num_workers=workers
     )
@@ -178,7 +190,7 @@ def memory(folder: Path, batch_size: int) -> dict:
 def resume_seconds(folder: Path) -> float:
     """From nothing to batch 1,000."""
     start = time.perf_counter()
-    mixed = mixture.mix([records.RecordSource(folder)], [1.0], 0)
+    mixed = mixture.mix([RecordSource(folder)], [1.0], 0)
     next(mixture.batches(mixed, SHAPES, batch_size=BATCH.value, first_step=1000, last_step=1001))
     return time.perf_counter() - start
 
@@ -187,7 +199,7 @@ def main(_):
     root = Path(DIR.value)
     table = write_corpus(root / "table", RECORDS.value, in_table=True)
     inline = write_corpus(root / "inline", RECORDS.value, in_table=False)
-    size = lambda folder: sum(shard["bytes"] for shard in records.read_manifest(folder).shards)
+    size = lambda folder: sum(shard["bytes"] for shard in read_manifest(folder).shards)
     result = {
         "benchmark": "input_pipeline",
         "cores": len(os.sched_getaffinity(0)),

@@ -19,10 +19,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vcm_jax import checkpoint, sharding
+from vcm_jax.devices import sharding
 from vcm_jax.models import MODELS, MMDiT
-from vcm_jax.train_state import OptimizerConfig, make_init, make_optimizer
-from vcm_jax.writer import Writer
+from vcm_jax.runs import checkpoint
+from vcm_jax.training.state import OptimizerConfig, make_init, make_optimizer
+from vcm_jax.training.writer import Writer
 
 MESHES = ((1, 1, 1), (8, 1, 1), (1, 8, 1), (2, 4, 1), (2, 2, 2), (1, 1, 8), (8, 8, 1), (1, 64, 1))
 

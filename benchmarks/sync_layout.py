@@ -18,7 +18,8 @@ from pathlib import Path
 import numpy as np
 from absl import app, flags
 
-from vcm_jax.data import records
+from vcm_jax.records.schema import EMPTY_TEXT, RecordError, serialize, write_manifest, write_shard
+from vcm_jax.records.source import RecordSource
 
 
 def overlapping(sync: np.ndarray, duration: float) -> np.ndarray:
@@ -41,7 +42,7 @@ def rewrite(source: Path, out: Path) -> int:
     Raises:
       RecordError: a folder that is not one of records.
     """
-    there = records.RecordSource(source)
+    there = RecordSource(source)
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     duration, digest = there.manifest.sequence.duration, hashlib.sha256()
@@ -50,16 +51,16 @@ def rewrite(source: Path, out: Path) -> int:
         for i in range(len(there)):
             record = there[i]
             record["sync"] = overlapping(record["sync"].astype(np.float32), duration)
-            data = records.serialize(record)
+            data = serialize(record)
             digest.update(data)
             yield data
 
     path = out / "part-00000.array_record"
-    records.write_shard(path, packed())
-    shutil.copy(source / records.EMPTY_TEXT, out / records.EMPTY_TEXT)
+    write_shard(path, packed())
+    shutil.copy(source / EMPTY_TEXT, out / EMPTY_TEXT)
     shutil.copytree(source / "codec", out / "codec")
     shard = {"name": path.name, "records": len(there), "bytes": path.stat().st_size}
-    records.write_manifest(
+    write_manifest(
         out,
         dataclasses.replace(
             there.manifest, shards=[shard], text_table=None, fingerprint=digest.hexdigest()[:16]
@@ -74,7 +75,7 @@ def main(argv):
     args = flags.FLAGS
     try:
         count = rewrite(Path(args.records), Path(args.out))
-    except records.RecordError as error:
+    except RecordError as error:
         sys.exit(f"error: {error}")
     print(f"{args.out}: {count} records")
 

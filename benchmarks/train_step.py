@@ -17,12 +17,12 @@ import harness
 import jax
 import jax.numpy as jnp
 
-from vcm_jax import sharding
+from vcm_jax.devices import sharding
 from vcm_jax.models import MODELS, MMDiT
 from vcm_jax.models.flops import vcm_step_flops
 from vcm_jax.objectives import OBJECTIVES, make_settings
-from vcm_jax.train_state import OptimizerConfig, make_init, make_optimizer
-from vcm_jax.train_step import StepConfig, train_step
+from vcm_jax.training.state import OptimizerConfig, make_init, make_optimizer
+from vcm_jax.training.step import StepConfig, train_step
 
 STUDENTS = [name for name in OBJECTIVES if name != "reflow"]  # whose teacher is no part of the step
 

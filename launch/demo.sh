@@ -13,7 +13,7 @@ CORES=$(getconf _NPROCESSORS_ONLN)
 # Networks this small leave cores idle unless each core is a device of its own.
 export XLA_FLAGS=${XLA_FLAGS:---xla_force_host_platform_device_count=2}
 
-run python -m vcm_jax.data.impacts --out="$DATA" --train=2400 --val=64 --test=200 --workers="$CORES"
+run python -m vcm_jax.impacts --out="$DATA" --train=2400 --val=64 --test=200 --workers="$CORES"
 for split in train val test; do
   codec=()
   [ "$split" = train ] || codec=(--codec="$RECORDS/train/codec")
@@ -24,5 +24,5 @@ done
 run python -m vcm_jax.main --config=configs/impacts.py --config.data.dir="$RECORDS" --workdir="$RUN"
 run python -m vcm_jax.generate --workdir="$RUN" --video="$DATA/test" --captions="$DATA/test.tsv" \
   --steps=1 --out="$RUN/videos"
-run python -m vcm_jax.report --workdir="$RUN" --data="$DATA"
+run python -m vcm_jax.impacts.report --workdir="$RUN" --data="$DATA"
 printf 'videos with generated sound: %s\nreport: %s\n' "$RUN/videos" "$RUN/report.html"

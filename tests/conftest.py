@@ -46,6 +46,14 @@ def verbosity():
     logging.set_verbosity(before)
 
 
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Folder of simulated clips, their records, and the workdir of a run with random weights."""
+    from small_runs import make_world
+
+    return make_world(tmp_path_factory.mktemp("world"), 40)
+
+
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
 

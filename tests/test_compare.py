@@ -7,11 +7,10 @@ import subprocess
 import numpy as np
 import pytest
 import soundfile
-from test_generate import world as world
 
 from vcm_jax.compare import compare, parse_entries, true_clips, winners
-from vcm_jax.evaluate_caches import EvaluateError
-from vcm_jax.features import media
+from vcm_jax.evaluation.caches import EvaluateError
+from vcm_jax.media.read import read_audio
 from vcm_jax.metrics import sound_figures
 
 RATE = 16_000
@@ -55,7 +54,7 @@ def page(world):
     folder = world / "sounds"
     folder.mkdir()
     for path in (world / "data/test").glob("*.mp4"):
-        sound = media.read_audio(path, 44_100)
+        sound = read_audio(path, 44_100)
         soundfile.write(folder / f"{path.stem}.flac", np.stack([sound, sound], 1), 44_100)
     entries = parse_entries([str(world / "run"), f"{world / 'run'}@2", str(folder)], steps=1)
     clips = true_clips(world / "data/test", world / "data/test.tsv", 10)

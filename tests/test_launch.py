@@ -48,8 +48,8 @@ def test_the_demo_runs_every_part(tmp_path):
     lines = dry_run(ROOT / "launch/demo.sh", tmp_path).splitlines()
     modules = [line.split()[3] for line in lines if line.startswith("+ python -m vcm_jax")]
     assert modules == [
-        "vcm_jax.data.impacts", *["vcm_jax.features.extract"] * 3, "vcm_jax.main",
-        "vcm_jax.generate", "vcm_jax.report",
+        "vcm_jax.impacts", *["vcm_jax.features.extract"] * 3, "vcm_jax.main",
+        "vcm_jax.generate", "vcm_jax.impacts.report",
     ]  # fmt: skip
 
 

@@ -20,14 +20,17 @@ import numpy as np
 from absl import app, flags, logging
 from tqdm import tqdm
 
-from vcm_jax import generate, page, runs, sampling
+from vcm_jax import sampling
 from vcm_jax.atomic import atomic_path
-from vcm_jax.evaluate_caches import EvaluateError
-from vcm_jax.evaluate_sounds import SAMPLE_RATE, read_pair
-from vcm_jax.features.listing import SOUND_SUFFIXES, VIDEO_SUFFIXES, Clip, list_clips
-from vcm_jax.features.media import probe
+from vcm_jax.cli import show_ours
+from vcm_jax.evaluation.caches import EvaluateError
+from vcm_jax.evaluation.sounds import SAMPLE_RATE, read_pair
+from vcm_jax.generation.clips import Request, encode_request, generate, write
+from vcm_jax.generation.run import load_run
 from vcm_jax.interop.state_dict import list_few
-from vcm_jax.logs import show_ours
+from vcm_jax.media import page
+from vcm_jax.media.clips import SOUND_SUFFIXES, VIDEO_SUFFIXES, Clip, list_clips
+from vcm_jax.media.read import probe
 from vcm_jax.metrics import detect_onsets, merge_close
 from vcm_jax.metrics.sounds import FIGURES, SoundFigures, bootstrap
 
@@ -120,14 +123,14 @@ def sounds_of(entry: Entry, clips: list[Clip], folder: Path, seed: int, duration
             f"{list_few(silent)}: generate first and give the folder"
         )
     logging.info("%s: generating sound for %d clips", entry.label, len(clips))
-    run = runs.load_run(entry.path)
-    requests = (generate.Request(clip.id, clip.path, clip.caption) for clip in clips)
-    items = (generate.encode_request(r, run, duration or None) for r in requests)
+    run = load_run(entry.path)
+    requests = (Request(clip.id, clip.path, clip.caption) for clip in clips)
+    items = (encode_request(r, run, duration or None) for r in requests)
     paths, times = {}, sampling.uniform_times(entry.steps)
-    made = generate.generate(run, items, times, seed, batch_size=min(8, len(clips)))
+    made = generate(run, items, times, seed, batch_size=min(8, len(clips)))
     for item, sound in tqdm(made, total=len(clips), desc="Generating", unit="clip"):
         path = folder / f"{item.request.id}.wav"
-        generate.write(item, sound, run.codec.sample_rate, path)
+        write(item, sound, run.codec.sample_rate, path)
         paths[item.request.id] = path
     return paths
 

@@ -16,8 +16,8 @@ from pathlib import Path
 from absl import app, flags
 
 from vcm_jax.atomic import atomic_path
-from vcm_jax.evaluate_caches import EvaluateError, evaluate_caches
-from vcm_jax.evaluate_sounds import evaluate_sounds
+from vcm_jax.evaluation.caches import EvaluateError, evaluate_caches
+from vcm_jax.evaluation.sounds import evaluate_sounds
 from vcm_jax.interop.av_benchmark import CACHE_FILES
 from vcm_jax.interop.state_dict import list_few
 from vcm_jax.metrics.sounds import FIGURES

@@ -10,184 +10,20 @@ devices; `--out` is then a folder of sounds, and `--shard=0/2` half of them, for
 """
 
 import dataclasses
-import functools
 import os
 import sys
-import zlib
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from absl import app, flags
 from tqdm import tqdm
 
 from vcm_jax import sampling
-from vcm_jax.data.records import RecordSource
-from vcm_jax.data.sequence import SequenceConfig
-from vcm_jax.features import media
-from vcm_jax.features.extract import encode_video
-from vcm_jax.features.listing import list_clips
-from vcm_jax.logs import show_ours
-from vcm_jax.models import Conditions, MMDiT
-from vcm_jax.runs import Run, load_run
-
-# One evaluation looks at all of a clip at once: attention grows with the square of its length.
-MAX_DURATION = 120.0
-
-
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """A sound that is wanted: `id` (noise depends on it), a video or None, a prompt or ""."""
-
-    id: str
-    video: Path | None
-    prompt: str = ""
-
-
-@dataclasses.dataclass(frozen=True)
-class Features:
-    """Encoded request: clip and sync features are None without a video."""
-
-    request: Request
-    sequence: SequenceConfig
-    seconds: float
-    clip: np.ndarray | None
-    sync: np.ndarray | None
-    text: np.ndarray
-
-
-def encode_request(request: Request, run: Run, duration: float | None = None) -> Features:
-    """Decodes and encodes one request; the length is the video's, or `duration` if that is less.
-
-    Raises:
-      ValueError: an unreadable video (MediaError), or one that is too short or too long.
-    """
-    clip = sync = None
-    seconds = duration or run.sequence.duration
-    if request.video is not None:
-        length = media.probe(request.video).duration
-        seconds = min(length, duration or length)
-    if seconds > MAX_DURATION:
-        raise ValueError(
-            f"{request.video or request.id}: {seconds:.0f} s is more than {MAX_DURATION:.0f} s; "
-            "give --duration or cut it"
-        )
-    try:
-        sequence = dataclasses.replace(run.sequence, duration=seconds)
-    except ValueError as error:
-        raise ValueError(f"{request.video or request.id}: {error}") from None
-    if request.video is not None:
-        clip, sync = encode_video(request.video, sequence, run.encoders)
-    text = run.encoders.encode_text(request.prompt, sequence)
-    return Features(request, sequence, seconds, clip, sync, text)
-
-
-@functools.partial(jax.jit, static_argnames=("model", "objective", "sampler", "times"))
-def _sample(variables, model, objective, sampler, times, conds, has_video, noise, keys):
-    net = MMDiT(model)
-    apply = lambda *args: net.apply(variables, *args[:-1], method=args[-1])
-    null = apply(1, "null_conditions")
-    fill = lambda value, empty: jnp.where(has_video[:, None, None], value, empty)
-    conds = conds.replace(clip=fill(conds.clip, null.clip), sync=fill(conds.sync, null.sync))
-    u = lambda x, t, s, enc: apply(x, t, s, enc, "velocity")
-    null_cond = sampling.repeat_rows(apply(null, "encode_conditions"), len(noise))
-    cond = apply(conds, "encode_conditions")
-    x0 = sampler(objective, u, noise, times, cond, null_cond, keys)
-    stats = variables["stats"]
-    return x0 * stats["latent_std"][None, None] + stats["latent_mean"][None, None]
-
-
-def _noise(seed: int, request_id: str, shape) -> np.ndarray:
-    """Noise as a function of (seed, id): the same in any batch."""
-    return np.random.default_rng([seed, zlib.crc32(request_id.encode())]).standard_normal(
-        shape, np.float32
-    )
-
-
-def _keys(seed: int, ids: list[str]) -> jax.Array:
-    """Keys of a restart sampler's later noise, as functions of (seed, id) too."""
-    hashes = np.array([zlib.crc32(request_id.encode()) for request_id in ids], np.uint32)
-    return jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(hashes)
-
-
-def start_latents(run: Run, items: list[Features], times, seed: int, batch_size: int, put=None):
-    """Latents of one batch of items of one length, `batch_size N C`, as the device's promise.
-
-    The batch is filled up with copies, so that one program serves all. `put` places its arrays.
-    """
-    model = run.model.with_lengths(items[0].sequence)
-    shape = (model.latent_seq_len, model.latent_dim)
-    filled = items + items[-1:] * (batch_size - len(items))
-    conds = Conditions(
-        clip=_stack([f.clip for f in filled], (model.clip_seq_len, model.clip_dim)),
-        sync=_stack([f.sync for f in filled], (model.sync_seq_len, model.sync_dim)),
-        text=np.stack([f.text for f in filled]).astype(np.float32),
-    )
-    has_video = np.array([f.clip is not None for f in filled])
-    noise = np.stack([_noise(seed, f.request.id, shape) for f in filled])
-    keys = _keys(seed, [f.request.id for f in filled])
-    if put is not None:
-        conds, has_video, noise, keys = put((conds, has_video, noise, keys))
-    static = (model, run.objective, run.sampler, sampling.check_times(times))
-    return _sample(run.variables, *static, conds, has_video, noise, keys)
-
-
-def generate_latents(run: Run, items: list[Features], times, seed: int, batch_size: int):
-    """Latents of items of one length, `N C` each, in order; `times` as `sampling.sample`'s."""
-    latents = []
-    for start in range(0, len(items), batch_size):
-        batch = items[start : start + batch_size]
-        found = start_latents(run, batch, times, seed, batch_size)
-        latents += list(np.asarray(found)[: len(batch)])
-    return latents
-
-
-def _stack(features, shape):
-    """Stacks features; those that are None become zeros, which `_sample` does not look at."""
-    zeros = np.zeros(shape, np.float32)
-    return np.stack([zeros if f is None else f for f in features]).astype(np.float32)
-
-
-def generate(
-    run: Run, items: Iterable[Features], times, seed: int = 0, batch_size: int = 1
-) -> Iterator[tuple[Features, np.ndarray]]:
-    """(item, sound) of every item, float32 mono, as long as the item says.
-
-    Args:
-      run: from `runs.load_run`.
-      items: from `encode_request`; held back until a batch of equal length is full.
-      times: as `sampling.sample`'s, e.g. `sampling.uniform_times(1)`.
-      seed: of the noise, which also depends on the request's id.
-      batch_size: clips at a time.
-    """
-    waiting: dict[SequenceConfig, list[Features]] = {}
-
-    def finish(group):
-        for item, latent in zip(group, generate_latents(run, group, times, seed, batch_size)):
-            yield item, run.codec.decode(latent)[: round(item.seconds * run.codec.sample_rate)]
-
-    for item in items:
-        lengths = (
-            item.sequence.latent_seq_len,
-            item.sequence.clip_seq_len,
-            item.sequence.sync_seq_len,
-        )
-        group = waiting.setdefault(lengths, [])
-        group.append(item)
-        if len(group) == batch_size:
-            yield from finish(waiting.pop(lengths))
-    for group in waiting.values():
-        yield from finish(group)
-
-
-def write(item: Features, sound: np.ndarray, sample_rate: int, path: Path) -> None:
-    """Writes the sound as .wav or .flac, or the request's own picture with it as .mp4 or .mov."""
-    if path.suffix.lower() in (".wav", ".flac"):
-        media.write_sound(path, sound, sample_rate)
-    else:
-        media.mux_audio(item.request.video, sound, sample_rate, path, item.seconds)
+from vcm_jax.cli import show_ours
+from vcm_jax.generation.clips import Request, encode_request, generate, write
+from vcm_jax.generation.run import load_run
+from vcm_jax.media.clips import list_clips
+from vcm_jax.records.source import RecordSource
 
 
 def _define_flags():
@@ -289,7 +125,7 @@ def check_outputs(requests: list[tuple[Request, Path]]) -> None:
 
 
 def _main_records(args):
-    from vcm_jax import generate_records  # which imports this module
+    from vcm_jax.generation import records as generation_records  # which imports this module
 
     try:
         for name in ("video", "prompt", "captions", "duration", "encoders"):
@@ -308,7 +144,7 @@ def _main_records(args):
             args.workdir, args.checkpoint, args.sigma_rel, args.codec, with_encoders=False
         )
         run = dataclasses.replace(run, sampler=sampler)
-        done = generate_records.generate_records(
+        done = generation_records.generate_records(
             run, source, args.out, times, seed=args.seed,
             batch_size=args.batch_size, suffix=args.format or "wav",
             part=part, parts=int(parts) * jax.process_count(),

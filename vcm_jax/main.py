@@ -13,8 +13,10 @@ import jax
 from absl import app, flags
 from ml_collections import config_flags
 
-from vcm_jax import checkpoint, distributed, preemption, train
-from vcm_jax.logs import show_ours
+from vcm_jax.cli import show_ours
+from vcm_jax.devices import distributed, preemption
+from vcm_jax.runs import checkpoint
+from vcm_jax.training import loop
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "What to train: a file of configs/.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, events, codec.")
@@ -31,8 +33,8 @@ def main(argv):
     preemption.leave_at_once()
     try:
         distributed.initialize()
-        train.train(CONFIG.value, WORKDIR.value, DRY_RUN.value)
-    except (distributed.DistributedError, train.SetupError, train.NonFiniteError) as error:
+        loop.train(CONFIG.value, WORKDIR.value, DRY_RUN.value)
+    except (distributed.DistributedError, loop.SetupError, loop.NonFiniteError) as error:
         leave(1, f"error: {error}")
     except OSError as error:
         unwritable = isinstance(error, checkpoint.StorageError) or error.errno in UNWRITABLE

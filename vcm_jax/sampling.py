@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vcm_jax.guidance import guided_velocity as guided_velocity
 from vcm_jax.objectives import common, objective_of
+from vcm_jax.objectives.guidance import guided_velocity as guided_velocity
 
 
 def uniform_times(num_steps: int) -> np.ndarray:

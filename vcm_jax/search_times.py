@@ -20,12 +20,13 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from vcm_jax import runs, sampling
-from vcm_jax.data import mixture
-from vcm_jax.data.records import RecordSource
-from vcm_jax.logs import show_ours
+from vcm_jax import sampling
+from vcm_jax.cli import show_ours
+from vcm_jax.generation.run import describe, load_run
 from vcm_jax.models import MMDiT
-from vcm_jax.train_step import encode_batch
+from vcm_jax.records import mixture
+from vcm_jax.records.source import RecordSource
+from vcm_jax.training.step import encode_batch
 
 
 def best_path(errors: np.ndarray, num_steps: int) -> list[int]:
@@ -123,7 +124,7 @@ def run_velocity(run, records: RecordSource, num_clips: int):
 
 def records_of(workdir) -> RecordSource:
     """The records that a run is validated on or, without any, trained on."""
-    data = runs.describe(workdir)["config"]["data"]
+    data = describe(workdir)["config"]["data"]
     path, _ = mixture.parse_source((data["val_sources"] or data["sources"])[0])
     return RecordSource(Path(data["dir"]) / path)
 
@@ -147,7 +148,7 @@ def main(argv):
     try:
         if args.steps >= args.grid:
             raise ValueError(f"--steps={args.steps} must be less than --grid={args.grid}")
-        run = runs.load_run(args.workdir, args.checkpoint, with_encoders=False)
+        run = load_run(args.workdir, args.checkpoint, with_encoders=False)
         run = dataclasses.replace(run, sampler=sampling.Sampler(args.guidance_scale))
         records = RecordSource(Path(args.records)) if args.records else records_of(args.workdir)
         u, cond = run_velocity(run, records, args.clips)

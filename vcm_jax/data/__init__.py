@@ -1,3 +1,1 @@
-"""Data: lengths, records, mixtures, and the embedded data set."""
-
-from vcm_jax.data.sequence import SequenceConfig as SequenceConfig
+"""Corpora: their lists, building records from them, validating records."""

@@ -20,13 +20,13 @@ import numpy as np
 from absl import app, flags
 
 from vcm_jax.atomic import atomic_path
-from vcm_jax.data import records
 from vcm_jax.data.corpora import CORPORA, CorpusError
 from vcm_jax.features import extract as extraction
-from vcm_jax.features.listing import VIDEO_SUFFIXES
+from vcm_jax.media.clips import VIDEO_SUFFIXES
+from vcm_jax.records.schema import MANIFEST, VERSION, Manifest, read_manifest
 
 SPLITS = ("train", "val", "test")
-TFDS_VERSION = f"{records.VERSION}.0.0"
+TFDS_VERSION = f"{VERSION}.0.0"
 
 
 def _write_list(path: Path, rows) -> None:
@@ -41,7 +41,7 @@ def _write_list(path: Path, rows) -> None:
             temporary.write_text(text, encoding="utf-8")
 
 
-def tfds_features(manifest: records.Manifest):
+def tfds_features(manifest: Manifest):
     """The tfds.features.FeaturesDict of records."""
     import tensorflow_datasets as tfds  # takes a while to import, and training does without
 
@@ -68,9 +68,9 @@ def write_tfds_metadata(folder: Path, name: str) -> None:
     from tensorflow_datasets.core import dataset_info, naming
 
     manifests = {
-        split: records.read_manifest(folder / split)
+        split: read_manifest(folder / split)
         for split in SPLITS
-        if (folder / split / records.MANIFEST).exists()
+        if (folder / split / MANIFEST).exists()
     }
     splits = []
     for split, manifest in manifests.items():
@@ -172,7 +172,7 @@ def build(
             codec=shared,
             **settings,
         )
-    if all((folder / split / records.MANIFEST).exists() for split in chosen):
+    if all((folder / split / MANIFEST).exists() for split in chosen):
         write_tfds_metadata(folder, corpus)
     return folder
 
@@ -199,8 +199,8 @@ def main(argv):
     except ValueError as error:
         sys.exit(f"error: {error}")
     for split in SPLITS:
-        if (folder / split / records.MANIFEST).exists():
-            manifest = records.read_manifest(folder / split)
+        if (folder / split / MANIFEST).exists():
+            manifest = read_manifest(folder / split)
             print(f"{folder / split}: {manifest.num_records} records, "
                   f"{manifest.num_failures} clips left out")  # fmt: skip
 

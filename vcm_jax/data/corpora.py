@@ -11,8 +11,8 @@ import unicodedata
 from collections import defaultdict
 from pathlib import Path
 
-from vcm_jax.features.listing import SOUND_SUFFIXES, VIDEO_SUFFIXES
-from vcm_jax.features.media import MediaError, probe
+from vcm_jax.media.clips import SOUND_SUFFIXES, VIDEO_SUFFIXES
+from vcm_jax.media.read import MediaError, probe
 
 Row = tuple[str, str, str, float]
 _WAVCAPS = {  # json: (part, words one of which is in the path of its files)

@@ -20,13 +20,13 @@ from absl import app, flags
 from tqdm import tqdm
 
 from vcm_jax.codec import load_codec
-from vcm_jax.data import records
-from vcm_jax.data.records import RecordError, RecordSource
 from vcm_jax.data.validate_page import write_page
 from vcm_jax.features.encoders import encoders_from_spec
-from vcm_jax.features.listing import SOUND_SUFFIXES, VIDEO_SUFFIXES, Clip, list_clips, read_captions
-from vcm_jax.features.media import MediaError, read_frames, stream_offset
 from vcm_jax.features.work import read_sound
+from vcm_jax.media.clips import SOUND_SUFFIXES, VIDEO_SUFFIXES, Clip, list_clips, read_captions
+from vcm_jax.media.read import MediaError, read_frames, stream_offset
+from vcm_jax.records.schema import RecordError, latent_statistics, latent_sums
+from vcm_jax.records.source import RecordSource
 
 FEW = 0.01  # share of the records beyond which what is odd in one clip is an error
 NEAR = 0.97  # cosine of two signatures from which clips count as the same recording
@@ -121,7 +121,7 @@ def survey(source: RecordSource) -> Survey:
         found.captions.append(record["caption"])
         found.hashes.append(hashlib.sha256(np.ascontiguousarray(latents).tobytes()).digest()[:16])
         signatures.append(signature(latents, std))
-        found.sums = found.sums + records.latent_sums(latents, arrays["latent_std"])
+        found.sums = found.sums + latent_sums(latents, arrays["latent_std"])
     found.signatures = np.array(signatures)
     found.values = {name: np.array(v) for name, v in values.items()}
     return found
@@ -162,7 +162,7 @@ def check_content(source: RecordSource, found: Survey) -> list[Finding]:
             still = np.flatnonzero(found.values[name] < 1e-3)
             findings += _odd(what, [found.ids[i] for i in still], total)
     if len(found.ids):
-        mean, std = records.latent_statistics(found.sums)
+        mean, std = latent_statistics(found.sums)
         off = max(
             np.max(abs(mean - manifest.latent_mean) / np.maximum(std, 1e-6)),
             np.max(abs(std - manifest.latent_std) / np.maximum(std, 1e-6)),

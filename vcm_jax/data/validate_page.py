@@ -10,7 +10,7 @@ import soundfile
 
 from vcm_jax.atomic import atomic_path
 from vcm_jax.codec import load_codec
-from vcm_jax.features.media import MediaError, read_frames
+from vcm_jax.media.read import MediaError, read_frames
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

@@ -15,7 +15,7 @@ from typing import Protocol
 
 import numpy as np
 
-from vcm_jax.data.sequence import SequenceConfig
+from vcm_jax.records.sequence import SequenceConfig
 
 _CLIP_GRID = 8  # cells per side; what moves is a few cells large
 _CLIP_CONTRAST = 4.0  # weight of the difference from the clip's median picture

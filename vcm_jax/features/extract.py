@@ -29,15 +29,24 @@ from absl import app, flags
 from tqdm import tqdm
 
 from vcm_jax.atomic import atomic_path
+from vcm_jax.cli import show_ours
 from vcm_jax.codec import check_codec, copy_codec, fit_linear_codec, load_codec
-from vcm_jax.data import records
-from vcm_jax.data.sequence import SequenceConfig
 from vcm_jax.features import work
 from vcm_jax.features.encoders import Encoders, WeightsFreeEncoders, load_encoders
-from vcm_jax.features.listing import SOUND_SUFFIXES, VIDEO_SUFFIXES, Clip, list_clips
-from vcm_jax.features.media import MediaError, read_frames
 from vcm_jax.features.parts import Journal, part_paths, read_part
-from vcm_jax.logs import show_ours
+from vcm_jax.media.clips import SOUND_SUFFIXES, VIDEO_SUFFIXES, Clip, list_clips
+from vcm_jax.media.read import MediaError, read_frames
+from vcm_jax.records.schema import (
+    EMPTY_TEXT,
+    MANIFEST,
+    VERSION,
+    Manifest,
+    latent_statistics,
+    read_manifest,
+    write_manifest,
+    write_text_table,
+)
+from vcm_jax.records.sequence import SequenceConfig
 
 _CHUNK = 256  # clips per part file
 _FIT_CLIPS = 400  # sounds that the linear codec is fitted on
@@ -71,7 +80,7 @@ def _claim(out: Path, settings: dict) -> None:
     if there == settings:
         return
     differing = [key for key in settings if there.get(key) != settings[key]]
-    if any(out.glob("part-*")) or (out / records.MANIFEST).exists():
+    if any(out.glob("part-*")) or (out / MANIFEST).exists():
         raise ExtractError(
             f"{out}: holds records made with other settings (not the same: "
             f"{', '.join(differing)}); use another --out"
@@ -134,7 +143,7 @@ def _prepare_codec(out: Path, source, clips: list[Clip], sequence: SequenceConfi
     return codec
 
 
-def _merge(out: Path, chunks: int, listed: list, job: work.Job) -> records.Manifest:
+def _merge(out: Path, chunks: int, listed: list, job: work.Job) -> Manifest:
     """Write failures.tsv, the text features, and, last, the manifest.
 
     Raises:
@@ -156,19 +165,19 @@ def _merge(out: Path, chunks: int, listed: list, job: work.Job) -> records.Manif
         raise ExtractError(
             f"none of {len(failures)} clips could be used, the first: {failures[0][1]}"
         )
-    with atomic_path(out / records.EMPTY_TEXT) as temporary, open(temporary, "wb") as file:
+    with atomic_path(out / EMPTY_TEXT) as temporary, open(temporary, "wb") as file:
         empty_text = job.encoders.encode_text("", job.sequence).astype(np.float32)
         np.save(file, empty_text)
     captions = tqdm(job.text_rows, desc="Captions", unit="caption")
-    text_table = records.write_text_table(out, job.encoders.encode_texts(captions, job.sequence))
+    text_table = write_text_table(out, job.encoders.encode_texts(captions, job.sequence))
     fields = next(part["fields"] for part in parts if part["records"])
     del fields["text_row"]
     fields["text"] = {"shape": list(empty_text.shape), "dtype": "float16"}
-    mean, std = records.latent_statistics(
+    mean, std = latent_statistics(
         np.sum([part["sums"] for part in parts if part["records"]], axis=0)
     )
     hashes = "".join(part["hash"] for part in parts)
-    manifest = records.Manifest(
+    manifest = Manifest(
         sequence=job.sequence,
         encoders=job.encoders.spec(),
         codec={key: getattr(job.codec, key) for key in ("name", "fingerprint", "latent_dim")},
@@ -182,7 +191,7 @@ def _merge(out: Path, chunks: int, listed: list, job: work.Job) -> records.Manif
         fingerprint=hashlib.sha256(hashes.encode()).hexdigest()[:16],
         text_table=text_table,
     )
-    records.write_manifest(out, manifest)
+    write_manifest(out, manifest)
     return manifest
 
 
@@ -203,7 +212,7 @@ def extract(
     text_dim: int | None = None,
     workers: int = 1,
     shard: tuple[int, int] = (0, 1),
-) -> records.Manifest | None:
+) -> Manifest | None:
     """Extract a folder of videos (or of sounds: text-audio records) into a records folder.
 
     Args:
@@ -259,7 +268,7 @@ def extract(
     names += [clip_id for clip_id, _ in listed]
     out.mkdir(parents=True, exist_ok=True)
     _claim(out, {
-        "version": records.VERSION,
+        "version": VERSION,
         "kind": "videos" if video else "sounds",
         "sequence": dataclasses.asdict(sequence),
         "encoders": encoders.spec(),
@@ -275,9 +284,9 @@ def extract(
         sequence, encoders.frame_transforms(sequence) if video else None, pieces, text_rows,
         encoders, used,
     )  # fmt: skip
-    if (out / records.MANIFEST).exists():
+    if (out / MANIFEST).exists():
         print(f"{out}: already complete")
-        return records.read_manifest(out)
+        return read_manifest(out)
 
     chunks = -(-len(clips) // _CHUNK)
     todo = [c for c in range(index, chunks, count) if not part_paths(out, c)[1].exists()]

@@ -9,7 +9,7 @@ from pathlib import Path
 from flax import serialization
 
 from vcm_jax.atomic import atomic_path
-from vcm_jax.data import records
+from vcm_jax.records.schema import describe_fields, deserialize, write_shard
 
 _HEADER = struct.Struct("<QI")  # bytes of an entry of a journal, and their CRC
 
@@ -33,10 +33,10 @@ def write_part(out: Path, chunk: int, packed: list[bytes], sums: list, failures:
     content = {"records": len(packed), "bytes": 0, "failures": failures}
     content["hash"] = hashlib.sha256(b"".join(packed)).hexdigest()[:16]
     if packed:
-        records.write_shard(path, packed)
+        write_shard(path, packed)
         content["bytes"] = path.stat().st_size
         content["sums"] = sum(sums[1:], start=sums[0]).tolist()
-        content["fields"] = records.describe_fields(records.deserialize(packed[0]))
+        content["fields"] = describe_fields(deserialize(packed[0]))
     with atomic_path(description) as temporary:
         temporary.write_text(json.dumps(content) + "\n")
 

@@ -12,11 +12,11 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from vcm_jax.codec import load_codec
-from vcm_jax.data import records
-from vcm_jax.data.sequence import SequenceConfig
 from vcm_jax.features.encoders import Encoders
-from vcm_jax.features.listing import Clip
-from vcm_jax.features.media import MediaError, is_silent, read_audio, read_frames
+from vcm_jax.media.clips import Clip
+from vcm_jax.media.read import MediaError, is_silent, read_audio, read_frames
+from vcm_jax.records.schema import RecordError, latent_sums, serialize
+from vcm_jax.records.sequence import SequenceConfig
 
 # What a bad file may raise: it must not end a run of days.
 _EXPECTED = (ValueError, ArithmeticError, OSError)
@@ -123,14 +123,14 @@ class Job:
                 yield entry["id"], None, entry["failure"]
                 continue
             try:
-                sums = records.latent_sums(entry["latent_mean"], entry["latent_std"])
-                yield entry["id"], records.serialize(entry), sums
+                sums = latent_sums(entry["latent_mean"], entry["latent_std"])
+                yield entry["id"], serialize(entry), sums
             except _EXPECTED as error:
                 yield entry["id"], None, _reason(clip, error)
 
 
 def _reason(clip: Clip, error: Exception) -> str:
-    if isinstance(error, (MediaError, records.RecordError)):
+    if isinstance(error, (MediaError, RecordError)):
         return str(error)
     return f"{clip.path}: {type(error).__name__}: {error}"
 

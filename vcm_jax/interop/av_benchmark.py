@@ -29,9 +29,9 @@ from absl import app, flags
 from tqdm import tqdm
 
 from vcm_jax.atomic import atomic_path
-from vcm_jax.features.listing import SOUND_SUFFIXES, VIDEO_SUFFIXES, list_clips
-from vcm_jax.features.media import probe, read_audio
 from vcm_jax.interop.state_dict import StateDictError, as_array, import_torch, list_few, read_tree
+from vcm_jax.media.clips import SOUND_SUFFIXES, VIDEO_SUFFIXES, list_clips
+from vcm_jax.media.read import probe, read_audio
 
 INSTALL = (
     "it is not on any package index: git clone https://github.com/hkchengrex/av-benchmark && "

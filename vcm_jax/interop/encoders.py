@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from vcm_jax.data.sequence import SequenceConfig
 from vcm_jax.interop import frames as preparation
 from vcm_jax.interop.state_dict import StateDictError, import_torch
+from vcm_jax.records.sequence import SequenceConfig
 
 SYNCHFORMER = "synchformer_state_dict.pth"
 _PURPOSE = "encoding with CLIP and Synchformer"

@@ -16,13 +16,14 @@ from pathlib import Path
 import numpy as np
 from absl import logging
 
-from vcm_jax import checkpoint, runs
 from vcm_jax.atomic import atomic_path
+from vcm_jax.generation.run import describe
 from vcm_jax.interop.import_network import reverse
 from vcm_jax.interop.state_dict import import_torch
 from vcm_jax.interop.weights import variables_to_torch
 from vcm_jax.models import ModelConfig
 from vcm_jax.objectives import OBJECTIVES, objective_of, read_section
+from vcm_jax.runs import checkpoint
 
 
 def to_mmaudio(state_dict: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -71,7 +72,7 @@ def run(args) -> None:
     torch = import_torch("export_torch")
     if Path(args.out).is_dir():
         raise ValueError(f"--out={args.out} is a folder: name a file, for example vcm_s16k.pth")
-    described = runs.describe(args.workdir)
+    described = describe(args.workdir)
     settings = read_section(described["config"]["objective"])[0]
     name, objective = objective_of(settings)
     network = object()

@@ -23,9 +23,21 @@ from tqdm import tqdm
 
 from vcm_jax.atomic import atomic_path
 from vcm_jax.codec import copy_codec, load_codec
-from vcm_jax.data import records
-from vcm_jax.data.sequence import SequenceConfig
 from vcm_jax.interop.state_dict import list_few, read_state_dict
+from vcm_jax.records.schema import (
+    EMPTY_TEXT,
+    VERSION,
+    Manifest,
+    RecordError,
+    describe_fields,
+    deserialize,
+    latent_statistics,
+    latent_sums,
+    serialize,
+    write_manifest,
+    write_shard,
+)
+from vcm_jax.records.sequence import SequenceConfig
 
 _SHARD = 1024  # records per file: what a stopped conversion repeats at most
 _SETTINGS = "settings.json"  # in the records folder: what the parts there were made from
@@ -233,17 +245,17 @@ def _convert_part(path: Path, tensors, rows, first: int) -> None:
         for (name, caption), *arrays in zip(rows, *streams, strict=True):
             record = {"id": name, "caption": caption} | dict(zip(tensors, arrays, strict=True))
             try:
-                data = records.serialize(record)
-            except records.RecordError as error:
+                data = serialize(record)
+            except RecordError as error:
                 failures.append((name, str(error)))
                 continue
-            sums = sums + records.latent_sums(record["latent_mean"], record["latent_std"])
-            fields = fields or records.describe_fields(records.deserialize(data))
+            sums = sums + latent_sums(record["latent_mean"], record["latent_std"])
+            fields = fields or describe_fields(deserialize(data))
             digest.update(data)
             count += 1
             yield data
 
-    records.write_shard(path, packed())
+    write_shard(path, packed())
     content = {"records": count, "bytes": path.stat().st_size, "hash": digest.hexdigest()[:16]}
     content |= {"fields": fields, "sums": np.asarray(sums).tolist(), "failures": failures}
     if not count:
@@ -296,7 +308,7 @@ def run(args) -> None:
     spec = {key: getattr(codec, key) for key in ("name", "fingerprint", "latent_dim")}
     out = Path(args.out)
     _claim(out, {
-        "version": records.VERSION,
+        "version": VERSION,
         "folder": str(Path(args.folder).resolve()),
         "tensors": {name: [list(t.shape), t.dtype.name] for name, t in tensors.items()},
         "rows": hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16],
@@ -320,7 +332,7 @@ def run(args) -> None:
     )
 
 
-def _finish(out, paths, codec_folder, empty_text, sequence, encoders, codec) -> records.Manifest:
+def _finish(out, paths, codec_folder, empty_text, sequence, encoders, codec) -> Manifest:
     """Writes all that belongs to the parts: failures, codec, empty text, and last the manifest."""
     parts = [json.loads(path.with_suffix(".json").read_text()) for path in paths]
     failures = [failure for part in parts for failure in part["failures"]]
@@ -336,10 +348,10 @@ def _finish(out, paths, codec_folder, empty_text, sequence, encoders, codec) -> 
         shutil.rmtree(temporary, ignore_errors=True)
         copy_codec(codec_folder, temporary)
         temporary.rename(out / "codec")
-    with atomic_path(out / records.EMPTY_TEXT) as temporary, open(temporary, "wb") as file:
+    with atomic_path(out / EMPTY_TEXT) as temporary, open(temporary, "wb") as file:
         np.save(file, empty_text)
-    mean, std = records.latent_statistics(np.sum([part["sums"] for _, part in used], axis=0))
-    manifest = records.Manifest(
+    mean, std = latent_statistics(np.sum([part["sums"] for _, part in used], axis=0))
+    manifest = Manifest(
         sequence=sequence,
         encoders=encoders,
         codec=codec,
@@ -355,5 +367,5 @@ def _finish(out, paths, codec_folder, empty_text, sequence, encoders, codec) -> 
         ],
         fingerprint=hashlib.sha256("".join(p["hash"] for p in parts).encode()).hexdigest()[:16],
     )
-    records.write_manifest(out, manifest)
+    write_manifest(out, manifest)
     return manifest

@@ -10,10 +10,10 @@ from pathlib import Path
 import flax.struct
 import numpy as np
 
-from vcm_jax import checkpoint
 from vcm_jax.interop.state_dict import StateDictError, check_names, list_few, read_state_dict
 from vcm_jax.interop.weights import torch_shapes, variables_from_torch
 from vcm_jax.models import MODELS, ModelConfig
+from vcm_jax.runs import checkpoint
 
 # Tables that some files hold and that the network computes.
 _TABLES = ("t_embed.freqs", "latent_rot", "clip_rot")

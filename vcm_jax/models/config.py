@@ -3,7 +3,7 @@
 import dataclasses
 import math
 
-from vcm_jax.data.sequence import SequenceConfig
+from vcm_jax.records.sequence import SequenceConfig
 
 SYNC_ALIGNMENTS = ("index", "time")
 

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from vcm_jax.guidance import mix_velocity, within
+from vcm_jax.objectives.guidance import mix_velocity, within
 
 # What the objectives' settings may be, whichever objective has them.
 _RANGES = {

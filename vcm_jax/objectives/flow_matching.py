@@ -2,8 +2,7 @@
 
 import dataclasses
 
-from vcm_jax import times
-from vcm_jax.objectives import common
+from vcm_jax.objectives import common, times
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,8 +4,7 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from vcm_jax import times
-from vcm_jax.objectives import common
+from vcm_jax.objectives import common, times
 
 
 @dataclasses.dataclass(frozen=True)

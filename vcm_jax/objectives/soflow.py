@@ -6,9 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vcm_jax import times
-from vcm_jax.guidance import smooth_decay
-from vcm_jax.objectives import common
+from vcm_jax.objectives import common, times
+from vcm_jax.objectives.guidance import smooth_decay
 
 _KINDS = (lambda kind: kind in ("linear", "trigonometric"), "must be linear or trigonometric")
 

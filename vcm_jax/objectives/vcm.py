@@ -5,8 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from vcm_jax import times
-from vcm_jax.objectives import common
+from vcm_jax.objectives import common, times
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,120 @@
+"""A set of records to sounds: the same for any batch, shard and interruption."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+import soundfile
+
+from vcm_jax.features import extract
+from vcm_jax.generation.clips import Request, encode_request, generate
+from vcm_jax.generation.records import RecordsError, generate_records
+from vcm_jax.generation.run import load_run
+from vcm_jax.records.source import RecordSource
+from vcm_jax.sampling import uniform_times
+
+TIMES = uniform_times(1)
+
+
+@pytest.fixture(scope="module")
+def given(world):
+    """A run, and the records of the test clips."""
+    extract.extract(
+        world / "test_records", videos=world / "data/test", captions=world / "data/test.tsv",
+        codec=world / "records/codec", duration=1.28, clip_dim=6, sync_dim=5, text_dim=4,
+    )  # fmt: skip
+    return load_run(world / "run"), RecordSource(world / "test_records")
+
+
+def read(folder, suffix="wav"):
+    return {path.stem: soundfile.read(path) for path in sorted(folder.glob(f"*.{suffix}"))}
+
+
+def test_neither_batch_nor_shard_nor_interruption_changes_a_sound(given, world, tmp_path):
+    run, source = given
+    done = generate_records(run, source, tmp_path / "one", TIMES, batch_size=1)
+    assert (done.written, done.kept) == (3, 0)
+    whole = read(tmp_path / "one")
+    assert list(whole) == ["000000", "000001", "000002"]
+    # conftest.py makes eight devices: batches of one and of three are both filled up to eight.
+    assert jax.local_device_count() == 8
+
+    for part in (0, 1):
+        generate_records(
+            run, source, tmp_path / "two", TIMES, batch_size=16, suffix="flac", part=part, parts=2
+        )
+    for clip, (sound, rate) in read(tmp_path / "two", "flac").items():
+        assert rate == whole[clip][1] == 16_000 and len(sound) == round(1.28 * rate)
+        np.testing.assert_allclose(sound, whole[clip][0], atol=1e-3)
+
+    # The same sounds as from the videos themselves, by id.
+    items = [
+        encode_request(
+            Request(clip, world / "data/test" / f"{clip}.mp4", source[i]["caption"]), run
+        )
+        for i, clip in enumerate(whole)
+    ]
+    for item, sound in generate(run, items, TIMES, batch_size=2):
+        # Records keep features as float16.
+        wanted = whole[item.request.id][0]
+        assert np.std(sound - wanted) < 0.05 * np.std(wanted) > 0
+
+    (tmp_path / "one/000001.wav").unlink()
+    kept = (tmp_path / "one/000000.wav").stat().st_mtime_ns
+    done = generate_records(run, source, tmp_path / "one", TIMES, batch_size=4)
+    assert (done.written, done.kept) == (1, 2)
+    np.testing.assert_array_equal(read(tmp_path / "one")["000001"][0], whole["000001"][0])
+    assert (tmp_path / "one/000000.wav").stat().st_mtime_ns == kept
+    assert not list((tmp_path / "one").glob(".*")), "no temporary file is left"
+
+
+def test_what_cannot_go_into_the_folder(given, tmp_path):
+    run, source = given
+    generate_records(run, source, tmp_path / "out", TIMES, batch_size=8)
+    for changes, message in (
+        (dict(seed=1), "sounds of other seed"),
+        (dict(times=uniform_times(2)), "sounds of other times"),
+    ):
+        with pytest.raises(RecordsError, match=message):
+            generate_records(run, source, tmp_path / "out", **dict(times=TIMES) | changes)
+    other = dataclasses.replace(
+        run, variables=jax.tree.map(lambda a: a + np.float32(1), run.variables)
+    )
+    with pytest.raises(RecordsError, match="sounds of other weights"):
+        generate_records(other, source, tmp_path / "out", TIMES)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/mine.txt").write_text("x")
+    with pytest.raises(RecordsError, match="holds other files"):
+        generate_records(run, source, tmp_path / "full", TIMES)
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(RecordsError, match="cannot be written to"):
+        generate_records(run, source, tmp_path / "file", TIMES)
+
+
+class Changed:
+    """A source with other ids or another manifest."""
+
+    def __init__(self, source, ids=None, **manifest):
+        self.source, self.ids, self.path = source, ids, source.path
+        self.manifest = dataclasses.replace(source.manifest, **manifest)
+
+    def __len__(self):
+        return len(self.source)
+
+    def __getitem__(self, index):
+        return self.source[index] | ({"id": self.ids[index]} if self.ids else {})
+
+
+def test_records_that_do_not_fit(given, tmp_path):
+    run, source = given
+    spec = source.manifest.encoders | {"version": 99}
+    with pytest.raises(RecordsError, match="not for this run: encoders"):
+        generate_records(run, Changed(source, encoders=spec), tmp_path / "a", TIMES)
+    assert not (tmp_path / "a").exists()
+    for ids, message in (
+        (["a", "../b", "c"], "'../b' does not name a file inside"),
+        (["a", "b", "a"], "the id a occurs twice"),
+    ):
+        with pytest.raises(RecordsError, match=message):
+            generate_records(run, Changed(source, ids), tmp_path / "b", TIMES)

@@ -1,0 +1,117 @@
+"""What the training step may cost: operations, memory, precision. Counts only, no times."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vcm_jax.models import MODELS, Conditions, MMDiT
+from vcm_jax.models.flops import forward_flops, vcm_step_flops
+from vcm_jax.training.state import OptimizerConfig, make_init, make_optimizer
+from vcm_jax.training.step import StepConfig, loss_fn, train_step
+
+SMALL = MODELS["small_16k"]
+# The same network with one block of every kind: joint, last joint, fused.
+SHALLOW = dataclasses.replace(SMALL, depth=3, fused_depth=1)
+
+
+def like(*shape, dtype=jnp.float32):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def features(c, batch_size):
+    return Conditions(
+        like(batch_size, c.clip_seq_len, c.clip_dim, dtype=jnp.float16),
+        like(batch_size, c.sync_seq_len, c.sync_dim, dtype=jnp.float16),
+        like(batch_size, c.text_seq_len, c.text_dim, dtype=jnp.float16),
+    )
+
+
+def batch_shapes(c, batch_size):
+    latent = like(batch_size, c.latent_seq_len, c.latent_dim)
+    flag = like(batch_size, dtype=jnp.bool_)
+    arrays = {"latent_mean": latent, "latent_std": latent, "has_video": flag, "has_text": flag}
+    return arrays | vars(features(c, batch_size))
+
+
+def stats_of(c):
+    return {
+        "latent_mean": np.zeros(c.latent_dim, np.float32),
+        "latent_std": np.ones(c.latent_dim, np.float32),
+        "empty_text": np.zeros((c.text_seq_len, c.text_dim), np.float32),
+    }
+
+
+def xla_flops_per_sample(config, batch_size):
+    """XLA's count of the whole compiled step."""
+    net, optimizer = MMDiT(config), make_optimizer(OptimizerConfig())
+    init, key = make_init(net, stats_of(config), optimizer, (0.05, 0.1)), jax.random.key(0)
+    settings = StepConfig(steps=100)
+    step = functools.partial(train_step, net=net, optimizer=optimizer, config=settings)
+    shapes = jax.eval_shape(init, key), batch_shapes(config, batch_size), key
+    return jax.jit(step).lower(*shapes).compile().cost_analysis()["flops"] / batch_size
+
+
+def test_forward_flops_are_the_published_sizes():
+    total = {name: sum(forward_flops(config).values()) / 1e9 for name, config in MODELS.items()}
+    assert total["small_16k"] == pytest.approx(61.3, rel=0.005)
+    assert total["large_16k"] == pytest.approx(392, rel=0.005)
+    assert total["large_44k"] == pytest.approx(528, rel=0.005)
+    assert vcm_step_flops(SMALL) / 1e9 == pytest.approx(262, rel=0.005)
+
+
+def test_the_compiled_step_repeats_no_work():
+    # The optimizer, which XLA counts as well, is a larger part of a shallow network's step.
+    assert xla_flops_per_sample(SHALLOW, 32) <= 264 / 262 * vcm_step_flops(SHALLOW)
+
+
+@pytest.mark.slow
+def test_the_compiled_step_of_small_16k_is_within_264_gflop():
+    assert xla_flops_per_sample(SMALL, 64) <= 264e9
+
+
+def test_activations_of_small_16k_fit_130_mib_a_sample():
+    batch_size = 5
+    net = MMDiT(SMALL, jnp.bfloat16)
+    x, time = like(batch_size, SMALL.latent_seq_len, SMALL.latent_dim), like(batch_size)
+    cond = features(SMALL, batch_size)
+    variables = jax.eval_shape(net.init, jax.random.key(0), x, time, time, cond)
+    forward = lambda v, *args: jax.vjp(lambda p: net.apply(v | {"params": p}, *args), v["params"])
+    _, backward = jax.eval_shape(forward, variables, x, time, time, cond)
+    # The closure of the backward pass: what it kept, less the parameters (which have no batch).
+    kept = [a for a in jax.tree.leaves(backward) if batch_size in a.shape[:2]]
+    assert sum(a.size * a.dtype.itemsize for a in kept) / batch_size <= 130 * 2**20
+
+
+def test_bfloat16_loss_and_gradients_stay_close_to_float32():
+    lengths = dict(latent_seq_len=20, clip_seq_len=5, sync_seq_len=16, text_seq_len=7)
+    config = dataclasses.replace(MODELS["demo"], depth=2, fused_depth=1, **lengths)
+    rng = np.random.default_rng(0)
+
+    def random(leaf):
+        if leaf.dtype == bool:
+            return np.ones(leaf.shape, bool)
+        return rng.standard_normal(leaf.shape, np.float32).astype(leaf.dtype)
+
+    batch = jax.tree.map(random, batch_shapes(config, 8))
+    optimizer, key = make_optimizer(OptimizerConfig()), jax.random.key(1)
+    stats = stats_of(config)
+    params = jax.jit(make_init(MMDiT(config), stats, optimizer, ()))(key).params
+    # Layers that start at zero would hide most of the network.
+    noise = lambda a: a + 0.02 * rng.standard_normal(a.shape, np.float32)
+    params = jax.tree.map(noise, params)
+    found = {}
+    for dtype in (jnp.float32, jnp.bfloat16):
+        loss = functools.partial(
+            loss_fn, net=MMDiT(config, dtype), config=StepConfig(steps=100), constrain=lambda x: x
+        )
+        step = jax.jit(jax.value_and_grad(loss, has_aux=True))
+        (value, _), grads = step(params, stats, batch, key, 0)
+        assert {a.dtype for a in jax.tree.leaves((value, grads))} == {np.dtype("float32")}
+        found[dtype] = float(value), np.concatenate([a.ravel() for a in jax.tree.leaves(grads)])
+    (loss32, grad32), (loss16, grad16) = found.values()
+    assert abs(loss16 - loss32) < 0.01 * abs(loss32)
+    assert np.linalg.norm(grad16 - grad32) < 0.05 * np.linalg.norm(grad32)

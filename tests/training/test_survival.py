@@ -1,0 +1,216 @@
+"""Runs as commands: killed, told to stop, spread over processes, continued elsewhere."""
+
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import portpicker
+import pytest
+from small_runs import SIZES, final_state, make_config, write_records
+
+from vcm_jax.devices import preemption
+from vcm_jax.runs import checkpoint
+from vcm_jax.training import loop
+
+ROOT = Path(__file__).parents[2]
+STEPS = 12
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("records")
+    write_records(folder / "train", 12)
+    write_records(folder / "val", 8, seed=1)
+    return folder
+
+
+def settings(data, **changes):
+    return {
+        "steps": STEPS, "batch_size": 8, "data.dir": str(data), "log_every": 1,
+        "checkpoint_every": 2, "snapshot_every": 4, "eval_every": 0, "sample_every": 0,
+        "mesh.data": -1, "mesh.fsdp": 1, "mesh.tensor": 1,
+        **{f"model_overrides.{name}": size for name, size in SIZES.items()}, **changes,
+    }  # fmt: skip
+
+
+def start(workdir, config, devices=8, **env):
+    """`python -m vcm_jax.main` with a config's keys, in the background."""
+    flags = re.sub(r"device_count=\d+", f"device_count={devices}", os.environ["XLA_FLAGS"])
+    environment = {
+        **os.environ, "XLA_FLAGS": flags, "PYTHONUNBUFFERED": "1",
+        "PYTHONPATH": str(ROOT), **env,
+    }  # fmt: skip
+    if cache := jax.config.jax_compilation_cache_dir:
+        environment |= {
+            "JAX_COMPILATION_CACHE_DIR": cache, "JAX_COMPILATION_CACHE_MAX_SIZE": str(2**30),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
+        }  # fmt: skip
+    # A shell starts what it puts in the background with Ctrl-C ignored, which is inherited.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    return subprocess.Popen(
+        [sys.executable, "-m", "vcm_jax.main", "--config=configs/impacts.py",
+         f"--workdir={workdir}", *(f"--config.{key}={value}" for key, value in config.items())],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT, env=environment,
+    )  # fmt: skip
+
+
+def read_to_step(process, step):
+    """The output up to the progress line of a step, or to the end."""
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if line.startswith(f"step {step}/"):
+            break
+    return "".join(lines)
+
+
+def finish(process, code=0):
+    out = process.communicate(timeout=300)[0]
+    assert process.returncode == code, out
+    return out
+
+
+def assert_equal(workdir, other):
+    jax.tree.map(np.testing.assert_array_equal, final_state(workdir), final_state(other))
+
+
+def whole_run(config, workdir):
+    """The run that nothing disturbed."""
+    full = make_config(config["data.dir"], **config)
+    loop.train(full, workdir)
+    return workdir
+
+
+def kill_at_random(data, workdir, rng, kills, config):
+    """Starts a run again and again, and kills it a random moment after a random step."""
+    for _ in range(kills):
+        process = start(workdir, config)
+        out = read_to_step(process, rng.randint(1, config["steps"] - 1))
+        time.sleep(rng.random() * 0.1)
+        process.kill()
+        process.communicate()
+        assert "step" in out, out
+
+
+def test_killed_and_told_to_stop_a_run_ends_as_if_nothing_had_been(data, tmp_path):
+    config = settings(data)
+    whole = whole_run(config, tmp_path / "whole")
+    seed = random.randrange(10**6)
+    print(f"seed {seed}")  # shown when the test fails
+    rng = random.Random(seed)
+
+    workdir = tmp_path / "killed"
+    kill_at_random(data, workdir, rng, 1, config)
+    process = start(workdir, config)
+    out = read_to_step(process, 9)
+    process.send_signal(signal.SIGTERM)
+    rest = finish(process, preemption.EXIT_CODE)
+    saved = int(re.search(r"SIGTERM: step (\d+) is saved", rest)[1])
+    assert saved in (9, 10, 11), out + rest
+    assert saved == checkpoint.open_manager(workdir, read_only=True).latest_step()
+    assert f"resuming after step {saved}" in finish(start(workdir, config))
+    assert_equal(workdir, whole)
+    for folder in (workdir, whole):
+        assert checkpoint.open_snapshots(folder, read_only=True).all_steps() == [4, 8, 12]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2])
+def test_many_kills(data, tmp_path, workers):
+    config = settings(data, steps=60, **{"data.num_workers": workers})
+    whole = whole_run(config | {"data.num_workers": 0}, tmp_path / "whole")
+    for seed in range(3):
+        workdir = tmp_path / f"killed_{seed}"
+        kill_at_random(data, workdir, random.Random(seed), 8, config)
+        finish(start(workdir, config))
+        assert_equal(workdir, whole)
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_and_stop_together(data, tmp_path):
+    """Float32: parameters within 1e-5 of one process's; then one goes on from what two saved."""
+    config = settings(data, **{"mesh.data": 4, "mesh.fsdp": 2})
+    whole = whole_run(config, tmp_path / "whole")
+    port = portpicker.pick_unused_port()
+    workdir = tmp_path / "two"
+    processes = [
+        start(
+            workdir, config, devices=4, COORDINATOR_ADDRESS=f"localhost:{port}",
+            NUM_PROCESSES="2", PROCESS_ID=str(i),
+        )
+        for i in range(2)
+    ]  # fmt: skip
+    out = read_to_step(processes[0], 4)
+    processes[1].send_signal(signal.SIGTERM)  # one machine is told, both must save
+    outs = [finish(process, preemption.EXIT_CODE) for process in processes]
+    outs[0] = out + outs[0]
+    steps = {int(re.search(r"SIGTERM: step (\d+) is saved", out)[1]) for out in outs}
+    assert len(steps) == 1 and 4 <= steps.pop() < STEPS
+    for i, out in enumerate(outs):
+        assert f"process {i} of 2 with 4 devices reads part {i} of 2 of every batch" in out
+    assert "step 1/" not in outs[1], "only process 0 writes"
+    assert len(list((workdir / "tensorboard").iterdir())) == 1
+
+    # On other devices, with another mesh and another process count, on the same samples.
+    loop.train(make_config(data, **config | {"mesh.data": 2, "mesh.tensor": 2}), workdir)
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
+    found, wanted = final_state(workdir), final_state(whole)
+    jax.tree.map(close, found["params"], wanted["params"])
+    jax.tree.map(close, found["ema"], wanted["ema"])
+
+
+@pytest.mark.slow
+def test_two_processes_resume_and_end(data, tmp_path):
+    config = settings(data, **{"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2})
+    whole = whole_run(config, tmp_path / "whole")
+    workdir = tmp_path / "two"
+    for kill in (True, False):
+        port = portpicker.pick_unused_port()
+        processes = [
+            start(
+                workdir, config, devices=4, JAX_COORDINATOR_ADDRESS=f"localhost:{port}",
+                JAX_NUM_PROCESSES="2", JAX_PROCESS_ID=str(i),
+            )
+            for i in range(2)
+        ]  # fmt: skip
+        if kill:
+            read_to_step(processes[0], 7)
+            for process in processes:
+                process.kill()
+                process.communicate()
+        else:
+            outs = [finish(process) for process in processes]
+            assert "resuming after step" in outs[0]
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
+    jax.tree.map(close, final_state(workdir)["params"], final_state(whole)["params"])
+
+
+def test_ctrl_c_is_one_line(data, tmp_path):
+    process = start(tmp_path / "run", settings(data, steps=10_000))
+    read_to_step(process, 3)
+    process.send_signal(signal.SIGINT)
+    out = finish(process, 130)
+    assert "Traceback" not in out
+    assert out.splitlines()[-1] == "interrupted; the same command goes on from the last checkpoint"
+
+
+def test_a_directory_that_vanishes_stops_the_run(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "RETRY_AFTER", (0.0,))
+    collect, workdir = loop.monitor.Meter.collect, tmp_path / "run"
+
+    def vanish(meter):
+        if meter._step == 5:
+            (workdir / "checkpoints").rename(tmp_path / "gone")  # at once, unlike rmtree
+        return collect(meter)
+
+    monkeypatch.setattr(loop.monitor.Meter, "collect", vanish)
+    with pytest.raises(checkpoint.StorageError, match="checkpoints.*directory is gone") as error:
+        loop.train(make_config(data, **settings(data, checkpoint_every=2)), workdir)
+    assert "\n" not in str(error.value)

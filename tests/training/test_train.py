@@ -1,0 +1,431 @@
+"""Runs of a few steps on records made here: resuming, stopping, refusing."""
+
+import dataclasses
+import functools
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from absl import flags
+from small_runs import (
+    CONFIGS,
+    SEQUENCE,
+    SIZES,
+    final_state,
+    load_config,
+    make_config,
+    write_records,
+)
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from vcm_jax.features.encoders import WeightsFreeEncoders
+from vcm_jax.interop import import_network
+from vcm_jax.interop.weights import abstract_variables
+from vcm_jax.models import MODELS, MMDiT, ModelConfig, layers
+from vcm_jax.objectives import OBJECTIVES, objective_of, read_section
+from vcm_jax.records import mixture
+from vcm_jax.records.schema import (
+    EMPTY_TEXT,
+)
+from vcm_jax.records.source import RecordSource
+from vcm_jax.runs import checkpoint
+from vcm_jax.training import loop, monitor, resume, setup
+from vcm_jax.training.state import OptimizerConfig, make_init, make_optimizer
+from vcm_jax.training.step import teacher_data, train_step
+from vcm_jax.training.teacher import load_teacher
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("records")
+    write_records(folder / "train", 12)
+    write_records(folder / "val", 4, seed=0)
+    return folder
+
+
+class Interruption(Exception):
+    pass
+
+
+def test_an_interrupted_run_ends_bit_identical_to_one_that_was_not(data, tmp_path, monkeypatch):
+    loop.train(make_config(data), tmp_path / "whole")
+
+    def interrupted(meter):
+        if meter._step == 6:
+            raise Interruption
+        return collect(meter)
+
+    collect = monitor.Meter.collect
+    monkeypatch.setattr(monitor.Meter, "collect", interrupted)
+    with pytest.raises(Interruption):
+        loop.train(make_config(data), tmp_path / "stopped")
+    monkeypatch.undo()
+    assert checkpoint.open_manager(tmp_path / "stopped", read_only=True).latest_step() == 3
+    # The data position does not depend on how many processes read ahead.
+    flags.FLAGS.mark_as_parsed()
+    loop.train(make_config(data, **{"data.num_workers": 1}), tmp_path / "stopped")
+
+    whole, resumed = final_state(tmp_path / "whole"), final_state(tmp_path / "stopped")
+    assert whole["step"] == resumed["step"] == 6
+    jax.tree.map(np.testing.assert_array_equal, whole, resumed)
+
+    # What was logged can be read back, and a run that is complete is left alone.
+    events = EventAccumulator(str(tmp_path / "stopped" / "tensorboard")).Reload()
+    tags = events.Tags()["scalars"]
+    assert {
+        "train/loss",
+        "train/mse_jump_t2",
+        "train/grad_norm",
+        "speed/samples_per_s",
+        "val/mse_instant",
+        "val/log_mel_fd_1_steps",
+        "train/learning_rate",
+    } <= set(tags)
+    lines = (tmp_path / "stopped" / "metrics.jsonl").read_text().splitlines()
+    # The step with the best figure is kept, as a workdir to generate from.
+    figures = {r["step"]: r["val/log_mel_fd_1_steps"] for r in map(json.loads, lines)
+               if "val/log_mel_fd_1_steps" in r}  # fmt: skip
+    best = tmp_path / "stopped" / "best"
+    assert list(figures) == [3, 6] and (best / "run.json").exists() and (best / "codec").is_dir()
+    kept = checkpoint.open_manager(best, read_only=True).latest_step()
+    assert kept == min(figures, key=figures.get)
+    assert set(checkpoint.restore_weights(best)) == {"params", "stats"}
+    loop.train(make_config(data), tmp_path / "stopped")
+    assert (tmp_path / "stopped" / "metrics.jsonl").read_text().splitlines() == lines
+    whole_lines = (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()
+    losses = lambda lines: {
+        r["step"]: r["train/loss"] for r in map(json.loads, lines) if "train/loss" in r
+    }
+    assert losses(lines)[6] == losses(whole_lines)[6]
+
+    # Another network in the same workdir is refused, and nothing is touched.
+    other = make_config(data)
+    other.model_overrides.hidden_dim = 32
+    with pytest.raises(
+        loop.SetupError, match="another run: config.model_overrides.hidden_dim is 32, was 16"
+    ):
+        loop.train(other, tmp_path / "stopped")
+    jax.tree.map(np.testing.assert_array_equal, final_state(tmp_path / "stopped"), whole)
+
+    # Its averaged weights start another run.
+    weights = checkpoint.restore_weights(tmp_path / "whole")
+    jax.tree.map(np.testing.assert_array_equal, weights["params"], whole["ema"]["0.05"])
+    started = make_config(
+        data, steps=1, init_from=str(tmp_path / "whole"), **{"optimizer.learning_rate": 1e-12}
+    )
+    loop.train(started, tmp_path / "second")
+    close = lambda a, b: np.testing.assert_allclose(a, b, atol=1e-9)
+    jax.tree.map(close, final_state(tmp_path / "second")["params"], weights["params"])
+    with pytest.raises(checkpoint.CheckpointError, match=r"no checkpoint of step 7; .*\[3, 6\]"):
+        checkpoint.restore_weights(tmp_path / "whole", step=7)
+    with pytest.raises(checkpoint.CheckpointError, match=r"no average .* only 0.05, 0.1"):
+        checkpoint.restore_weights(tmp_path / "whole", sigma_rel=0.2)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(data, tmp_path):
+    config = make_config(
+        data,
+        checkpoint_every=1,
+        eval_every=0,
+        **{"optimizer.learning_rate": 1e25, "optimizer.warmup_steps": 0},
+    )
+    with pytest.raises(loop.NonFiniteError, match="is nan at step 2|is inf at step 2"):
+        loop.train(config, tmp_path)
+    assert checkpoint.open_manager(tmp_path, read_only=True).latest_step() == 1
+    state = final_state(tmp_path)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
+
+
+def test_steps_that_are_not_finite_can_be_left_out(data, tmp_path):
+    """The first step ruins the weights; the run stops when three more have changed nothing."""
+    config = make_config(
+        data, eval_every=0, checkpoint_every=2, on_nonfinite="skip", steps=9,
+        **{"optimizer.learning_rate": 1e25, "optimizer.warmup_steps": 0},
+    )  # fmt: skip
+    with pytest.raises(loop.NonFiniteError, match="3 steps in a row were left out: .* at step 4;"):
+        loop.train(config, tmp_path)
+    state = final_state(tmp_path)
+    assert state["step"] == 2 and all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
+    lines = map(json.loads, (tmp_path / "nonfinite.jsonl").read_text().splitlines())
+    source = RecordSource(data / "train")
+    mixed = mixture.mix([source], [1.0], seed=0)
+    for step, line in zip((2, 3, 4), lines, strict=True):
+        assert line["step"] == step
+        assert line["ids"] == [mixed[i]["id"] for i in range(8 * step - 8, 8 * step)]
+
+
+def test_watching_a_run(data, tmp_path):
+    config = make_config(
+        data, eval_every=0, sample_every=3, sample_clips=2, profile="2:4", snapshot_every=3
+    )
+    loop.train(config, tmp_path)
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    for i in range(2):
+        names = [f"clip_{i}/{kind}" for kind in ("1_steps", "4_steps", "25_steps")]
+        for name in names:
+            assert [event.step for event in events.Audio(name)] == [3, 6]
+            assert [event.step for event in events.Images(f"{name}/spectrogram")] == [3, 6]
+        (truth,) = events.Audio(f"clip_{i}/truth")
+        assert truth.length_frames == SEQUENCE.num_samples and truth.sample_rate == 16_000
+    # The same noise and clips every time; the weights have changed.
+    first, last = (event.encoded_audio_string for event in events.Audio("clip_0/1_steps"))
+    assert first != last
+    tags = set(events.Tags()["scalars"])
+    assert {
+        "ema/distance_0.05", "ema/distance_0.1", "speed/data_wait_ms", "speed/device_ms",
+        "speed/host_ms", "speed/step_ms", "speed/tflops_per_device", "train/update_norm",
+        "train/skipped_steps", "memory/host_peak_gib",
+    } <= tags  # fmt: skip
+    assert all(0 < event.value < 1 for event in events.Scalars("ema/distance_0.1"))
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+
+    # Widths that the run did not keep, for generating and for starting other runs.
+    checkpoint.reconstruct(tmp_path, 0.08)
+    weights = checkpoint.restore_weights(tmp_path, 6, 0.08)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=0.05),
+        weights["params"], final_state(tmp_path)["ema"]["0.1"],
+    )  # fmt: skip
+
+
+def test_what_may_change_when_a_run_goes_on(data, tmp_path, caplog):
+    folder = tmp_path / "records"
+    shutil.copytree(data / "train", folder / "train")
+    config = lambda **changes: make_config(folder, eval_every=0, **changes)
+    workdir = tmp_path / "run"
+    loop.train(config(steps=3, checkpoint_every=3), workdir)
+    with pytest.raises(loop.SetupError, match="steps is 6, was 3.*allow_config_change"):
+        loop.train(config(), workdir)
+    shutil.rmtree(folder / "train")
+    write_records(folder / "train", 13)
+    message = r"data source train=1 changed since the checkpoint: 13 records .* was 12"
+    with pytest.raises(loop.SetupError, match=message):
+        loop.train(config(steps=3, checkpoint_every=3), workdir)
+    assert final_state(workdir)["step"] == 3
+    loop.train(config(allow_config_change=True, log_every=3), workdir)
+    assert final_state(workdir)["step"] == 6
+    assert "config.log_every is 3, was 2" in caplog.text
+
+
+def test_a_dry_run_says_what_a_run_takes_and_writes_nothing(data, tmp_path, capsys):
+    config = make_config(data, **{"data.sources": ()})  # no data are needed
+    loop.train(config, tmp_path / "run", dry_run=True)
+    out = capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
+    assert "fused_blocks_0/ffn/w1/kernel" in out and "Total: " in out
+    assert "mesh: {'data': 2, 'fsdp': 2, 'tensor': 2}, 8 devices" in out
+    for line in ("state of a device: ", "activations and other temporaries of a device: ",
+                 "model FLOPs: ", "input: "):  # fmt: skip
+        assert line in out
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"batch_size": 6}, "batch_size 6 does not divide"),
+        ({"mesh.data": 3}, "does not fit 8 devices"),
+        (
+            {"model_overrides.hidden_dim": 20, "mesh.data": 1, "mesh.fsdp": 8, "mesh.tensor": 1},
+            "mesh.fsdp=8 does not divide the model's hidden_dim 20",
+        ),
+        ({"checkpoint_every": 0}, "config.checkpoint_every must be at least 1, not 0"),
+        ({"eval_batches": 0}, "config.eval_batches must be at least 1, not 0"),
+        ({"data.sources": ()}, "data.sources is empty"),
+        ({"data.sources": ("train=-1",)}, "PATH=WEIGHT"),
+        ({"data.sources": ("nowhere=1",)}, "nowhere"),
+        ({"model": "tiny"}, "'tiny' is not one of small_16k"),
+        ({"objective.name": "gan"}, "'gan' is not one of vcm, flow_matching, soflow, meanflow"),
+        ({"objective.name": "meanflow"}, "meanflow has no setting guidance_scale, lambda_end"),
+        ({"objective.mix_ratio": 2.0}, "mix_ratio"),
+        ({"optimizer.b1": 1.0}, "optimizer.b1"),
+        ({"steps": 0}, "steps"),
+        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"accumulate": 3}, "batch_size 8 does not divide into accumulate = 3 microbatches"),
+        ({"accumulate": 0}, "accumulate must be at least 1"),
+        (
+            {"batch_size": 16, "accumulate": 4, "objective.instant_ratio": 0.6},
+            "accumulate 4 does not divide the 10 rows",
+        ),
+        ({"remat": "some"}, "config.remat 'some' is not one of none, products, full"),
+        ({"on_nonfinite": "hope"}, "config.on_nonfinite 'hope' is not one of stop, skip"),
+        ({"profile": "5"}, "profile '5' must be START:STOP"),
+        ({"dtype": "float99"}, "'float99' is not one of float32"),
+        ({"init_from": "nowhere"}, "nowhere: no checkpoints"),
+        ({"data.val_sources": ("nowhere=1",)}, "nowhere"),
+    ],
+)
+def test_runs_that_cannot_start(data, tmp_path, changes, message):
+    with pytest.raises(loop.SetupError, match=message) as error:
+        loop.train(make_config(data, **changes), tmp_path / "run")
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists(), "nothing is written before the settings are checked"
+
+
+def test_records_of_other_sizes(data, tmp_path):
+    config = make_config(data)
+    config.model_overrides.sync_dim = 7
+    with pytest.raises(loop.SetupError, match="records have sync_dim 5, model demo has 7"):
+        loop.train(config, tmp_path / "run")
+    config.model_overrides.sync_dims = 5
+    with pytest.raises(loop.SetupError, match="unknown keys .'sync_dims'."):
+        loop.train(config, tmp_path / "run")
+    write_records(tmp_path / "other", 3, encoders=WeightsFreeEncoders(6, 9, 4))
+    config = make_config(data, **{"data.sources": ("train=1", f"{tmp_path}/other=1")})
+    with pytest.raises(loop.SetupError, match="differ in their encoders"):
+        loop.train(config, tmp_path / "run")
+
+
+def test_imported_weights_start_a_run_and_keep_their_statistics(data, tmp_path, caplog):
+    config = make_config(
+        data, steps=1, init_from=str(tmp_path / "imported"), **{"optimizer.learning_rate": 1e-12}
+    )
+    manifest = RecordSource(data / "train").manifest
+    rng = np.random.default_rng(0)
+    variables = jax.tree.map(
+        lambda leaf: np.float32(0.05 * rng.standard_normal(leaf.shape)),
+        abstract_variables(setup.model_config(config, manifest)),
+    )
+    latents = {"latent_mean": np.float32(manifest.latent_mean) + 1}
+    latents["latent_std"] = 3 * np.float32(manifest.latent_std)
+    import_network.save(tmp_path / "imported", variables | {"stats": latents}, {})
+    loop.train(config, tmp_path / "run")
+    state = final_state(tmp_path / "run")
+    close = lambda a, b: np.testing.assert_allclose(a, b, atol=1e-9)
+    jax.tree.map(close, state["params"], variables["params"])
+    empty_text = np.load(data / "train" / EMPTY_TEXT)  # the data's: their text encoder's
+    jax.tree.map(close, state["stats"], latents | {"empty_text": empty_text})
+    warning = next(r.getMessage() for r in caplog.records if "latents are normalised" in r.msg)
+    assert "stds by a factor of up to 3: are the data's latents those of another codec?" in warning
+
+    # Where they lack statistics, the data's are taken; other sizes are refused.
+    found = setup.kept_statistics({"latent_mean": latents["latent_mean"]}, {}, "imported")
+    assert found == {}
+    config.model_overrides.hidden_dim = 32
+    with pytest.raises(loop.SetupError, match="init_from .*imported was made with another conf"):
+        loop.train(config, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+def test_statistics_of_a_mixture(data, tmp_path):
+    class Fake:
+        def __init__(self, mean, std):
+            self.manifest = type("M", (), {"latent_mean": mean, "latent_std": std})
+
+    found = setup.mixed_statistics([Fake([0.0], [1.0]), Fake([4.0], [2.0])], [3, 1])
+    np.testing.assert_allclose(found["latent_mean"], [1.0])
+    # E[x^2] = 3/4 * 1 + 1/4 * (16 + 4) = 5.75, minus the squared mean.
+    np.testing.assert_allclose(found["latent_std"], [4.75**0.5])
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.py")), ids=lambda path: path.stem)
+def test_every_config_builds_its_settings(path):
+    config = load_config(path.stem)
+    assert setup.step_config(config).steps == config.steps
+
+
+def tiny(data, objective, **changes):
+    return make_config(data, objective, steps=2, eval_every=0, checkpoint_every=2, **changes)
+
+
+@pytest.mark.parametrize("name", [name for name in OBJECTIVES if name not in ("vcm", "reflow")])
+def test_every_objective_builds_its_run(name):
+    """Every config of it, and the step on abstract values: compiling each would take minutes."""
+    for config in ("s16k", "impacts"):
+        settings = setup.step_config(load_config(config, name))
+        assert objective_of(settings.objective)[0] == name
+    model = dataclasses.replace(MODELS["demo"], **SIZES)
+    net, optimizer = MMDiT(model), make_optimizer(OptimizerConfig())
+    stats = {
+        "latent_mean": np.zeros(20),
+        "latent_std": np.ones(20),
+        "empty_text": np.zeros((77, 4)),
+    }
+    state = jax.eval_shape(make_init(net, stats, optimizer, (0.05,)), jax.random.key(0))
+    shapes = {
+        "latent_mean": (80, 20), "latent_std": (80, 20), "clip": (20, 6), "sync": (56, 5),
+        "text": (77, 4), "has_video": (), "has_text": (),
+    }  # fmt: skip
+    batch = {
+        key: jax.ShapeDtypeStruct((8, *shape), bool if key.startswith("has") else np.float32)
+        for key, shape in shapes.items()
+    }
+    step = functools.partial(train_step, net=net, optimizer=optimizer, config=settings)
+    after, metrics = jax.eval_shape(step, state, batch, jax.random.key(1))
+    assert jax.tree.structure(after) == jax.tree.structure(state)
+    assert metrics.loss.total.dtype == np.float32
+    parts = functools.partial(step, accumulate=2)
+    assert jax.eval_shape(parts, state, batch, jax.random.key(1))[0] == after
+
+
+def test_reflow_learns_from_a_trained_run(data, tmp_path):
+    teacher = tmp_path / "teacher"
+    loop.train(tiny(data, "flow_matching"), teacher)
+    student = tiny(data, "reflow", **{"objective.teacher": str(teacher)})
+    student.objective.teacher_steps = 2
+    loop.train(student, tmp_path / "student")
+    assert final_state(tmp_path / "student")["step"] == 2
+    run = json.loads((teacher / "run.json").read_text())
+
+    # What the student is shown: the teacher's samples, in the student's normalisation.
+    net = MMDiT(ModelConfig(**run["model"]))
+    loaded, variables = load_teacher(
+        read_section(student.objective)[0], net, RecordSource(data / "train").manifest
+    )
+    (source,), weights = setup.open_sources(("train=1",), str(data), "sources")
+    shapes = mixture.Shapes(clip=(5, 6), sync=(8, 5))
+    mixed = mixture.mix([source], weights, seed=0)
+    (batch,) = mixture.batches(mixed, shapes, batch_size=2, first_step=0, last_step=1)
+    x1 = np.random.default_rng(0).standard_normal((2, net.config.latent_seq_len, 20), np.float32)
+    stats = dict(variables["stats"])
+    args = (batch, x1, np.zeros(2, bool))
+    same = teacher_data(loaded, variables, stats, *args)
+    twice = stats | {"latent_std": 2 * stats["latent_std"]}
+    halved = teacher_data(loaded, variables, twice, *args)
+    np.testing.assert_allclose(halved, same / 2, atol=1e-5)
+    assert same.shape == x1.shape and np.abs(same - x1).max() > 1e-3
+    half = teacher_data(loaded, variables, stats, batch, x1, np.array([True, False]))
+    np.testing.assert_allclose(half[1], same[1], atol=1e-6)
+    assert (half[0] != same[0]).any(), "a row without its condition is another sound"
+
+    for changes, message in (
+        ({}, "objective.teacher is empty: name the workdir"),
+        ({"objective.teacher": str(tmp_path)}, "has no run.json"),
+        (
+            {"objective.teacher": str(teacher), "model_overrides.hidden_dim": 32},
+            "teacher is of another size: hidden_dim 16, not 32",
+        ),
+    ):
+        with pytest.raises(loop.SetupError, match=message) as error:
+            loop.train(tiny(data, "reflow", **changes), tmp_path / "refused")
+        assert "\n" not in str(error.value) and not (tmp_path / "refused").exists()
+
+
+def test_meanflow_needs_attention_with_a_jvp(data, tmp_path, monkeypatch):
+    """An attention with a hand-written backward pass, as fused kernels have."""
+    plain = layers.attention
+    fused = jax.custom_vjp(plain)
+    fused.defvjp(lambda *qkv: (plain(*qkv), qkv), lambda qkv, g: jax.vjp(plain, *qkv)[1](g))
+    monkeypatch.setattr(layers, "attention", fused)
+    with pytest.raises(loop.SetupError, match="meanflow takes a JVP, which this attention"):
+        loop.train(tiny(data, "meanflow"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_ablations_change_one_setting():
+    ablated = load_config("ablations", "w=2,lambda_end=1/250")
+    before, now = load_config("s16k").to_dict(), ablated.to_dict()
+    assert resume.changes(before, now) == {
+        "objective.guidance_scale": "is 2.0, was 4.0",
+        "objective.lambda_end": "is 0.004, was 0.002",
+    }
+    assert load_config("ablations", "base=impacts,r=0").batch_size == 32
+    assert load_config("ablations", "sync=time").model_overrides.sync_alignment == "time"
+    for text, message in (
+        ("q=1", "ablation 'q' is not one of w, m, r, p, lambda_end"),
+        ("w=much", "ablation w=much is not a number"),
+        ("base=x,w=1", "base 'x' is not one of s16k, impacts"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_config("ablations", text)

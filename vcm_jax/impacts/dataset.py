@@ -1,0 +1,81 @@
+"""The data set of simulated clips: videos, captions, and what happened in each clip."""
+
+import concurrent.futures
+import functools
+import json
+import multiprocessing
+from collections.abc import Mapping
+from pathlib import Path
+
+from tqdm import tqdm
+
+from vcm_jax.atomic import atomic_path
+from vcm_jax.impacts.render import (
+    FPS,
+    SAMPLE_RATE,
+    SIZE,
+    render_frames,
+    render_sound,
+)
+from vcm_jax.impacts.scene import SPLITS, VERSION, record, simulate
+from vcm_jax.media.write import write_mp4
+
+
+def _make_clip(job: tuple[str, str, int], seed: int, duration: float) -> dict:
+    """Writes one clip unless it is there; returns its record. job: (folder, split, index)."""
+    out, split, index = job
+    scene = simulate(seed, split, index, duration)
+    line = record(scene)
+    path = Path(out, split, f"{line['id']}.mp4")
+    if not path.exists():
+        write_mp4(path, render_frames(scene), FPS, render_sound(scene), SAMPLE_RATE)
+    return line
+
+
+def _claim(out: Path, settings: dict) -> None:
+    """Notes the settings in OUT/impacts.json, or checks them against those that are there."""
+    path = out / "impacts.json"
+    if path.exists():
+        there = json.loads(path.read_text())
+        if there != settings:
+            differing = [k for k in settings if there.get(k) != settings[k]]
+            old, new = ({k: d.get(k) for k in differing} for d in (there, settings))
+            raise ValueError(f"{out} was made with {old}, not {new}: give another --out")
+    elif out.exists() and any(out.iterdir()):
+        raise ValueError(f"{out} is not empty and has no impacts.json: give another --out")
+    else:
+        with atomic_path(path) as temporary:
+            temporary.write_text(json.dumps(settings) + "\n")
+
+
+def write_dataset(
+    out: str | Path, counts: Mapping[str, int], duration: float, seed: int, workers: int
+) -> None:
+    """Writes the clips 0 .. counts[split] - 1 of each split and their lists (see the module).
+
+    Clips that are there are kept, so a broken run is taken up again, and a larger count adds
+    clips. The clips do not depend on the counts or on the number of worker processes.
+
+    Raises: ValueError if `out` holds something else or was made with other settings.
+    """
+    out = Path(out)
+    simulate(seed, "train", 0, duration)  # complains about its arguments before anything is made
+    settings = dict(
+        version=VERSION, seed=seed, duration=duration, fps=FPS, sample_rate=SAMPLE_RATE, size=SIZE
+    )
+    _claim(out, settings)
+    jobs = [(str(out), split, i) for split in SPLITS for i in range(counts.get(split, 0))]
+    make = functools.partial(_make_clip, seed=seed, duration=duration)
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(max(workers, 1), spawn) as pool:
+        lines = pool.map(make, jobs, chunksize=8) if workers > 1 else map(make, jobs)
+        lines = list(tqdm(lines, "Impacts", len(jobs), unit="clip"))
+    for split in SPLITS:
+        of_split = [line for line, job in zip(lines, jobs, strict=True) if job[1] == split]
+        if not of_split:
+            continue
+        with atomic_path(out / f"{split}_impacts.jsonl") as temporary:
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in of_split))
+        with atomic_path(out / f"{split}.tsv") as temporary:
+            rows = [f"{line['id']}\t{line['caption']}\n" for line in of_split]
+            temporary.write_text("".join(["id\tcaption\n", *rows]))

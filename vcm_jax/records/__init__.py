@@ -1,0 +1,1 @@
+"""Records of extracted clips: lengths, schema, reading and mixing."""

@@ -1,0 +1,230 @@
+"""Batches from weighted sources of records, in an order that is a function of (seed, index)."""
+
+import bisect
+import ctypes
+import dataclasses
+import itertools
+import signal
+import sys
+from collections.abc import Sequence
+
+import grain
+import numpy as np
+from absl import logging
+
+from vcm_jax.records.schema import RecordError
+
+MAX_DAMAGED = 100  # damaged records that one process skips before it gives up
+_THREADS = 8  # that fill batches; also how many batches are read ahead at most
+_FEATURES = ("latent_mean", "latent_std", "clip", "sync", "text")
+
+
+def parse_source(text: str) -> tuple[str, float]:
+    """'PATH=WEIGHT' -> (PATH, WEIGHT); without '=WEIGHT' the weight is 1.
+
+    Raises:
+      ValueError: when the weight is not a positive number.
+    """
+    path, _, weight = text.rpartition("=") if "=" in text else (text, "", "1")
+    try:
+        value = float(weight)
+    except ValueError:
+        value = -1.0
+    if not path or not 0 < value < float("inf"):
+        raise ValueError(f"data source {text!r} must be 'PATH=WEIGHT' with a weight above 0")
+    return path, value
+
+
+@dataclasses.dataclass(frozen=True)
+class Shapes:
+    """Shapes of one record's features, for the modalities that a record may lack."""
+
+    clip: tuple[int, int]
+    sync: tuple[int, int]
+
+
+def check_sources(sources: Sequence, weights: Sequence[float]) -> None:
+    """Raises ValueError: no or empty sources, a bad weight, a source given twice."""
+    names = [str(getattr(source, "path", i)) for i, source in enumerate(sources)]
+    if not names or len(names) != len(weights):
+        raise ValueError(f"{len(names)} data sources and {len(weights)} weights")
+    for i, (name, source, weight) in enumerate(zip(names, sources, weights)):
+        if not 0 < weight < float("inf"):
+            raise ValueError(f"data source {name}: weight {weight} must be a number above 0")
+        if not len(source):
+            raise ValueError(f"data source {name}: no records")
+        if name in names[:i]:
+            raise ValueError(f"data source {name} is listed twice: give it one, larger weight")
+
+
+class Mixture:
+    """An endless sequence of records: index -> (source, record), by (seed, index) alone.
+
+    Sources take turns by weight whatever their sizes; each is shuffled anew every epoch. Random
+    access, picklable, no state.
+
+    Args:
+      sources: random-access sequences of records (RecordSource).
+      weights: one positive number each.
+      seed: of the order.
+
+    Raises:
+      ValueError: see `check_sources`.
+    """
+
+    def __init__(self, sources: Sequence, weights: Sequence[float], seed: int):
+        self.sources = list(sources)
+        check_sources(self.sources, weights)
+        # Records are numbered through the sources, and the order is one of these numbers.
+        self._ends = list(itertools.accumulate(map(len, self.sources)))
+        orders = [
+            grain.MapDataset.range(end - len(source), end).seed(seed + i).shuffle().repeat()
+            for i, (source, end) in enumerate(zip(self.sources, self._ends))
+        ]
+        self._order = orders[0]
+        if len(orders) > 1:
+            share = np.divide(weights, sum(weights)).tolist()
+            self._order = grain.MapDataset.mix(orders, weights=share)
+
+    def locate(self, index: int) -> tuple[int, int]:
+        """(number of the source, number of the record in it) at a global index."""
+        number = int(self._order[index])
+        source = bisect.bisect_right(self._ends, number)
+        return source, number - self._ends[source] + len(self.sources[source])
+
+    def __getitem__(self, index: int) -> dict:
+        """The record at a global index; RecordError if it is damaged."""
+        source, record = self.locate(index)
+        return self.sources[source][record]
+
+    def read(self, index: int) -> tuple[dict, list[str]]:
+        """The record at a global index, or in place of a damaged one the next of its source that
+        is not, and what was wrong with those passed over.
+
+        Raises:
+          RecordError: MAX_DAMAGED records in a row are damaged.
+        """
+        source, record = self.locate(index)
+        damaged = []
+        while True:
+            try:
+                return self.sources[source][record], damaged
+            except RecordError as error:
+                damaged.append(str(error))
+                if len(damaged) > MAX_DAMAGED:
+                    raise
+            record = (record + 1) % len(self.sources[source])
+
+
+def mix(sources: Sequence, weights: Sequence[float], seed: int) -> Mixture:
+    """`Mixture(sources, weights, seed)`."""
+    return Mixture(sources, weights, seed)
+
+
+class _ReadBatch(grain.transforms.Map):
+    """Step -> this process's rows of its batch, and what damaged records were passed over."""
+
+    def __init__(self, mixed: Mixture, shapes: Shapes, batch_size: int, part: int, parts: int):
+        self.mixed, self.shapes = mixed, shapes
+        self.batch_size, self.rows = batch_size, batch_size // parts
+        self.offset = part * self.rows
+
+    def map(self, step: int):
+        batch, skipped = None, []
+        first = int(step) * self.batch_size + self.offset
+        for row in range(self.rows):
+            record, damaged = self.mixed.read(first + row)
+            skipped += damaged
+            if batch is None:
+                batch = self._allocate(record)
+            for name in _FEATURES:
+                # These zeros are never looked at: the step puts the learned empty features there.
+                _copy(record.get(name), batch[name][row])
+            batch["has_video"][row] = "clip" in record
+            batch["has_text"][row] = record["caption"] != ""
+        return batch, skipped
+
+    def _allocate(self, record: dict) -> dict[str, np.ndarray]:
+        arrays = {name: (record[name].shape, np.float32) for name in ("latent_mean", "latent_std")}
+        arrays["text"] = (record["text"].shape, np.float16)
+        for name in ("clip", "sync"):
+            arrays[name] = (getattr(self.shapes, name), np.float16)
+        arrays["has_video"] = arrays["has_text"] = ((), np.bool_)
+        return {n: np.empty((self.rows, *shape), dtype) for n, (shape, dtype) in arrays.items()}
+
+
+def _copy(source: np.ndarray | None, target: np.ndarray) -> None:
+    """target = source, byte by byte: a record's arrays are not aligned, which slows numpy down."""
+    if source is None:
+        target[...] = 0
+    elif source.shape == target.shape and source.dtype == target.dtype:
+        target.reshape(-1).view(np.uint8)[:] = source.reshape(-1).view(np.uint8)
+    else:
+        raise ValueError(f"a record has features {source.shape}, the batch {target.shape}")
+
+
+def batches(
+    mixed: Mixture,
+    shapes: Shapes,
+    *,
+    batch_size: int,
+    first_step: int,
+    last_step: int,
+    part: int = 0,
+    parts: int = 1,
+    num_workers: int = 0,
+    max_damaged: int = MAX_DAMAGED,
+):
+    """An iterator over this process's rows of the batches `first_step` ... `last_step` - 1.
+
+    Args:
+      mixed: what `mix` gives.
+      shapes: of clip and sync features.
+      batch_size: global; each of `parts` processes gets its `part`, in order.
+      first_step, last_step: of the run; sample i of step k has global index k batch_size + i, so
+        that a run resumes at any step, on any number of processes, on the same data.
+      num_workers: processes that read ahead; 0 reads in threads, which is faster from local disks.
+      max_damaged: damaged records that are passed over, each with a line in the log.
+
+    Yields:
+      dicts of numpy arrays with leading axis `batch_size / parts`.
+
+    Raises:
+      RecordError: more damaged records than that.
+    """
+    if batch_size % parts:
+        raise ValueError(f"batch_size {batch_size} does not divide over {parts} processes")
+    dataset = grain.MapDataset.range(first_step, last_step)
+    dataset = dataset.map(_ReadBatch(mixed, shapes, batch_size, part, parts))
+    ahead = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_THREADS)
+    dataset = dataset.to_iter_dataset(ahead)
+    if num_workers:
+        options = grain.MultiprocessingOptions(num_workers=num_workers)
+        dataset = dataset.mp_prefetch(options, worker_init_fn=_start_worker)
+    return _report_damage(iter(dataset), max_damaged)
+
+
+def _report_damage(found, max_damaged: int):
+    count = 0
+    for batch, skipped in found:
+        for line in skipped:
+            count += 1
+            logging.warning("damaged record %d passed over: %s", count, line)
+            if count > max_damaged:
+                raise RecordError(f"{count} damaged records, the last: {line}")
+        yield batch
+
+
+def _start_worker(index: int, count: int) -> None:
+    """A worker leaves SIGTERM and Ctrl-C to the run, which still reads, and dies with it."""
+    del index, count
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform == "linux":
+        set_parent_death_signal = 1
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+
+
+def record_ids(mixed: Mixture, step: int, batch_size: int) -> list[str]:
+    """The ids of the batch that step `step` (0 is the first) trains on; reads the records."""
+    return [mixed.read(step * batch_size + row)[0]["id"] for row in range(batch_size)]

@@ -1,0 +1,139 @@
+"""Random access to a folder of records, with checks of what it holds."""
+
+import operator
+
+import numpy as np
+from array_record.python import array_record_data_source
+from etils import epath
+
+from vcm_jax.records.schema import (
+    EMPTY_TEXT,
+    MANIFEST,
+    TEXT_TABLE,
+    RecordError,
+    deserialize,
+    latent_statistics,
+    latent_sums,
+    read_manifest,
+)
+
+CHECKED_CLIPS = 64  # that the statistics are compared with when training starts
+
+
+class RecordSource:
+    """Random access to a records folder: picklable, for any number of threads and processes.
+
+    Attributes:
+      path: the folder, local or of a remote file system that etils.epath knows (gs://...).
+      manifest: its Manifest.
+
+    Raises:
+      RecordError: the folder is not whole: no manifest, a shard that is missing, too many or cut
+        off, no records.
+    """
+
+    def __init__(self, path):
+        self.path = epath.Path(path)
+        self.manifest = read_manifest(self.path)
+        files = {shard["name"]: shard for shard in self.manifest.shards}
+        shards = list(files)
+        if self.manifest.text_table:
+            files[TEXT_TABLE] = self.manifest.text_table
+        there = {file.name: file for file in self.path.iterdir()}
+        for name, file in files.items():
+            if name not in there:
+                raise RecordError(f"{self.path / name}: missing, the manifest lists it")
+            size = there[name].stat().length
+            if size != file["bytes"]:
+                raise RecordError(
+                    f"{self.path / name}: {size} bytes, the manifest says {file['bytes']}: "
+                    "cut off or replaced"
+                )
+        if extra := sorted(n for n in there if n.endswith(".array_record") and n not in files):
+            raise RecordError(f"{self.path / extra[0]}: not in the manifest")
+        if not shards or not self.manifest.num_records:
+            raise RecordError(f"{self.path}: no records")
+        self._reader = self._open(shards, self.manifest.num_records)
+        self._texts = None
+        if self.manifest.text_table:
+            self._texts = self._open([TEXT_TABLE], self.manifest.text_table["rows"])
+
+    def _open(self, names: list[str], count: int):
+        try:
+            # Picklable itself: each process opens the files when it first reads from them.
+            reader = array_record_data_source.ArrayRecordDataSource(
+                [str(self.path / name) for name in names]
+            )
+        except Exception as error:  # its C++ code raises what it likes
+            raise RecordError(f"{self.path}: unreadable ({error})") from error
+        if len(reader) != count:
+            raise RecordError(f"{self.path}: {len(reader)} records, the manifest says {count}")
+        return reader
+
+    @property
+    def empty_text(self) -> np.ndarray:
+        """The text encoder's features of the empty text, (Tt, Dt) float32."""
+        with (self.path / EMPTY_TEXT).open("rb") as file:
+            return np.load(file)
+
+    def __len__(self) -> int:
+        return self.manifest.num_records
+
+    def __getitem__(self, index: int) -> dict:
+        """Record `index`: see `serialize` for its fields; `text` is always there.
+
+        Raises:
+          IndexError: no such record.
+          RecordError: damaged, or not as the manifest says; names the folder and the record.
+        """
+        index = operator.index(index)
+        if not 0 <= index < len(self):
+            raise IndexError(f"record {index} of {len(self)}")
+        try:
+            record = deserialize(self._reader[index])
+            if self._texts is not None:
+                row = int(record.pop("text_row"))
+                shape = self.manifest.fields["text"]["shape"]
+                record["text"] = np.frombuffer(self._texts[row], np.float16).reshape(shape)
+        except Exception as error:  # the C++ reader has no class of its own for damaged bytes
+            raise RecordError(f"{self.path}, record {index}: {error}") from error
+        for name, field in self.manifest.fields.items():
+            if name not in record or list(record[name].shape) != field["shape"]:
+                found = record[name].shape if name in record else "missing"
+                raise RecordError(
+                    f"{self.path}, record {index}: {name} is {found}, the manifest says "
+                    f"{tuple(field['shape'])}"
+                )
+        return record
+
+    def check_statistics(self, count: int = CHECKED_CLIPS) -> None:
+        """Compare the manifest's latent statistics with those of some clips, evenly chosen.
+
+        Means may be off by ten standard errors (from the spread between the clips) and a tenth of
+        the standard deviation, stds by a factor of 2: more than chance does, less than latents of
+        another codec or scale. All clips together must agree to 0.1%.
+
+        Raises:
+          RecordError: they do not fit the records.
+        """
+        count = min(count, len(self))
+        chosen = np.linspace(0, len(self) - 1, count).round().astype(int)
+        clips = [self[i] for i in chosen]
+        sums = np.stack([latent_sums(clip["latent_mean"], clip["latent_std"]) for clip in clips])
+        mean, std = latent_statistics(sums.sum(axis=0))
+        told_mean = np.array(self.manifest.latent_mean)
+        told_std = np.array(self.manifest.latent_std)
+        scale = np.maximum(told_std, 1e-6)
+        if count == len(self):
+            good = (abs(mean - told_mean) <= 1e-3 * scale) & (abs(std - told_std) <= 1e-3 * scale)
+        else:
+            error = (sums[:, 1] / sums[:, 0]).std(axis=0) / np.sqrt(count)
+            ratio = np.maximum(std, 1e-6) / scale
+            good = (abs(mean - told_mean) <= 10 * error + 0.1 * scale) & (abs(np.log2(ratio)) <= 1)
+        if not good.all():
+            worst = int(np.argmin(good))
+            raise RecordError(
+                f"{self.path / MANIFEST}: its latent statistics do not fit the records: channel "
+                f"{worst} has mean {told_mean[worst]:.4g}, std {told_std[worst]:.4g} there, "
+                f"{mean[worst]:.4g}, {std[worst]:.4g} over {count} records: extract again"
+            )

@@ -1,0 +1,375 @@
+"""State and description of a run, saved together in one atomic step (Orbax)."""
+
+import contextlib
+import os
+import secrets
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging
+from flax import traverse_util
+from tqdm import tqdm
+
+from vcm_jax import ema
+from vcm_jax.atomic import atomic_path
+
+# Seconds after which a save that failed is tried again, and again; then the run stops.
+RETRY_AFTER = (2.0, 10.0)
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is not there or does not fit; one line that says what would."""
+
+
+class StorageError(OSError):
+    """Nothing can be saved any more; one line that says where, why, and what is there."""
+
+
+def check_writable(workdir) -> None:
+    """Raises StorageError where no file can be written."""
+    probe = Path(workdir) / f".probe.{secrets.token_hex(4)}"
+    try:
+        probe.parent.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"x")
+        probe.unlink()
+    except OSError as error:
+        raise StorageError(f"{workdir} cannot be written: {error.strerror}") from error
+
+
+def open_manager(workdir, keep_every: int | None = None, read_only: bool = False):
+    """The checkpoints of a run, under WORKDIR/checkpoints: the last three and some for good.
+
+    Half-written ones are removed, unless it is `read_only`: a run may be writing them just now.
+
+    Args:
+      workdir: of the run.
+      keep_every: checkpoints of every so many steps stay for good.
+      read_only: nothing can be saved, and nothing is removed.
+    """
+    options = ocp.CheckpointManagerOptions(
+        max_to_keep=3,
+        keep_period=keep_every,
+        cleanup_tmp_directories=not read_only,
+        read_only=read_only,
+    )
+    directory = Path(workdir).absolute() / "checkpoints"
+    handlers = {"state": ocp.PyTreeCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
+    return ocp.CheckpointManager(directory, options=options, item_handlers=handlers)
+
+
+def latest_step(workdir) -> int | None:
+    """The step that a run in this workdir goes on from; None for a new run."""
+    if not (Path(workdir) / "checkpoints").is_dir():
+        return None
+    with open_manager(workdir, read_only=True) as manager:
+        return manager.latest_step()
+
+
+def open_snapshots(workdir, read_only: bool = False):
+    """The snapshots of a run's averages, under WORKDIR/snapshots; all of them stay."""
+    options = ocp.CheckpointManagerOptions(
+        cleanup_tmp_directories=not read_only,
+        read_only=read_only,
+        multiprocessing_options=ocp.options.MultiprocessingOptions(
+            barrier_sync_key_prefix="snapshots"
+        ),
+    )
+    directory = Path(workdir).absolute() / "snapshots"
+    handlers = {"state": ocp.PyTreeCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
+    return ocp.CheckpointManager(directory, options=options, item_handlers=handlers)
+
+
+class Saver:
+    """Saves in the background, tries again what failed, and stops the run when it fails for good.
+
+    Of several processes none can try again alone: there the first failure stops the run.
+
+    Args:
+      manager: of `open_manager` or `open_snapshots`; it is closed with the saver, a context.
+    """
+
+    def __init__(self, manager: ocp.CheckpointManager):
+        self.manager = manager
+        self._failures = 0
+        # Held open, so that another directory in its place can be told from it.
+        local = os.path.isdir(manager.directory)
+        self._directory = os.open(manager.directory, os.O_RDONLY) if local else None
+
+    def _check_directory(self) -> None:
+        """Orbax would make a directory that vanished anew, and hide that all in it is lost."""
+        found = self.manager.directory.is_dir()
+        if found and self._directory is not None:
+            found = os.path.samestat(os.stat(self.manager.directory), os.fstat(self._directory))
+        if not found:
+            raise FileNotFoundError("the directory is gone")
+
+    def save(self, step: int, state, meta: dict, wait: bool = False) -> None:
+        """Saves a pytree of arrays and JSON; with `wait` it is on disk when this returns.
+
+        Raises:
+          StorageError: after the last try; earlier checkpoints are whole.
+        """
+        args = ocp.args.Composite(state=ocp.args.PyTreeSave(state), meta=ocp.args.JsonSave(meta))
+        while True:
+            try:
+                self._check_directory()
+                self.manager.wait_until_finished()
+                self.manager.save(step, args=args, force=True)
+                if wait:
+                    self.manager.wait_until_finished()
+                    self._failures = 0
+                return
+            except Exception as error:  # tensorstore and Orbax raise many kinds
+                self._failed(error)
+
+    def failed(self) -> bool:
+        """Whether a save in the background has failed, so that one is due now; waits for none."""
+        if jax.process_count() > 1 or self.manager.is_saving_in_progress():
+            return False
+        try:
+            self.manager.wait_until_finished()
+        except Exception as error:
+            self._failed(error)
+            return True
+        self._failures = 0
+        return False
+
+    def drop_after(self, step: int) -> None:
+        """Deletes what is later than a step that the run goes on from."""
+        for later in self.manager.all_steps():
+            if later > step:
+                self.manager.delete(later)
+
+    def _failed(self, error: Exception) -> None:
+        self._failures += 1
+        reason = next((line for line in str(error).splitlines() if line.strip()), repr(error))
+        if "No space left" in str(error):
+            reason = "No space left on device"
+        where = self.manager.directory
+        if self._failures > len(RETRY_AFTER) or jax.process_count() > 1:
+            there = sorted(int(p.name) for p in where.glob("*") if p.name.isdigit())
+            raise StorageError(
+                f"{where} cannot be saved to: {reason[:200]}; there and whole: {there or 'nothing'}"
+            ) from error
+        seconds = RETRY_AFTER[self._failures - 1]
+        logging.warning("%s: saving failed (%s); again in %g s", where, reason[:200], seconds)
+        time.sleep(seconds)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *_):
+        """Waits for what is being saved."""
+        if self._directory is not None:
+            os.close(self._directory)
+        try:
+            self.manager.close()
+        except Exception as error:
+            if kind is None:
+                self._failures = len(RETRY_AFTER)
+                self._failed(error)
+            logging.warning("%s: the last save failed: %s", self.manager.directory, error)
+
+
+def save_snapshot(saver: Saver, state) -> None:
+    """Keeps the averages for `reconstruct`, as float16 like EDM2's, half of what they take."""
+    saver.save(int(state.step), {"ema": _halved(state.ema), "stats": state.stats}, {})
+
+
+@jax.jit
+def _halved(averages):
+    return jax.tree.map(lambda a: a.astype(jnp.float16), averages)
+
+
+def _shapes(tree) -> dict[str, tuple]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape for path, leaf in leaves
+    }
+
+
+def check_shapes(found, wanted, what: str) -> None:
+    """Raises CheckpointError, naming the first differences, when two trees differ in shapes."""
+    found, wanted = _shapes(found), _shapes(wanted)
+    different = sorted(k for k in found.keys() | wanted.keys() if found.get(k) != wanted.get(k))
+    if different:
+        lines = [
+            f"{k} is {found.get(k, 'missing')}, wanted {wanted.get(k, 'none')}"
+            for k in different[:3]
+        ]
+        raise CheckpointError(
+            f"{what} was made with another configuration ({len(different)} arrays differ): "
+            + "; ".join(lines)
+        )
+
+
+def _existing_step(manager, step: int | None) -> int:
+    """`step`, or the latest one for None; a CheckpointError when it is not there."""
+    there = sorted(manager.all_steps())
+    if step is None and there:
+        return there[-1]
+    if step is None:
+        raise CheckpointError(f"{manager.directory}: nothing is saved there yet")
+    if step not in there:
+        raise CheckpointError(
+            f"{manager.directory}: no checkpoint of step {step}; there are {there or 'none'}"
+        )
+    return step
+
+
+def restore(manager: ocp.CheckpointManager, abstract_state, step: int | None = None):
+    """The state of a step, the latest by default.
+
+    Args:
+      manager: from `open_manager`.
+      abstract_state: shapes, dtypes and target shardings; other meshes and process counts than
+        those that saved it are fine.
+      step: which.
+
+    Raises:
+      CheckpointError: when there is no such step, or its arrays have other shapes.
+    """
+    step = _existing_step(manager, step)
+    with _readable(manager, step):
+        saved = manager.item_metadata(step)["state"]
+    check_shapes(saved, abstract_state, f"the checkpoint {manager.directory}/{step}")
+    args = ocp.args.PyTreeRestore(
+        item=abstract_state,
+        restore_args=ocp.checkpoint_utils.construct_restore_args(abstract_state),
+    )
+    with _readable(manager, step):
+        return manager.restore(step, args=ocp.args.Composite(state=args))["state"]
+
+
+def read_meta(manager, step: int) -> dict:
+    """The `meta` that was saved with a step.
+
+    Raises:
+      CheckpointError: when it is damaged.
+    """
+    with _readable(manager, step):
+        return manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+
+
+@contextlib.contextmanager
+def _readable(manager, step: int):
+    """What Orbax and tensorstore raise, in many kinds, becomes a CheckpointError."""
+    try:
+        yield
+    except Exception as error:
+        reason = next((line for line in str(error).splitlines() if line.strip()), repr(error))
+        earlier = [at for at in manager.all_steps() if at < step]
+        way_out = f"the run then goes on from {max(earlier)}" if earlier else "there is no earlier"
+        raise CheckpointError(
+            f"{manager.directory}/{step} cannot be read ({reason[:200]}): if it is damaged, "
+            f"delete it; {way_out}"
+        ) from error
+
+
+def restore_weights(workdir, step: int | None = None, sigma_rel: float | None = None):
+    """The averaged weights of a run, as the network's variables, on the host.
+
+    Args:
+      workdir: of the run.
+      step: which checkpoint, the latest by default.
+      sigma_rel: width of the average, the first that the run keeps by default; one that it does
+        not keep can be made with `reconstruct`.
+
+    Returns:
+      `{"params": ..., "stats": ...}` of numpy arrays.
+
+    Raises:
+      CheckpointError: when there is no such checkpoint or average.
+    """
+    directory = Path(workdir) / "checkpoints"
+    if not directory.is_dir():
+        raise CheckpointError(f"{workdir}: no checkpoints there (the workdir of a run is wanted)")
+    with open_manager(workdir, read_only=True) as manager:
+        made = None if sigma_rel is None else _reconstructed(workdir, sigma_rel, step)
+        at = manager.latest_step() if step is None else step
+        if made and not (at in manager.all_steps() and f"{sigma_rel:g}" in _widths(manager, at)):
+            with np.load(made) as arrays:
+                return traverse_util.unflatten_dict(dict(arrays), sep="/")
+        step = _existing_step(manager, step)
+        widths = _widths(manager, step)
+        width = widths[0] if sigma_rel is None else f"{sigma_rel:g}"
+        if width not in widths:
+            raise CheckpointError(
+                f"{directory}/{step}: no average of sigma_rel {width}, only {', '.join(widths)} "
+                "(python -m vcm_jax.reconstruct makes others)"
+            )
+        return _restore_average(manager, step, width)
+
+
+def _widths(manager, step: int) -> list[str]:
+    with _readable(manager, step):
+        return sorted(manager.item_metadata(step)["state"].tree["ema"], key=float)
+
+
+def _restore_average(manager, step: int, width: str) -> dict:
+    """{"params", "stats"} of one average, on the host: the devices may have changed."""
+    tree = manager.item_metadata(step)["state"].tree
+    wanted = {"ema": {width: tree["ema"][width]}, "stats": tree["stats"]}
+    on_host = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
+    args = ocp.args.Composite(
+        state=ocp.args.PyTreeRestore(item=wanted, restore_args=on_host, partial_restore=True)
+    )
+    with _readable(manager, step):
+        restored = manager.restore(step, args=args)["state"]
+    return {"params": restored["ema"][width], "stats": restored["stats"]}
+
+
+def _reconstructed(workdir, sigma_rel: float, step: int | None) -> Path | None:
+    """The file that `reconstruct` made, the latest step's by default; None where there is none."""
+    found = {
+        int(path.stem.split("_")[0]): path
+        for path in (Path(workdir) / "averages").glob(f"*_{sigma_rel:g}.npz")
+    }
+    return found.get(max(found, default=None) if step is None else step)
+
+
+def reconstruct(workdir, sigma_rel: float, step: int | None = None) -> Path:
+    """Averaged weights of any width from a run's snapshots (EDM2 algorithm 3, post-hoc EMA).
+
+    Args:
+      workdir: of the run.
+      sigma_rel: the width wanted.
+      step: at which the average ends; one of the snapshots', the last by default.
+
+    Returns:
+      The file written, WORKDIR/averages/STEP_WIDTH.npz.
+
+    Raises:
+      CheckpointError: when there are no snapshots, or none of that step.
+      ValueError: when no average is that wide.
+    """
+    if not (Path(workdir) / "snapshots").is_dir():
+        raise CheckpointError(
+            f"{workdir}: no snapshots there (config.snapshot_every says how often a run keeps them)"
+        )
+    with open_snapshots(workdir, read_only=True) as manager:
+        step = _existing_step(manager, step)
+        snapshots = [
+            (at, width)
+            for at in sorted(manager.all_steps())
+            if at <= step
+            for width in _widths(manager, at)
+        ]
+        coefficients = ema.posthoc_coefficients(
+            [at for at, _ in snapshots], [float(width) for _, width in snapshots], step, sigma_rel
+        )
+        total = None
+        for (at, width), weight in zip(tqdm(snapshots, unit="snapshot"), coefficients):
+            found = _restore_average(manager, at, width)
+            term = jax.tree.map(lambda a, w=weight: w * a.astype(np.float64), found["params"])
+            total = term if total is None else jax.tree.map(np.add, total, term)
+    params = jax.tree.map(np.float32, total)
+    arrays = traverse_util.flatten_dict({"params": params, "stats": found["stats"]}, sep="/")
+    path = Path(workdir) / "averages" / f"{step}_{sigma_rel:g}.npz"
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, **arrays)
+    return path

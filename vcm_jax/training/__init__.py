@@ -1,0 +1,1 @@
+"""Training: setup, the loop, one step, the state, watching and validating."""

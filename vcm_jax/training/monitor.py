@@ -1,0 +1,290 @@
+"""Watching a run: averages of its steps, where their time goes, what it sounds like by now."""
+
+import contextlib
+import functools
+import json
+import resource
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import jax
+import librosa
+import numpy as np
+import optax
+from absl import logging
+
+from vcm_jax.devices import sharding
+from vcm_jax.models import ModelConfig
+from vcm_jax.models.flops import vcm_step_flops
+from vcm_jax.objectives.vcm import VCMConfig
+from vcm_jax.training import validation
+from vcm_jax.training.step import StepConfig, loss_fn
+from vcm_jax.training.writer import Writer
+
+# Dense bfloat16 peaks in TFLOP/s by the beginning of `device_kind` (the makers' data sheets).
+PEAK_TFLOPS = {
+    "NVIDIA A100": 312, "NVIDIA H100": 989, "NVIDIA H200": 989, "NVIDIA B200": 2250,
+    "TPU v4": 275, "TPU v5 lite": 197, "TPU v5": 459, "TPU v6": 918,
+}  # fmt: skip
+# Steps that the host may be ahead of the devices: enough to keep them busy, few enough that a
+# SIGTERM is answered and a bad loss is seen at once.
+AHEAD = 2
+NONFINITE_IN_A_ROW = 3
+
+
+class NonFiniteError(ArithmeticError):
+    """A loss or gradient that is not finite; one line that names the step and its records."""
+
+
+class Meter:
+    """Averages over the steps since the last log, and their time.
+
+    Args:
+      first_step: steps that are done before the first.
+      on_nonfinite: "stop" or "skip", which stops after three steps in a row.
+      record_ids: number of a step (the first is 1) -> the ids of its batch.
+      report: file to which such steps are written, a JSON line each; None writes nothing.
+    """
+
+    def __init__(self, first_step: int, on_nonfinite: str, record_ids, report: Path | None):
+        self._on_nonfinite, self._record_ids, self._report = on_nonfinite, record_ids, report
+        self._step = self._from = self._checked = first_step
+        self._pending, self._skipped, self._in_a_row = [], 0, 0
+        self._seconds, self._tick = defaultdict(float), time.perf_counter()
+
+    @contextlib.contextmanager
+    def waiting(self, what: str):
+        """Counts the time inside as spent on `what`."""
+        before = time.perf_counter()
+        yield
+        self._seconds[what] += time.perf_counter() - before
+
+    def add(self, metrics) -> None:
+        """Takes the metrics of a step that was started; waits for the one `AHEAD` before it.
+
+        Raises:
+          NonFiniteError: for that one.
+        """
+        self._pending.append(metrics)
+        self._step += 1
+        self._check(self._step - AHEAD)
+
+    def _check(self, last: int) -> None:
+        while self._checked < last:
+            metrics = self._pending[self._checked - self._from]
+            with self.waiting("device"):
+                bad = float(metrics.nonfinite.total) > 0
+            self._checked += 1
+            self._in_a_row = self._in_a_row + 1 if bad else 0
+            if bad:
+                self._nonfinite(metrics, self._checked)
+
+    def _nonfinite(self, metrics, step: int) -> None:
+        self._skipped += 1
+        values = {name: float(getattr(metrics, name).compute()) for name in ("loss", "grad_norm")}
+        name, value = next(
+            (item for item in values.items() if not np.isfinite(item[1])), ("a gradient", "inf")
+        )
+        ids = self._record_ids(step)
+        if self._report:
+            with self._report.open("a") as file:
+                file.write(json.dumps({"step": step, "values": str(values), "ids": ids}) + "\n")
+        line = f"{name} is {value} at step {step}; its records: {', '.join(ids[:8])}"
+        if len(ids) > 8:
+            line += f" and {len(ids) - 8} more, all in {self._report or 'nonfinite.jsonl'}"
+        if self._on_nonfinite == "stop":
+            raise NonFiniteError(line)
+        if self._in_a_row >= NONFINITE_IN_A_ROW:
+            raise NonFiniteError(f"{self._in_a_row} steps in a row were left out: {line}")
+        logging.warning("left out: %s", line)
+
+    def collect(self) -> tuple[dict[str, float], float]:
+        """(averages, seconds a step) since the last call; waits for all steps.
+
+        `speed/...` are milliseconds a step: `data_wait` for the next batch, `device` for the
+        devices, `host` everything else; `pause` (evaluation, saving) is no part of a step.
+
+        Raises:
+          NonFiniteError: for any of the steps.
+        """
+        self._check(self._step)
+        pending, steps = jax.device_get(self._pending), self._step - self._from
+        with np.errstate(invalid="ignore"):  # an empty bin averages to NaN, and is not logged
+            merged = functools.reduce(lambda a, b: a.merge(b), pending).compute()
+        values = {f"train/{k}": float(v) for k, v in merged.items() if k != "nonfinite"}
+        values["train/skipped_steps"] = self._skipped
+        now = time.perf_counter()
+        total = now - self._tick - self._seconds.pop("pause", 0.0)
+        for name in ("data_wait", "device"):
+            values[f"speed/{name}_ms"] = 1e3 * self._seconds[name] / steps
+        values["speed/host_ms"] = 1e3 * (total - sum(self._seconds.values())) / steps
+        values["speed/step_ms"] = 1e3 * total / steps
+        self._pending, self._from, self._tick = [], self._step, now
+        self._seconds.clear()
+        return values, total / steps
+
+
+def speed(seconds: float, batch_size: int, flops_per_sample: float) -> dict[str, float]:
+    """Throughput of a step of so many seconds; the MFU where the devices' peak is known."""
+    devices = jax.devices()
+    rate = batch_size / seconds
+    tflops = rate * flops_per_sample / len(devices) / 1e12
+    found = {"speed/samples_per_s": rate, "speed/tflops_per_device": tflops}
+    for kind, peak in PEAK_TFLOPS.items():
+        if devices[0].device_kind.startswith(kind):
+            return found | {"speed/mfu": tflops / peak}
+    return found
+
+
+def memory() -> dict[str, float]:
+    """GiB: the host's peak, and the first device's where it tells."""
+    unit = 2**20 if sys.platform == "linux" else 2**30
+    found = {"memory/host_peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit}
+    stats = jax.local_devices()[0].memory_stats()
+    if stats and "peak_bytes_in_use" in stats:
+        found["memory/device_peak_gib"] = stats["peak_bytes_in_use"] / 2**30
+    return found
+
+
+def model_flops(model: ModelConfig, config: StepConfig, step, batch):
+    """(FLOP a sample of one step, how they were counted).
+
+    Of VCM by hand, so that the MFU of any arrangement is relative to the same number; of other
+    objectives XLA's count of the compiled step, which also has what is computed twice.
+    """
+    if isinstance(config.objective, VCMConfig):
+        return vcm_step_flops(model, config.objective.instant_ratio), "counted by hand"
+    return xla_flops(step) / len(batch["latent_mean"]), "XLA's count"
+
+
+def xla_flops(compiled) -> float:
+    """XLA's count of a compiled program, on all devices together."""
+    found = compiled.cost_analysis()
+    found = found[0] if isinstance(found, list) else found
+    return float(found.get("flops", 0.0)) * len(jax.devices())
+
+
+@jax.jit
+def ema_distance(state) -> dict[str, jax.Array]:
+    """|average - parameters| / |parameters| of every average."""
+    norm = optax.tree.norm(state.params)
+    distance = lambda average: optax.tree.norm(optax.tree.sub(average, state.params)) / norm
+    return {f"ema/distance_{width}": distance(average) for width, average in state.ema.items()}
+
+
+class Evaluation:
+    """What is looked at every so many steps, with the first of the averaged weights.
+
+    Args:
+      net, config, layout, teacher, teacher_variables: as the training step's.
+      key: of times and noise, which are the same every time.
+      batches: function that gives validation batches on the devices.
+      clips: one batch of the clips to hear, whole on every device.
+      codec: decodes latents.
+      best: keeps the weights of the best figures; None for no figures.
+      figure_steps, max_clips: of `validation.figures`.
+    """
+
+    HEARD_STEPS = (1, 4, 25)
+
+    def __init__(
+        self, net, config: StepConfig, layout, key, *, batches, clips, codec,
+        teacher=None, teacher_variables=None, best=None, figure_steps=(), max_clips=0,
+    ):  # fmt: skip
+        self._net, self._config, self._key = net, config, key
+        self._batches, self._clips, self._codec = batches, clips, codec
+        self._teacher_variables = teacher_variables
+        self._best, self._figure_steps, self._max_clips = best, figure_steps, max_clips
+        self._whole, self._heard_truth = sharding.replicated(layout.mesh), False
+
+        def losses(*args):
+            return loss_fn(*args, net=net, config=config, constrain=layout.rows, teacher=teacher)[1]
+
+        self._losses = jax.jit(losses, out_shardings=self._whole)
+
+    def values(self, state, meta: dict) -> dict[str, float]:
+        """`val/...`: the objective, and figures of generated sounds; keeps the best weights."""
+        params = next(iter(state.ema.values()))
+        found = []
+        for i, batch in enumerate(self._batches()):
+            key = jax.random.fold_in(self._key, i)
+            args = (params, state.stats, batch, key, state.step, self._teacher_variables)
+            found.append(jax.device_get(self._losses(*args)))
+        with np.errstate(invalid="ignore"):
+            merged = functools.reduce(lambda a, b: {k: v.merge(b[k]) for k, v in a.items()}, found)
+            values = {f"val/{name}": float(value.compute()) for name, value in merged.items()}
+        if self._best is not None:
+            values |= validation.figures(
+                self._net, params, state.stats, self._batches(), self._codec, self._key,
+                steps=self._figure_steps, max_clips=self._max_clips, place=self._whole,
+                objective=self._config.objective,
+            )  # fmt: skip
+            self._best.offer(state, values, meta)
+        return values
+
+    def sounds(self, state, writer: Writer) -> None:
+        """Writes sounds and spectrograms of the clips; the first time also the true ones."""
+        params = next(iter(state.ema.values()))
+        for n in self.HEARD_STEPS:
+            pair = validation.generate(
+                params, state.stats, self._clips, self._key, self._net, self._config.objective, n,
+                self._whole,
+            )  # fmt: skip
+            if not writer.enabled:
+                continue
+            found, truth = jax.device_get(pair)
+            heard = {f"{n}_steps": found} | ({} if self._heard_truth else {"truth": truth})
+            self._heard_truth = True
+            for name, latents in heard.items():
+                for i, latent in enumerate(latents):
+                    try:
+                        sound = self._codec.decode(latent)
+                    except (ValueError, librosa.ParameterError) as error:  # a run may recover
+                        logging.warning("clip_%d/%s cannot be heard: %s", i, name, error)
+                        continue
+                    writer.sound(
+                        int(state.step), f"clip_{i}/{name}", sound, self._codec.sample_rate
+                    )
+
+
+def parse_profile(text: str) -> tuple[int, int] | None:
+    """'START:STOP' -> steps of a trace; '' -> None.
+
+    Raises:
+      ValueError: anything else.
+    """
+    if not text:
+        return None
+    start, _, stop = text.partition(":")
+    if not (start.isdigit() and stop.isdigit() and 0 < int(start) < int(stop)):
+        raise ValueError(f"profile {text!r} must be START:STOP, two step numbers, START above 0")
+    return int(start), int(stop)
+
+
+class Profile:
+    """A trace of the steps START ... STOP - 1, under WORKDIR/profile (xprof reads it).
+
+    Call it with the number of every step before that is started; `close` ends a trace early.
+    """
+
+    def __init__(self, span: tuple[int, int] | None, workdir: Path):
+        self._span, self._folder, self._on = span, Path(workdir) / "profile", False
+
+    def __call__(self, step: int, state) -> None:
+        if self._span is None:
+            return
+        if not self._on and step == self._span[0]:
+            jax.block_until_ready(state)
+            jax.profiler.start_trace(self._folder)
+            self._on = True
+        elif self._on and step == self._span[1]:
+            jax.block_until_ready(state)
+            self.close()
+
+    def close(self) -> None:
+        if self._on:
+            jax.profiler.stop_trace()
+            logging.info("trace of steps %d to %d: %s", *self._span, self._folder)
+            self._on = False

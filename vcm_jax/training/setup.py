@@ -1,0 +1,239 @@
+"""From a config to the parts of a run: checked before anything is computed or written."""
+
+import contextlib
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from ml_collections import ConfigDict
+
+from vcm_jax.atomic import atomic_path
+from vcm_jax.codec import copy_codec
+from vcm_jax.devices import sharding
+from vcm_jax.models import MODELS, MMDiT, ModelConfig
+from vcm_jax.models.mmdit import REMAT
+from vcm_jax.objectives import read_section
+from vcm_jax.records import mixture
+from vcm_jax.records.source import RecordSource
+from vcm_jax.training import monitor
+from vcm_jax.training.state import OptimizerConfig
+from vcm_jax.training.step import StepConfig, Teacher, check_network
+from vcm_jax.training.teacher import load_teacher
+
+DTYPES = ("float32", "bfloat16")
+ON_NONFINITE = ("stop", "skip")
+# 0 is never.
+LEAST = {
+    "checkpoint_every": 1, "log_every": 1, "eval_batches": 1, "eval_clips": 1, "eval_every": 0,
+    "keep_every": 0, "sample_clips": 0, "sample_every": 0, "snapshot_every": 0,
+}  # fmt: skip
+
+
+class SetupError(ValueError):
+    """A run that cannot start as it is configured; one line."""
+
+
+def _dataclass_from(cls, config, section: str, **extra):
+    """`cls(**config)`, naming keys that the section of the config does not have or must not."""
+    known = {field.name for field in dataclasses.fields(cls)} - extra.keys()
+    if unknown := set(config) - known:
+        raise SetupError(
+            f"config.{section} has unknown keys {sorted(unknown)}; it knows {sorted(known)}"
+        )
+    return cls(**config, **extra)
+
+
+def step_config(config: ConfigDict) -> StepConfig:
+    """The training step's settings from `config.objective` and `config.steps`."""
+    objective, dropout = read_section(config.objective)
+    return _dataclass_from(
+        StepConfig, dropout, "objective", steps=config.steps, objective=objective
+    )
+
+
+def model_config(config: ConfigDict, manifest) -> ModelConfig:
+    """The network's sizes: of the named model, with lengths that follow the data's duration.
+
+    Without data (None) the lengths are the model's own.
+    """
+    if config.model not in MODELS:
+        raise SetupError(f"config.model {config.model!r} is not one of {', '.join(MODELS)}")
+    named = MODELS[config.model]
+    sizes = dataclasses.asdict(named.with_lengths(manifest.sequence) if manifest else named)
+    sizes |= {name: value for name, value in config.model_overrides.items() if value is not None}
+    model = _dataclass_from(ModelConfig, sizes, "model_overrides")
+    if manifest is None:
+        return model
+    for name, width in (
+        ("latent_dim", manifest.latent_dim),
+        ("clip_dim", manifest.encoders["clip_dim"]),
+        ("sync_dim", manifest.encoders["sync_dim"]),
+        ("text_dim", manifest.encoders["text_dim"]),
+    ):
+        if getattr(model, name) != width:
+            raise SetupError(
+                f"the records have {name} {width}, model {config.model} has "
+                f"{getattr(model, name)}: extract with that size or set model_overrides.{name}"
+            )
+    return model
+
+
+def open_sources(texts, directory: str, key: str, like: RecordSource | None = None):
+    """([RecordSource], weights) of the 'PATH=WEIGHT' strings of `config.data.KEY`.
+
+    Raises:
+      SetupError: when they differ from each other, or from `like`, in what makes features and
+        latents.
+    """
+    parsed = [mixture.parse_source(text) for text in texts]
+    if not parsed:
+        raise SetupError(f"config.data.{key} is empty: name at least one 'PATH=WEIGHT'")
+    sources = [RecordSource(Path(directory) / path) for path, _ in parsed]
+    like = like or sources[0]
+    for source in sources:
+        for what in ("sequence", "encoders", "codec"):
+            ours, theirs = getattr(like.manifest, what), getattr(source.manifest, what)
+            if ours != theirs:
+                raise SetupError(
+                    f"{source.path} and {like.path} differ in their {what}: {theirs} and {ours}"
+                )
+        source.check_statistics()
+    weights = [weight for _, weight in parsed]
+    mixture.check_sources(sources, weights)
+    return sources, weights
+
+
+def mixed_statistics(sources, weights) -> dict[str, np.ndarray]:
+    """Mean and std per channel of the latents of a weighted mixture, float32 `C` each."""
+    share = np.divide(weights, sum(weights))
+    means = np.stack([source.manifest.latent_mean for source in sources])
+    squares = np.stack([source.manifest.latent_std for source in sources]) ** 2 + means**2
+    mean = share @ means
+    std = np.sqrt(share @ squares - mean**2)
+    return {"latent_mean": np.float32(mean), "latent_std": np.float32(std)}
+
+
+def kept_statistics(start: dict, data: dict, folder) -> dict[str, np.ndarray]:
+    """The latents' mean and std that stay with the weights which training starts from.
+
+    A network is good for latents that are normalised as in its own training; where the data's
+    statistics are others, its start would be off. The log says by how much they differ, and warns
+    where that looks like another codec.
+    """
+    kept = {name: start[name] for name in ("latent_mean", "latent_std") if name in start}
+    if len(kept) < 2:
+        return {}
+    shift = np.abs((data["latent_mean"] - kept["latent_mean"]) / kept["latent_std"]).max()
+    factor = np.exp(np.abs(np.log(data["latent_std"] / kept["latent_std"])).max())
+    alike = shift < 0.5 and factor < 1.5
+    logging.log(
+        logging.INFO if alike else logging.WARNING,
+        "latents are normalised with the statistics of %s: the data's means differ by up to %.2g "
+        "of its stds, and stds by a factor of up to %.3g%s",
+        folder, shift, factor, "" if alike else ": are the data's latents those of another codec?",
+    )  # fmt: skip
+    return kept
+
+
+def describe_run(workdir: Path, config: ConfigDict, model: ModelConfig, source) -> None:
+    """Writes what `generate` needs beside the weights: run.json and the codec."""
+    run = {
+        "config": json.loads(config.to_json_best_effort()),
+        "model": dataclasses.asdict(model),
+        "sequence": dataclasses.asdict(source.manifest.sequence),
+        "encoders": source.manifest.encoders,
+        "codec": source.manifest.codec,
+    }
+    with atomic_path(workdir / "run.json") as path:
+        path.write_text(json.dumps(run, indent=1))
+    if not (workdir / "codec").exists():
+        temporary = workdir / ".codec.tmp"
+        shutil.rmtree(temporary, ignore_errors=True)
+        copy_codec(source.path / "codec", temporary)
+        temporary.rename(workdir / "codec")
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What a run is made of, from its config: checked, and nothing is written yet."""
+
+    mesh: jax.sharding.Mesh
+    net: MMDiT
+    sources: list[RecordSource]
+    weights: list[float]
+    val: tuple[list[RecordSource], list[float]] | None
+    model: ModelConfig
+    step: StepConfig
+    optimizer: OptimizerConfig
+    teacher: Teacher | None
+    teacher_variables: dict | None
+    profile: tuple[int, int] | None
+
+
+def read_setup(config: ConfigDict, without_data: bool) -> Setup:
+    """Checks all that can be checked before anything is computed.
+
+    Raises:
+      SetupError: a setting or a data source that will not do.
+    """
+    with _setup_errors():
+        mesh = sharding.make_mesh(**config.mesh)
+        sharding.check_batch_size(config.batch_size, mesh, config.accumulate)
+        for key, known in (("dtype", DTYPES), ("remat", REMAT), ("on_nonfinite", ON_NONFINITE)):
+            if config[key] not in known:
+                raise SetupError(f"config.{key} {config[key]!r} is not one of {', '.join(known)}")
+        for key, least in LEAST.items():
+            if (value := config[key]) < least:
+                raise SetupError(f"config.{key} must be at least {least}, not {value}")
+        sharding.process_part(mesh, config.batch_size)
+        sources, weights, val = [], [], None
+        if config.data.sources or not without_data:
+            sources, weights = open_sources(config.data.sources, config.data.dir, "sources")
+        if sources and config.data.val_sources and (config.eval_every or config.sample_every):
+            val = open_sources(config.data.val_sources, config.data.dir, "val_sources", sources[0])
+        model = model_config(config, sources[0].manifest if sources else None)
+        sharding.check_model(model, mesh)
+        settings = step_config(config)
+        instant = settings.num_instant(config.batch_size)
+        if instant % config.accumulate:
+            raise SetupError(
+                f"config.accumulate {config.accumulate} does not divide the {instant} rows with "
+                f"s = t of batch_size {config.batch_size}"
+            )
+        optimizer = _dataclass_from(OptimizerConfig, dict(config.optimizer), "optimizer")
+        net = MMDiT(model, dtype=jnp.dtype(config.dtype), remat=config.remat)
+        check_network(net, settings)
+        manifest = sources[0].manifest if sources else None
+        teacher, variables = load_teacher(settings.objective, net, manifest)
+        profile = monitor.parse_profile(config.profile)
+    return Setup(
+        mesh, net, sources, weights, val, model, settings, optimizer, teacher, variables, profile
+    )  # fmt: skip
+
+
+def initial_stats(setup: Setup) -> dict[str, np.ndarray]:
+    """The network's collection "stats" from the data; without data only its shapes count."""
+    if not setup.sources:
+        c = setup.model
+        text = np.zeros((c.text_seq_len, c.text_dim), np.float32)
+        return {
+            "latent_mean": np.zeros(c.latent_dim, np.float32),
+            "latent_std": np.ones(c.latent_dim, np.float32),
+            "empty_text": text,
+        }
+    stats = mixed_statistics(setup.sources, setup.weights)
+    return stats | {"empty_text": setup.sources[0].empty_text}
+
+
+@contextlib.contextmanager
+def _setup_errors():
+    """Settings are checked where they are used; here their errors get one name."""
+    try:
+        yield
+    except ValueError as error:
+        raise SetupError(str(error)) from error

@@ -1,0 +1,45 @@
+"""Reading the trained run that teaches a reflow run."""
+
+from vcm_jax.generation.run import describe
+from vcm_jax.models import ModelConfig
+from vcm_jax.objectives import read_section
+from vcm_jax.objectives.reflow import ReflowConfig
+from vcm_jax.runs import checkpoint
+from vcm_jax.training.step import Teacher
+
+
+def load_teacher(settings, net, manifest):
+    """(Teacher, its variables) of a reflow run; (None, None) for other objectives.
+
+    Args:
+      settings: of the objective.
+      net: the student's network, whose sizes are the teacher's too.
+      manifest: of the student's records; None where there are none yet.
+
+    Raises:
+      ValueError: when there is no teacher, or it has other sizes, features or latents.
+    """
+    if not isinstance(settings, ReflowConfig):
+        return None, None
+    if not settings.teacher:
+        raise ValueError("objective.teacher is empty: name the workdir of a trained run")
+    workdir = settings.teacher
+    try:
+        run = describe(workdir)
+    except ValueError as error:
+        raise ValueError(f"objective.teacher {error}") from None
+    model = ModelConfig(**run["model"])
+    if model != net.config:
+        names = [n for n in run["model"] if getattr(model, n) != getattr(net.config, n)]
+        raise ValueError(
+            f"objective.teacher {workdir} is of another size: "
+            + ", ".join(f"{n} {getattr(model, n)}, not {getattr(net.config, n)}" for n in names)
+        )
+    for what in ("codec", "encoders") if manifest else ():
+        if run[what] != getattr(manifest, what):
+            raise ValueError(
+                f"objective.teacher {workdir} was trained with other {what} than the records have: "
+                f"{run[what]}, not {getattr(manifest, what)}"
+            )
+    teacher = Teacher(net, read_section(run["config"]["objective"])[0], settings.teacher_steps)
+    return teacher, checkpoint.restore_weights(workdir)
