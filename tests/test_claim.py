@@ -191,7 +191,7 @@ def test_claim_takes_over_where_nothing_was_begun(tmp_path):
 @pytest.mark.parametrize("content", ["", "{", "[]", "null", '"text"'])
 def test_damaged_settings_are_named(tmp_path, content):
     (tmp_path / "settings.json").write_text(content)
-    with pytest.raises(ClaimError, match="settings.json is damaged"):
+    with pytest.raises(ValueError, match="settings.json is damaged"):
         claim(tmp_path, {"seed": 1})
 
 

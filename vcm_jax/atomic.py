@@ -1,9 +1,15 @@
-"""Files that are there whole or not at all."""
+"""Files that are there whole or not at all, and JSON files that say what is wrong with them."""
 
 import contextlib
+import errno
+import json
 import os
 import secrets
+from collections.abc import Iterable
 from pathlib import Path
+
+# Why a file cannot be written although the program is right: the disk, a quota or a limit.
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 
 
 @contextlib.contextmanager
@@ -12,12 +18,48 @@ def atomic_path(path):
 
     The name keeps no suffix: say the format where a library would guess it from the name.
     An exception in the block removes the temporary file and leaves `path` as it was.
+
+    Raises:
+      OSError: `path` cannot be written; its `filename` is `path`, also where a library inside the
+        block named the temporary file, or none at all for a full disk.
     """
     path = Path(path)
+    # A short name: that of the file itself may be as long as the file system allows.
+    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         yield temporary
         os.replace(temporary, path)
+    except OSError as error:
+        unnamed = error.filename is None and error.errno in UNWRITABLE
+        if unnamed or str(error.filename) == str(temporary):
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_json(path, content, indent: int | None = 1) -> None:
+    """Writes JSON as a file that is there whole or not at all."""
+    text = json.dumps(content, indent=indent) + "\n"
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def read_json(path, keys: Iterable[str] = ()) -> dict:
+    """The JSON object in a file.
+
+    Raises:
+      ValueError: it is not JSON, no object, or lacks one of the `keys`; the line names the file.
+      OSError: the file cannot be read.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
+        raise ValueError(f"{path} is damaged: not JSON ({error})") from None
+    if not isinstance(content, dict):
+        kind = type(content).__name__
+        raise ValueError(f"{path} is damaged: a JSON object is needed, not {kind}")
+    if missing := [key for key in keys if key not in content]:
+        raise ValueError(f"{path} is damaged: it lacks {', '.join(missing)}")
+    return content

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from absl import logging
 
-from vcm_jax.atomic import atomic_path
+from vcm_jax.atomic import read_json, write_json
 
 _LOCK = re.compile(r"\.lock(?:-(\d+)-of-(\d+))?")
 # What `flock` answers on file systems without locks, such as some network mounts.
@@ -195,13 +195,14 @@ def claim(
 
     Raises:
       ClaimError: the folder holds other files, or output of other settings, which the line names.
+      ValueError: the JSON file is damaged.
       OSError: the folder cannot be written to.
     """
     folder, settings = Path(folder), json.loads(json.dumps(settings))
     path = folder / name
     if folder.exists() and not folder.is_dir():
         raise ClaimError(f"{flag}={folder} is a file, not a folder")
-    there = _read_settings(path, flag) if path.exists() else None
+    there = read_json(path) if path.exists() else None
     if there == settings:
         return True
     begun = bool(contents(folder)) if is_begun is None else is_begun()
@@ -214,21 +215,8 @@ def claim(
             f"{flag}={folder} was made with other settings ({describe_difference(there, settings)})"
             ": give another folder"
         )
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+    write_json(path, settings)
     return False
-
-
-def _read_settings(path: Path, flag: str) -> dict:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ClaimError(f"{flag}: {path} is damaged, no JSON ({error})") from None
-    if not isinstance(found, dict):
-        raise ClaimError(
-            f"{flag}: {path} is damaged: it holds {type(found).__name__}, not settings"
-        )
-    return found
 
 
 def describe_difference(old: dict, new: dict) -> str:
