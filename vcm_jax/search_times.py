@@ -22,10 +22,11 @@ from absl import app, flags
 
 from vcm_jax import sampling
 from vcm_jax.cli import show_ours
-from vcm_jax.generation.run import describe, load_run
+from vcm_jax.generation.run import load_run
 from vcm_jax.models import MMDiT
 from vcm_jax.records import mixture
 from vcm_jax.records.source import RecordSource
+from vcm_jax.runs import description
 from vcm_jax.training.step import encode_batch
 
 
@@ -124,7 +125,7 @@ def run_velocity(run, records: RecordSource, num_clips: int):
 
 def records_of(workdir) -> RecordSource:
     """The records that a run is validated on or, without any, trained on."""
-    data = describe(workdir)["config"]["data"]
+    data = description.read(workdir).config["data"]
     path, _ = mixture.parse_source((data["val_sources"] or data["sources"])[0])
     return RecordSource(Path(data["dir"]) / path)
 

@@ -1,6 +1,7 @@
 """Small records, configs and runs that many tests start from."""
 
 import importlib.util
+import json
 from pathlib import Path
 
 import jax
@@ -23,7 +24,7 @@ from vcm_jax.records.schema import (
     write_shard,
 )
 from vcm_jax.records.sequence import SequenceConfig
-from vcm_jax.runs import checkpoint
+from vcm_jax.runs import checkpoint, description
 from vcm_jax.training import setup
 from vcm_jax.training.state import OptimizerConfig, make_init, make_optimizer
 from vcm_jax.training.writer import Writer
@@ -122,7 +123,8 @@ def save_run(folder, **changes):
     state = state.replace(ema=jax.tree.map(noisy, state.ema))
     workdir = folder / "run"
     workdir.mkdir()
-    setup.describe_run(workdir, config, model, source)
+    settings = json.loads(config.to_json_best_effort())
+    description.write(workdir, settings, model, source.manifest, source.path / "codec")
     with checkpoint.Saver(checkpoint.open_manager(workdir)) as saver:
         saver.save(int(state.step), state, {})
     writer = Writer(workdir)

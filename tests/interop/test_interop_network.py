@@ -14,7 +14,7 @@ from vcm_jax import sampling
 from vcm_jax.interop import export_torch, import_network, import_torch, state_dict
 from vcm_jax.interop.weights import variables_from_torch, variables_to_torch
 from vcm_jax.models import Conditions, MMDiT, ModelConfig
-from vcm_jax.runs import checkpoint
+from vcm_jax.runs import averages
 
 NETWORK = golden.DATA / "network"
 INFO, ARRAYS = golden.load(NETWORK, "small")
@@ -145,7 +145,7 @@ def describe(folder, objective, **settings):
 def test_import_command_writes_what_init_from_reads(run_folder, capsys):
     out = run_folder(tensors=one_time() | {"t_embed.freqs": np.zeros(128, np.float32)})
     assert "tiny, to start from with --config.init_from" in capsys.readouterr().out
-    restored = checkpoint.restore_weights(out)
+    restored = averages.restore_weights(out)
     expected = import_network.network_from_torch(one_time(), CONFIG)
     jax.tree.map(np.testing.assert_array_equal, restored, expected)
 
@@ -180,7 +180,7 @@ def test_torch_and_jax_sample_alike(run_folder, tmp_path, monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr(import_network, "MODELS", {"tiny": CONFIG})
     import_torch.main(["network", str(file), f"--out={tmp_path / 'back'}"])
-    back = checkpoint.restore_weights(tmp_path / "back")
+    back = averages.restore_weights(tmp_path / "back")
     jax.tree.map(np.testing.assert_array_equal, back, variables)
 
 

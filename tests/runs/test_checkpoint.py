@@ -1,17 +1,18 @@
 """Saving on disks that fail, and averages of any width from snapshots."""
 
 import contextlib
+import re
 import resource
 import shutil
 import time
-import types
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from commands import run_command
 
 from vcm_jax import ema, reconstruct
-from vcm_jax.runs import checkpoint
+from vcm_jax.runs import averages, checkpoint
 from vcm_jax.training.state import TrainState
 
 STATE = {"a": jnp.asarray(np.random.default_rng(0).standard_normal(100_000), jnp.float32)}
@@ -131,7 +132,7 @@ def snapshots(workdir, steps=400, every=50):
     direct = {}
     stats = {"latent_std": jnp.ones(2)}
     with (
-        checkpoint.Saver(checkpoint.open_snapshots(workdir)) as saver,
+        checkpoint.Saver(averages.open_snapshots(workdir)) as saver,
         checkpoint.Saver(checkpoint.open_manager(workdir)) as manager,
     ):
         for step, theta in enumerate(walk, 1):
@@ -144,62 +145,55 @@ def snapshots(workdir, steps=400, every=50):
                     for w in WIDTHS
                 }
                 state = TrainState(jnp.int32(step), None, stats, None, kept)
-                checkpoint.save_snapshot(saver, state)
+                averages.save_snapshot(saver, state)
                 direct[step] = np.asarray(tracks[0.07])
         manager.save(step, state, {}, wait=True)
     return direct
 
 
-def test_averages_of_any_width_from_snapshots(tmp_path, capsys, monkeypatch):
+def test_averages_of_any_width_from_snapshots(tmp_path):
     direct = snapshots(tmp_path)
     for step in (None, 300):
-        path = checkpoint.reconstruct(tmp_path, 0.07, step)
+        path = averages.reconstruct(tmp_path, 0.07, step)
         assert path == tmp_path / "averages" / f"{step or 400}_0.07.npz"
-        found = checkpoint.restore_weights(tmp_path, step, sigma_rel=0.07)
+        found = averages.restore_weights(tmp_path, step, sigma_rel=0.07)
         assert found["params"]["layer"]["kernel"].dtype == np.float32
         # What is left is the approximation of the profile and the snapshots' float16.
         close = direct[step or 400]
         np.testing.assert_allclose(found["params"]["layer"]["kernel"], close, atol=3e-3)
         np.testing.assert_array_equal(found["stats"]["latent_std"], [1, 1])
     # The average that is kept is its own best reconstruction.
-    with np.load(checkpoint.reconstruct(tmp_path, 0.05)) as made:
+    with np.load(averages.reconstruct(tmp_path, 0.05)) as made:
         kernel = made["params/layer/kernel"]
-    with checkpoint.open_snapshots(tmp_path, read_only=True) as manager:
-        kept = checkpoint._restore_average(manager, 400, "0.05")["params"]["layer"]["kernel"]
+    with averages.open_snapshots(tmp_path, read_only=True) as manager:
+        kept = averages._restore_average(manager, 400, "0.05")["params"]["layer"]["kernel"]
     np.testing.assert_allclose(kernel, kept, atol=1e-5)
     # What the checkpoint itself holds comes first: it has not gone through float16.
-    tracked = checkpoint.restore_weights(tmp_path, 400, 0.05)["params"]["layer"]["kernel"]
+    tracked = averages.restore_weights(tmp_path, 400, 0.05)["params"]["layer"]["kernel"]
     np.testing.assert_array_equal(
-        tracked, checkpoint.restore_weights(tmp_path)["params"]["layer"]["kernel"]
+        tracked, averages.restore_weights(tmp_path)["params"]["layer"]["kernel"]
     )
 
-    def command(**arguments):
-        given = {"workdir": str(tmp_path), "step": None} | arguments
-        monkeypatch.setattr(reconstruct.flags, "FLAGS", types.SimpleNamespace(**given))
-        reconstruct.main(["reconstruct"])
-
-    command(sigma_rel=0.2, step=200)
-    out = capsys.readouterr().out
-    assert f"--workdir={tmp_path} --sigma_rel=0.2 --checkpoint=200" in out
-    assert checkpoint.restore_weights(tmp_path, 200, 0.2)
+    done = run_command(reconstruct, f"--workdir={tmp_path}", "--sigma_rel=0.2", "--step=200")
+    assert f"--workdir={tmp_path} --sigma_rel=0.2 --checkpoint=200" in done.out
+    assert averages.restore_weights(tmp_path, 200, 0.2)
 
     for arguments, message in (
-        (dict(sigma_rel=0.07, step=7), r"no checkpoint of step 7; there are \[50, 100"),
-        (dict(sigma_rel=0.3), "sigma_rel 0.3 must lie between"),
+        (["--sigma_rel=0.07", "--step=7"], r"no checkpoint of step 7; there are \[50, 100"),
+        (["--sigma_rel=0.3"], "sigma_rel 0.3 must lie between"),
+        ([f"--workdir={tmp_path}/x", "--sigma_rel=0.1"], "no snapshots there .config.snapshot_eve"),
     ):
-        with pytest.raises(SystemExit, match=f"error: .*{message}"):
-            command(**arguments)
-    with pytest.raises(SystemExit, match="no snapshots there .config.snapshot_every"):
-        command(workdir=f"{tmp_path}/x", sigma_rel=0.1)
+        done = run_command(reconstruct, f"--workdir={tmp_path}", *arguments)
+        assert done.code == 1 and re.match(f"error: .*{message}.*\n$", done.err)
     with pytest.raises(
         checkpoint.CheckpointError, match="only 0.05, 0.1 .*reconstruct makes others"
     ):
-        checkpoint.restore_weights(tmp_path, sigma_rel=0.06)
+        averages.restore_weights(tmp_path, sigma_rel=0.06)
 
 
 def test_snapshots_take_half_the_space_and_later_ones_are_dropped(tmp_path):
     snapshots(tmp_path)
-    with checkpoint.Saver(checkpoint.open_snapshots(tmp_path)) as saver:
+    with checkpoint.Saver(averages.open_snapshots(tmp_path)) as saver:
         tree = saver.manager.item_metadata(50)["state"].tree
         assert tree["ema"]["0.05"]["layer"]["kernel"].dtype == jnp.float16
         saver.drop_after(150)

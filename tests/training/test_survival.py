@@ -16,7 +16,7 @@ import pytest
 from small_runs import SIZES, final_state, make_config, write_records
 
 from vcm_jax.devices import preemption
-from vcm_jax.runs import checkpoint
+from vcm_jax.runs import averages, checkpoint
 from vcm_jax.training import loop
 
 ROOT = Path(__file__).parents[2]
@@ -118,7 +118,7 @@ def test_killed_and_told_to_stop_a_run_ends_as_if_nothing_had_been(data, tmp_pat
     assert f"resuming after step {saved}" in finish(start(workdir, config))
     assert_equal(workdir, whole)
     for folder in (workdir, whole):
-        assert checkpoint.open_snapshots(folder, read_only=True).all_steps() == [4, 8, 12]
+        assert averages.open_snapshots(folder, read_only=True).all_steps() == [4, 8, 12]
 
 
 @pytest.mark.slow

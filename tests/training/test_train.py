@@ -30,7 +30,7 @@ from vcm_jax.records.schema import (
     EMPTY_TEXT,
 )
 from vcm_jax.records.source import RecordSource
-from vcm_jax.runs import checkpoint
+from vcm_jax.runs import averages, checkpoint
 from vcm_jax.training import loop, monitor, resume, setup
 from vcm_jax.training.state import OptimizerConfig, make_init, make_optimizer
 from vcm_jax.training.step import teacher_data, train_step
@@ -91,7 +91,7 @@ def test_an_interrupted_run_ends_bit_identical_to_one_that_was_not(data, tmp_pat
     assert list(figures) == [3, 6] and (best / "run.json").exists() and (best / "codec").is_dir()
     kept = checkpoint.open_manager(best, read_only=True).latest_step()
     assert kept == min(figures, key=figures.get)
-    assert set(checkpoint.restore_weights(best)) == {"params", "stats"}
+    assert set(averages.restore_weights(best)) == {"params", "stats"}
     loop.train(make_config(data), tmp_path / "stopped")
     assert (tmp_path / "stopped" / "metrics.jsonl").read_text().splitlines() == lines
     whole_lines = (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()
@@ -110,7 +110,7 @@ def test_an_interrupted_run_ends_bit_identical_to_one_that_was_not(data, tmp_pat
     jax.tree.map(np.testing.assert_array_equal, final_state(tmp_path / "stopped"), whole)
 
     # Its averaged weights start another run.
-    weights = checkpoint.restore_weights(tmp_path / "whole")
+    weights = averages.restore_weights(tmp_path / "whole")
     jax.tree.map(np.testing.assert_array_equal, weights["params"], whole["ema"]["0.05"])
     started = make_config(
         data, steps=1, init_from=str(tmp_path / "whole"), **{"optimizer.learning_rate": 1e-12}
@@ -119,9 +119,9 @@ def test_an_interrupted_run_ends_bit_identical_to_one_that_was_not(data, tmp_pat
     close = lambda a, b: np.testing.assert_allclose(a, b, atol=1e-9)
     jax.tree.map(close, final_state(tmp_path / "second")["params"], weights["params"])
     with pytest.raises(checkpoint.CheckpointError, match=r"no checkpoint of step 7; .*\[3, 6\]"):
-        checkpoint.restore_weights(tmp_path / "whole", step=7)
+        averages.restore_weights(tmp_path / "whole", step=7)
     with pytest.raises(checkpoint.CheckpointError, match=r"no average .* only 0.05, 0.1"):
-        checkpoint.restore_weights(tmp_path / "whole", sigma_rel=0.2)
+        averages.restore_weights(tmp_path / "whole", sigma_rel=0.2)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(data, tmp_path):
@@ -182,8 +182,8 @@ def test_watching_a_run(data, tmp_path):
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
 
     # Widths that the run did not keep, for generating and for starting other runs.
-    checkpoint.reconstruct(tmp_path, 0.08)
-    weights = checkpoint.restore_weights(tmp_path, 6, 0.08)
+    averages.reconstruct(tmp_path, 0.08)
+    weights = averages.restore_weights(tmp_path, 6, 0.08)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=0.05),
         weights["params"], final_state(tmp_path)["ema"]["0.1"],

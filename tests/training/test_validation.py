@@ -8,7 +8,7 @@ from vcm_jax.codec.linear import fit_linear_codec
 from vcm_jax.impacts.render import render_sound
 from vcm_jax.impacts.scene import simulate
 from vcm_jax.models import MMDiT, ModelConfig
-from vcm_jax.runs import checkpoint
+from vcm_jax.runs import averages
 from vcm_jax.training.state import OptimizerConfig, make_init, make_optimizer
 from vcm_jax.training.validation import Best, figures
 
@@ -113,6 +113,6 @@ def test_the_best_step_is_kept(clips, tmp_path):
     best = Best(tmp_path, "val/x")  # a resumed run
     assert best.value == 3.0 and not best.offer(at(4), {"val/x": 3.2}, {})
     assert best.offer(at(5), {"val/x": 2.0}, {})
-    kept = checkpoint.restore_weights(tmp_path / "best")
+    kept = averages.restore_weights(tmp_path / "best")
     jax.tree.map(np.testing.assert_array_equal, kept["params"], at(5).ema["0.05"])
     assert Best(tmp_path, "val/other").value == float("inf")

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 from absl import logging
+from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 # The batch is split over these; parameters over `fsdp` (their width) and `tensor` (heads, MLPs).
@@ -16,8 +17,12 @@ RULES = {"embed": "fsdp", "mlp": "tensor", "heads": "tensor"}
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> Mesh:
     """A mesh with axes data, fsdp, tensor; one size may be -1 and takes what is left.
 
+    JAX orders the devices: on a TPU slice neighbours in the mesh are neighbours on the chips'
+    network, `tensor` the closest. Processes keep their devices together, so that the rows of a
+    batch that a process reads are one block (`process_part` checks it).
+
     Raises:
-      ValueError: when the sizes do not multiply to the number of devices.
+      ValueError: the sizes do not multiply to the number of devices.
     """
     devices = np.asarray(jax.devices() if devices is None else devices)
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
@@ -30,7 +35,86 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> M
         sizes[free[0]] = devices.size // rest
     elif free or rest != devices.size:
         raise ValueError(f"mesh {shown} does not fit {devices.size} devices")
-    return Mesh(devices.reshape(tuple(sizes.values())), tuple(sizes))
+    return Mesh(_ordered(tuple(sizes.values()), devices.flatten()), tuple(sizes))
+
+
+def _ordered(shape: tuple[int, ...], devices: np.ndarray) -> np.ndarray:
+    """The devices as an array of the mesh's shape, ordered by their place in the topology.
+
+    Several TPU slices are split along `data`, or along `fsdp` if they do not divide `data`: the
+    network between slices is slow. Where JAX's order would scatter the rows of a process, the
+    devices are ordered by process instead.
+    """
+    slices = len({getattr(device, "slice_index", None) or 0 for device in devices})
+    options = dict(contiguous_submeshes=True, allow_split_physical_axes=True)
+    try:
+        if slices == 1:
+            found = mesh_utils.create_device_mesh(shape, devices, **options)
+        else:
+            axis = next((axis for axis in (0, 1) if shape[axis] % slices == 0), None)
+            if axis is None:
+                raise ValueError(
+                    f"{slices} slices divide neither mesh.data={shape[0]} nor mesh.fsdp={shape[1]}"
+                )
+            outer = tuple(slices if i == axis else 1 for i in range(len(shape)))
+            inner = tuple(size // count for size, count in zip(shape, outer))
+            options.pop("contiguous_submeshes")
+            found = mesh_utils.create_hybrid_device_mesh(inner, outer, devices, **options)
+    except (NotImplementedError, ValueError, AssertionError) as error:
+        logging.info("devices stay in the order of their processes: %s", error)
+        found = None
+    if found is None or not _rows_are_blocks(found):
+        found = _process_by_process(devices).reshape(shape)
+    return found
+
+
+def _process_by_process(devices: np.ndarray) -> np.ndarray:
+    """The devices in a line, those of a process together; each is close to the one before it."""
+    members: dict[int, list] = {}
+    for device in sorted(devices, key=lambda device: device.id):
+        members.setdefault(device.process_index, []).append(device)
+    groups = [members[process] for process in sorted(members)]
+    if not all(hasattr(device, "coords") for device in devices):
+        return np.asarray(sum(groups, []))
+    corners = [tuple(np.min([device.coords for device in group], axis=0)) for group in groups]
+    slices = [getattr(group[0], "slice_index", None) or 0 for group in groups]
+    ordered = []
+    for i in _snake([(*corner, part) for corner, part in zip(corners, slices)]):
+        cores = [(getattr(d, "core_on_chip", 0), *d.coords) for d in groups[i]]
+        ordered += [groups[i][j] for j in _snake(cores)]
+    return np.asarray(ordered)
+
+
+def _snake(points: list[tuple[int, ...]]) -> list[int]:
+    """The order that visits points of a grid line by line, every other line backwards."""
+    ranks = []
+    for values in zip(*points):
+        levels = sorted(set(values))
+        ranks.append([levels.index(value) for value in values])
+
+    def key(i: int) -> list[int]:
+        found, lines = [], 0
+        for rank in reversed(ranks):
+            place = rank[i] if lines % 2 == 0 else max(rank) - rank[i]
+            found.append(place)
+            lines += place
+        return found
+
+    return sorted(range(len(points)), key=key)
+
+
+def _rows_are_blocks(devices: np.ndarray) -> bool:
+    """Whether every process's devices hold one block of the rows of a batch.
+
+    Args:
+      devices: data x fsdp x tensor.
+    """
+    groups = devices.reshape(-1, devices.shape[-1])
+    found: dict[int, list[int]] = {}
+    for row, group in enumerate(groups):
+        for process in {device.process_index for device in group}:
+            found.setdefault(process, []).append(row)
+    return all(rows == list(range(rows[0], rows[-1] + 1)) for rows in found.values())
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -1,7 +1,6 @@
 """A trained run as its workdir holds it: what generating, comparing and exporting start from."""
 
 import dataclasses
-import json
 from pathlib import Path
 
 from vcm_jax import sampling
@@ -10,7 +9,7 @@ from vcm_jax.features.encoders import encoders_from_spec
 from vcm_jax.models import ModelConfig
 from vcm_jax.objectives import read_section
 from vcm_jax.records.sequence import SequenceConfig
-from vcm_jax.runs import checkpoint
+from vcm_jax.runs import averages, description
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,18 +43,6 @@ class Run:
         self.sampler.check(self.objective)
 
 
-def describe(workdir) -> dict:
-    """What `run_setup.describe_run` wrote of a run: config, model, sequence, encoders, codec.
-
-    Raises:
-      ValueError: when the folder is not the workdir of a run.
-    """
-    try:
-        return json.loads((Path(workdir) / "run.json").read_text())
-    except (FileNotFoundError, NotADirectoryError):
-        raise ValueError(f"{workdir} is not the workdir of a run: it has no run.json") from None
-
-
 def load_run(
     workdir,
     step: int | None = None,
@@ -78,26 +65,25 @@ def load_run(
       ValueError: when it is not one, has no such step or average, or the codec or the encoders are
         not those of this run.
     """
-    workdir, run = Path(workdir), describe(workdir)
-    sequence = SequenceConfig(**run["sequence"])
+    workdir, described = Path(workdir), description.read(workdir)
     codec_folder = codec_folder or workdir / "codec"
     codec = load_codec(codec_folder)
     try:
-        check_codec(codec, sequence)
-        for key, value in run["codec"].items():
+        check_codec(codec, described.sequence)
+        for key, value in described.codec.items():
             if getattr(codec, key) != value:
                 raise ValueError(
                     f"its {key} is {getattr(codec, key)}, that of the training data {value}"
                 )
     except ValueError as error:
         raise ValueError(f"{codec_folder} does not fit the run {workdir}: {error}") from None
-    encoders = encoders_from_spec(run["encoders"], encoder_folder) if with_encoders else None
+    encoders = encoders_from_spec(described.encoders, encoder_folder) if with_encoders else None
     return Run(
-        model=ModelConfig(**run["model"]),
-        variables=checkpoint.restore_weights(workdir, step, sigma_rel),
-        sequence=sequence,
-        encoder_spec=run["encoders"],
+        model=described.model,
+        variables=averages.restore_weights(workdir, step, sigma_rel),
+        sequence=described.sequence,
+        encoder_spec=described.encoders,
         encoders=encoders,
         codec=codec,
-        objective=read_section(run["config"]["objective"])[0],
+        objective=read_section(described.config["objective"])[0],
     )

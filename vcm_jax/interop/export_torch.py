@@ -17,13 +17,11 @@ import numpy as np
 from absl import logging
 
 from vcm_jax.atomic import atomic_path
-from vcm_jax.generation.run import describe
 from vcm_jax.interop.import_network import reverse
 from vcm_jax.interop.state_dict import import_torch
 from vcm_jax.interop.weights import variables_to_torch
-from vcm_jax.models import ModelConfig
 from vcm_jax.objectives import OBJECTIVES, objective_of, read_section
-from vcm_jax.runs import checkpoint
+from vcm_jax.runs import averages, description
 
 
 def to_mmaudio(state_dict: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -72,8 +70,8 @@ def run(args) -> None:
     torch = import_torch("export_torch")
     if Path(args.out).is_dir():
         raise ValueError(f"--out={args.out} is a folder: name a file, for example vcm_s16k.pth")
-    described = describe(args.workdir)
-    settings = read_section(described["config"]["objective"])[0]
+    described = description.read(args.workdir)
+    settings = read_section(described.config["objective"])[0]
     name, objective = objective_of(settings)
     network = object()
     if objective.velocity(network, settings) is not network:
@@ -87,13 +85,13 @@ def run(args) -> None:
             f"--convention=mmaudio holds one time only, and {args.workdir} was trained with "
             f"{name!r}, which has two; it is for {', '.join(possible)}"
         )
-    config = ModelConfig(**described["model"])
+    config = described.model
     if config.sync_alignment != "index":
         raise ValueError(
             f"{args.workdir} has model.sync_alignment {config.sync_alignment!r}: MMAudio's network "
             "and torch_model spread sync rows by index"
         )
-    variables = checkpoint.restore_weights(args.workdir, args.step, args.sigma_rel)
+    variables = averages.restore_weights(args.workdir, args.step, args.sigma_rel)
     state_dict = variables_to_torch(variables, config)
     if args.convention == "mmaudio":
         state_dict = to_mmaudio(state_dict)

@@ -142,7 +142,7 @@ class _Weights:
 
 
 def save(folder, variables: dict, meta: dict) -> None:
-    """Writes what `checkpoint.restore_weights` reads; `meta` (JSON) says where it comes from."""
+    """Writes what `averages.restore_weights` reads; `meta` (JSON) says where it comes from."""
     weights = _Weights(step=0, stats=variables["stats"], ema={"0": variables["params"]})
     with checkpoint.Saver(checkpoint.open_manager(folder)) as saver:
         saver.save(0, weights, meta, wait=True)

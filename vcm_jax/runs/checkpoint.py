@@ -7,15 +7,8 @@ import time
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
-from flax import traverse_util
-from tqdm import tqdm
-
-from vcm_jax import ema
-from vcm_jax.atomic import atomic_path
 
 # Seconds after which a save that failed is tried again, and again; then the run stops.
 RETRY_AFTER = (2.0, 10.0)
@@ -67,20 +60,6 @@ def latest_step(workdir) -> int | None:
         return None
     with open_manager(workdir, read_only=True) as manager:
         return manager.latest_step()
-
-
-def open_snapshots(workdir, read_only: bool = False):
-    """The snapshots of a run's averages, under WORKDIR/snapshots; all of them stay."""
-    options = ocp.CheckpointManagerOptions(
-        cleanup_tmp_directories=not read_only,
-        read_only=read_only,
-        multiprocessing_options=ocp.options.MultiprocessingOptions(
-            barrier_sync_key_prefix="snapshots"
-        ),
-    )
-    directory = Path(workdir).absolute() / "snapshots"
-    handlers = {"state": ocp.PyTreeCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
-    return ocp.CheckpointManager(directory, options=options, item_handlers=handlers)
 
 
 class Saver:
@@ -175,16 +154,6 @@ class Saver:
             logging.warning("%s: the last save failed: %s", self.manager.directory, error)
 
 
-def save_snapshot(saver: Saver, state) -> None:
-    """Keeps the averages for `reconstruct`, as float16 like EDM2's, half of what they take."""
-    saver.save(int(state.step), {"ema": _halved(state.ema), "stats": state.stats}, {})
-
-
-@jax.jit
-def _halved(averages):
-    return jax.tree.map(lambda a: a.astype(jnp.float16), averages)
-
-
 def _shapes(tree) -> dict[str, tuple]:
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {
@@ -207,7 +176,7 @@ def check_shapes(found, wanted, what: str) -> None:
         )
 
 
-def _existing_step(manager, step: int | None) -> int:
+def existing_step(manager, step: int | None) -> int:
     """`step`, or the latest one for None; a CheckpointError when it is not there."""
     there = sorted(manager.all_steps())
     if step is None and there:
@@ -233,15 +202,15 @@ def restore(manager: ocp.CheckpointManager, abstract_state, step: int | None = N
     Raises:
       CheckpointError: when there is no such step, or its arrays have other shapes.
     """
-    step = _existing_step(manager, step)
-    with _readable(manager, step):
+    step = existing_step(manager, step)
+    with readable(manager, step):
         saved = manager.item_metadata(step)["state"]
     check_shapes(saved, abstract_state, f"the checkpoint {manager.directory}/{step}")
     args = ocp.args.PyTreeRestore(
         item=abstract_state,
         restore_args=ocp.checkpoint_utils.construct_restore_args(abstract_state),
     )
-    with _readable(manager, step):
+    with readable(manager, step):
         return manager.restore(step, args=ocp.args.Composite(state=args))["state"]
 
 
@@ -251,12 +220,12 @@ def read_meta(manager, step: int) -> dict:
     Raises:
       CheckpointError: when it is damaged.
     """
-    with _readable(manager, step):
+    with readable(manager, step):
         return manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
 
 
 @contextlib.contextmanager
-def _readable(manager, step: int):
+def readable(manager, step: int):
     """What Orbax and tensorstore raise, in many kinds, becomes a CheckpointError."""
     try:
         yield
@@ -268,108 +237,3 @@ def _readable(manager, step: int):
             f"{manager.directory}/{step} cannot be read ({reason[:200]}): if it is damaged, "
             f"delete it; {way_out}"
         ) from error
-
-
-def restore_weights(workdir, step: int | None = None, sigma_rel: float | None = None):
-    """The averaged weights of a run, as the network's variables, on the host.
-
-    Args:
-      workdir: of the run.
-      step: which checkpoint, the latest by default.
-      sigma_rel: width of the average, the first that the run keeps by default; one that it does
-        not keep can be made with `reconstruct`.
-
-    Returns:
-      `{"params": ..., "stats": ...}` of numpy arrays.
-
-    Raises:
-      CheckpointError: when there is no such checkpoint or average.
-    """
-    directory = Path(workdir) / "checkpoints"
-    if not directory.is_dir():
-        raise CheckpointError(f"{workdir}: no checkpoints there (the workdir of a run is wanted)")
-    with open_manager(workdir, read_only=True) as manager:
-        made = None if sigma_rel is None else _reconstructed(workdir, sigma_rel, step)
-        at = manager.latest_step() if step is None else step
-        if made and not (at in manager.all_steps() and f"{sigma_rel:g}" in _widths(manager, at)):
-            with np.load(made) as arrays:
-                return traverse_util.unflatten_dict(dict(arrays), sep="/")
-        step = _existing_step(manager, step)
-        widths = _widths(manager, step)
-        width = widths[0] if sigma_rel is None else f"{sigma_rel:g}"
-        if width not in widths:
-            raise CheckpointError(
-                f"{directory}/{step}: no average of sigma_rel {width}, only {', '.join(widths)} "
-                "(python -m vcm_jax.reconstruct makes others)"
-            )
-        return _restore_average(manager, step, width)
-
-
-def _widths(manager, step: int) -> list[str]:
-    with _readable(manager, step):
-        return sorted(manager.item_metadata(step)["state"].tree["ema"], key=float)
-
-
-def _restore_average(manager, step: int, width: str) -> dict:
-    """{"params", "stats"} of one average, on the host: the devices may have changed."""
-    tree = manager.item_metadata(step)["state"].tree
-    wanted = {"ema": {width: tree["ema"][width]}, "stats": tree["stats"]}
-    on_host = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
-    args = ocp.args.Composite(
-        state=ocp.args.PyTreeRestore(item=wanted, restore_args=on_host, partial_restore=True)
-    )
-    with _readable(manager, step):
-        restored = manager.restore(step, args=args)["state"]
-    return {"params": restored["ema"][width], "stats": restored["stats"]}
-
-
-def _reconstructed(workdir, sigma_rel: float, step: int | None) -> Path | None:
-    """The file that `reconstruct` made, the latest step's by default; None where there is none."""
-    found = {
-        int(path.stem.split("_")[0]): path
-        for path in (Path(workdir) / "averages").glob(f"*_{sigma_rel:g}.npz")
-    }
-    return found.get(max(found, default=None) if step is None else step)
-
-
-def reconstruct(workdir, sigma_rel: float, step: int | None = None) -> Path:
-    """Averaged weights of any width from a run's snapshots (EDM2 algorithm 3, post-hoc EMA).
-
-    Args:
-      workdir: of the run.
-      sigma_rel: the width wanted.
-      step: at which the average ends; one of the snapshots', the last by default.
-
-    Returns:
-      The file written, WORKDIR/averages/STEP_WIDTH.npz.
-
-    Raises:
-      CheckpointError: when there are no snapshots, or none of that step.
-      ValueError: when no average is that wide.
-    """
-    if not (Path(workdir) / "snapshots").is_dir():
-        raise CheckpointError(
-            f"{workdir}: no snapshots there (config.snapshot_every says how often a run keeps them)"
-        )
-    with open_snapshots(workdir, read_only=True) as manager:
-        step = _existing_step(manager, step)
-        snapshots = [
-            (at, width)
-            for at in sorted(manager.all_steps())
-            if at <= step
-            for width in _widths(manager, at)
-        ]
-        coefficients = ema.posthoc_coefficients(
-            [at for at, _ in snapshots], [float(width) for _, width in snapshots], step, sigma_rel
-        )
-        total = None
-        for (at, width), weight in zip(tqdm(snapshots, unit="snapshot"), coefficients):
-            found = _restore_average(manager, at, width)
-            term = jax.tree.map(lambda a, w=weight: w * a.astype(np.float64), found["params"])
-            total = term if total is None else jax.tree.map(np.add, total, term)
-    params = jax.tree.map(np.float32, total)
-    arrays = traverse_util.flatten_dict({"params": params, "stats": found["stats"]}, sep="/")
-    path = Path(workdir) / "averages" / f"{step}_{sigma_rel:g}.npz"
-    with atomic_path(path) as temporary, temporary.open("wb") as file:
-        np.savez(file, **arrays)
-    return path

@@ -2,8 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
-import shutil
 from pathlib import Path
 
 import jax
@@ -12,8 +10,6 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
-from vcm_jax.atomic import atomic_path
-from vcm_jax.codec import copy_codec
 from vcm_jax.devices import sharding
 from vcm_jax.models import MODELS, MMDiT, ModelConfig
 from vcm_jax.models.mmdit import REMAT
@@ -138,24 +134,6 @@ def kept_statistics(start: dict, data: dict, folder) -> dict[str, np.ndarray]:
         folder, shift, factor, "" if alike else ": are the data's latents those of another codec?",
     )  # fmt: skip
     return kept
-
-
-def describe_run(workdir: Path, config: ConfigDict, model: ModelConfig, source) -> None:
-    """Writes what `generate` needs beside the weights: run.json and the codec."""
-    run = {
-        "config": json.loads(config.to_json_best_effort()),
-        "model": dataclasses.asdict(model),
-        "sequence": dataclasses.asdict(source.manifest.sequence),
-        "encoders": source.manifest.encoders,
-        "codec": source.manifest.codec,
-    }
-    with atomic_path(workdir / "run.json") as path:
-        path.write_text(json.dumps(run, indent=1))
-    if not (workdir / "codec").exists():
-        temporary = workdir / ".codec.tmp"
-        shutil.rmtree(temporary, ignore_errors=True)
-        copy_codec(source.path / "codec", temporary)
-        temporary.rename(workdir / "codec")
 
 
 @dataclasses.dataclass(frozen=True)

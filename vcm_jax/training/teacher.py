@@ -1,10 +1,10 @@
 """Reading the trained run that teaches a reflow run."""
 
-from vcm_jax.generation.run import describe
-from vcm_jax.models import ModelConfig
+import dataclasses
+
 from vcm_jax.objectives import read_section
 from vcm_jax.objectives.reflow import ReflowConfig
-from vcm_jax.runs import checkpoint
+from vcm_jax.runs import averages, description
 from vcm_jax.training.step import Teacher
 
 
@@ -25,21 +25,25 @@ def load_teacher(settings, net, manifest):
         raise ValueError("objective.teacher is empty: name the workdir of a trained run")
     workdir = settings.teacher
     try:
-        run = describe(workdir)
+        described = description.read(workdir)
     except ValueError as error:
         raise ValueError(f"objective.teacher {error}") from None
-    model = ModelConfig(**run["model"])
+    model = described.model
     if model != net.config:
-        names = [n for n in run["model"] if getattr(model, n) != getattr(net.config, n)]
+        names = [
+            field.name
+            for field in dataclasses.fields(model)
+            if getattr(model, field.name) != getattr(net.config, field.name)
+        ]
         raise ValueError(
             f"objective.teacher {workdir} is of another size: "
             + ", ".join(f"{n} {getattr(model, n)}, not {getattr(net.config, n)}" for n in names)
         )
     for what in ("codec", "encoders") if manifest else ():
-        if run[what] != getattr(manifest, what):
+        if getattr(described, what) != getattr(manifest, what):
             raise ValueError(
                 f"objective.teacher {workdir} was trained with other {what} than the records have: "
-                f"{run[what]}, not {getattr(manifest, what)}"
+                f"{getattr(described, what)}, not {getattr(manifest, what)}"
             )
-    teacher = Teacher(net, read_section(run["config"]["objective"])[0], settings.teacher_steps)
-    return teacher, checkpoint.restore_weights(workdir)
+    teacher = Teacher(net, read_section(described.config["objective"])[0], settings.teacher_steps)
+    return teacher, averages.restore_weights(workdir)

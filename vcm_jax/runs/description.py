@@ -1,0 +1,86 @@
+"""The description of a run: run.json and the codec, which generating needs beside the weights."""
+
+import contextlib
+import dataclasses
+import os
+import secrets
+import shutil
+from pathlib import Path
+
+from vcm_jax.atomic import read_json, write_json
+from vcm_jax.codec import copy_codec
+from vcm_jax.models import ModelConfig
+from vcm_jax.records.sequence import SequenceConfig
+
+_FILE, _CODEC = "run.json", "codec"
+
+
+@dataclasses.dataclass(frozen=True)
+class Description:
+    """What a run was trained with.
+
+    Attributes:
+      config: the config of the run, as nested dictionaries.
+      model: the sizes of the network.
+      sequence: the lengths of the training clips.
+      encoders: `Encoders.spec()` of the encoders that made the features.
+      codec: {name, fingerprint, latent_dim} of the codec that made the latents.
+    """
+
+    config: dict
+    model: ModelConfig
+    sequence: SequenceConfig
+    encoders: dict
+    codec: dict
+
+
+def is_run(folder) -> bool:
+    """Whether a folder is the workdir of a run."""
+    return (Path(folder) / _FILE).exists()
+
+
+def write(workdir, config: dict, model: ModelConfig, manifest, codec_folder) -> None:
+    """Writes run.json and, unless it is there, a copy of the codec.
+
+    Args:
+      workdir: of the run; made if it is missing.
+      config: nested dictionaries that JSON can hold.
+      model: the sizes of the network.
+      manifest: the `Manifest` of the records that the run trains on.
+      codec_folder: the codec of these records.
+    """
+    workdir = Path(workdir)
+    described = Description(config, model, manifest.sequence, manifest.encoders, manifest.codec)
+    write_json(workdir / _FILE, dataclasses.asdict(described))
+    if (workdir / _CODEC).exists():
+        return
+    temporary = workdir / f".{_CODEC}.{secrets.token_hex(4)}.tmp"
+    try:
+        copy_codec(codec_folder, temporary)
+        with contextlib.suppress(FileExistsError):  # the same codec, by another process
+            os.rename(temporary, workdir / _CODEC)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def read(workdir) -> Description:
+    """Reads run.json.
+
+    Raises:
+      ValueError: the folder is not the workdir of a run, or the file is damaged.
+    """
+    path = Path(workdir) / _FILE
+    try:
+        found = read_json(path, [field.name for field in dataclasses.fields(Description)])
+    except (FileNotFoundError, NotADirectoryError):
+        raise ValueError(f"{workdir} is not the workdir of a run: it has no {_FILE}") from None
+    for name in ("config", "model", "sequence", "encoders", "codec"):
+        if not isinstance(found[name], dict):
+            raise ValueError(f"{path} is damaged: its {name!r} is not a JSON object")
+    try:
+        model, sequence = ModelConfig(**found["model"]), SequenceConfig(**found["sequence"])
+    except TypeError as error:
+        raise ValueError(
+            f"{path} is damaged, or a newer version of this program wrote it: {error}"
+        ) from None
+    return Description(found["config"], model, sequence, found["encoders"], found["codec"])

@@ -1,0 +1,221 @@
+"""The stages of a run before its loop: start or resume, open the data, prepare the evaluation."""
+
+import contextlib
+import functools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+from absl import logging
+from clu import parameter_overview
+from ml_collections import ConfigDict
+
+from vcm_jax.codec import load_codec
+from vcm_jax.devices import sharding
+from vcm_jax.records import mixture
+from vcm_jax.runs import averages, checkpoint, description
+from vcm_jax.training import monitor, resume, validation
+from vcm_jax.training.program import Program
+from vcm_jax.training.setup import Setup, kept_statistics
+from vcm_jax.training.state import TrainState
+
+
+def is_leader() -> bool:
+    """Whether this process writes logs and descriptions: the first of a run's processes."""
+    return jax.process_index() == 0
+
+
+def read_start(config: ConfigDict, workdir: Path, program: Program):
+    """(stats, params) that a new run starts from; params are None for random ones.
+
+    With `config.init_from` both come from a run or from imported weights, unless the workdir holds
+    a checkpoint to resume from.
+
+    Raises:
+      CheckpointError: the weights are not there, or have other shapes than this run's.
+    """
+    if not config.init_from or checkpoint.latest_step(workdir) is not None:
+        return program.stats, None
+    found = averages.restore_weights(config.init_from)
+    what = f"init_from {config.init_from}"
+    checkpoint.check_shapes(found["params"], program.abstract.params, what)
+    kept = kept_statistics(found["stats"], program.stats, config.init_from)
+    return program.stats | kept, found["params"]
+
+
+def open_checkpoints(
+    config: ConfigDict, workdir: Path, stack: contextlib.ExitStack
+) -> tuple[checkpoint.Saver, checkpoint.Saver]:
+    """(saver of checkpoints, saver of EMA snapshots); both finish their saves when they close.
+
+    Raises:
+      StorageError: the workdir cannot be written to.
+    """
+    checkpoint.check_writable(workdir)
+    managers = (
+        checkpoint.open_manager(workdir, config.keep_every or None),
+        averages.open_snapshots(workdir),
+    )
+    saver, snapshots = (stack.enter_context(checkpoint.Saver(manager)) for manager in managers)
+    return saver, snapshots
+
+
+def describe_run(config: ConfigDict, setup: Setup) -> dict:
+    """What every checkpoint says about its run; a resumed run is compared with it."""
+    settings = json.loads(config.to_json_best_effort())
+    return resume.describe(settings, config.data.sources, setup.sources)
+
+
+def init_or_restore(
+    config: ConfigDict, program: Program, start, saver: checkpoint.Saver, meta: dict
+) -> TrainState:
+    """The state that the loop starts from: a new one, or the latest checkpoint's.
+
+    Args:
+      config: of the run.
+      program: its shapes and shardings.
+      start: from `read_start`.
+      saver: of the checkpoints.
+      meta: from `describe_run`.
+
+    Raises:
+      ResumeError: the checkpoint is another run's.
+      CheckpointError: the checkpoint cannot be read.
+    """
+    step = saver.manager.latest_step()
+    if step is None:
+        state = program.init(*start)
+        if is_leader():
+            overview = parameter_overview.get_parameter_overview(state.params, include_stats=False)
+            logging.info("\n%s", overview)
+        return state
+    saved = checkpoint.read_meta(saver.manager, step)
+    for line in resume.check(saved, meta, config.allow_config_change):
+        logging.warning("changed since the last start: %s", line)
+    target = sharding.place(program.abstract, program.shardings)
+    state = checkpoint.restore(saver.manager, target)
+    logging.info("resuming after step %d", int(state.step))
+    return state
+
+
+def align_snapshots(snapshots: checkpoint.Saver, state: TrainState, due: bool) -> None:
+    """Makes the snapshots those of the state: later ones go, and one that is due is saved.
+
+    A run can be killed after a checkpoint was written and before the snapshot of the same step.
+    """
+    step = int(state.step)
+    snapshots.drop_after(step)
+    if step and due and step not in snapshots.manager.all_steps():
+        averages.save_snapshot(snapshots, state)
+
+
+def write_description(config: ConfigDict, setup: Setup, workdir: Path) -> None:
+    """Writes run.json and the codec, which generating needs beside the weights."""
+    first = setup.sources[0]
+    settings = json.loads(config.to_json_best_effort())
+    description.write(workdir, settings, setup.model, first.manifest, first.path / "codec")
+
+
+def _put(batch, where):
+    return jax.tree.map(lambda a: jax.make_array_from_process_local_data(where, a), batch)
+
+
+def _shapes(setup: Setup) -> mixture.Shapes:
+    model = setup.model
+    return mixture.Shapes(
+        clip=(model.clip_seq_len, model.clip_dim), sync=(model.sync_seq_len, model.sync_dim)
+    )
+
+
+def _reader(config: ConfigDict, setup: Setup):
+    """`mixture.batches` of the rows of every global batch that this process reads."""
+    index, count = sharding.process_part(setup.mesh, config.batch_size)
+    return functools.partial(
+        mixture.batches,
+        shapes=_shapes(setup),
+        batch_size=config.batch_size,
+        part=index,
+        parts=count,
+    )
+
+
+def open_data(
+    config: ConfigDict, setup: Setup, program: Program, first_step: int
+) -> tuple[mixture.Mixture, Iterator[dict]]:
+    """(the mixture of the sources, batches on the devices from the step after `first_step` on).
+
+    Every process reads its rows of each global batch.
+    """
+    index, count = sharding.process_part(setup.mesh, config.batch_size)
+    logging.info(
+        "process %d of %d with %d devices reads block %d of %d of every batch",
+        jax.process_index(),
+        jax.process_count(),
+        jax.local_device_count(),
+        index,
+        count,
+    )
+    mixed = mixture.mix(setup.sources, setup.weights, config.seed)
+    batches = _reader(config, setup)(
+        mixed,
+        first_step=first_step,
+        last_step=config.steps,
+        num_workers=config.data.num_workers,
+    )
+    return mixed, (_put(batch, program.rows) for batch in batches)
+
+
+def make_evaluation(
+    config: ConfigDict, setup: Setup, program: Program, workdir: Path, key
+) -> monitor.Evaluation | None:
+    """What is evaluated and listened to while the run trains; None without validation data."""
+    if not setup.val:
+        return None
+    val = mixture.mix(*setup.val, seed=0)
+    heard = mixture.batches(
+        val, _shapes(setup), batch_size=max(config.sample_clips, 1), first_step=0, last_step=1
+    )
+    batches = list(_reader(config, setup)(val, first_step=0, last_step=config.eval_batches))
+    best = None
+    if config.eval_every and config.eval_sample_steps:
+        metric = f"val/log_mel_fd_{config.eval_sample_steps[0]}_steps"
+        best = validation.Best(workdir, metric)
+        if is_leader():
+            write_description(config, setup, best.folder)
+    return monitor.Evaluation(
+        setup.net,
+        setup.step,
+        program.layout,
+        key,
+        batches=lambda: (_put(batch, program.rows) for batch in batches),
+        clips=_put(next(heard), program.whole),
+        codec=load_codec(setup.sources[0].path / "codec"),
+        teacher=setup.teacher,
+        teacher_variables=program.teacher_variables,
+        best=best,
+        figure_steps=config.eval_sample_steps,
+        max_clips=min(config.eval_clips, sum(map(len, setup.val[0]))),  # each clip once
+    )
+
+
+def open_profile(
+    setup: Setup, workdir: Path, first_step: int, stack: contextlib.ExitStack
+) -> monitor.Profile:
+    """Takes the trace that `config.profile` asks for; it is ended with the run at the latest."""
+    if setup.profile and first_step >= setup.profile[0]:
+        logging.warning("config.profile: step %d is done, there is no trace", setup.profile[0])
+    span = setup.profile if is_leader() else None
+    return stack.enter_context(contextlib.closing(monitor.Profile(span, workdir)))
+
+
+def make_meter(
+    config: ConfigDict, mixed: mixture.Mixture, workdir: Path, first_step: int
+) -> monitor.Meter:
+    """Averages the metrics of the steps, and stops the run when a loss is not finite."""
+    return monitor.Meter(
+        first_step,
+        config.on_nonfinite,
+        record_ids=lambda step: mixture.record_ids(mixed, step - 1, config.batch_size),
+        report=workdir / "nonfinite.jsonl" if is_leader() else None,
+    )
