@@ -1,5 +1,7 @@
 """EMA weights of a run: reading them, keeping snapshots of them, and other widths made later."""
 
+import zipfile
+import zlib
 from pathlib import Path
 
 import jax
@@ -11,11 +13,20 @@ from tqdm import tqdm
 
 from vcm_jax import ema
 from vcm_jax.atomic import atomic_path
-from vcm_jax.runs.checkpoint import CheckpointError, Saver, existing_step, open_manager, readable
+from vcm_jax.runs.checkpoint import (
+    CheckpointError,
+    DamagedError,
+    Saver,
+    check_values,
+    existing_step,
+    open_manager,
+    read_meta,
+    readable,
+)
 
 
 def open_snapshots(workdir, read_only: bool = False):
-    """The snapshots of a run's averages, under WORKDIR/snapshots; all of them stay."""
+    """Orbax's manager of the snapshots under WORKDIR/snapshots, which are all kept."""
     options = ocp.CheckpointManagerOptions(
         cleanup_tmp_directories=not read_only,
         read_only=read_only,
@@ -29,7 +40,7 @@ def open_snapshots(workdir, read_only: bool = False):
 
 
 def save_snapshot(saver: Saver, state) -> None:
-    """Keeps the averages for `reconstruct`, as float16 like EDM2's, half of what they take."""
+    """Saves the EMA weights for `reconstruct`, as float16, which halves them (as EDM2 does)."""
     saver.save(int(state.step), {"ema": _halved(state.ema), "stats": state.stats}, {})
 
 
@@ -39,19 +50,19 @@ def _halved(averages):
 
 
 def restore_weights(workdir, step: int | None = None, sigma_rel: float | None = None):
-    """The averaged weights of a run, as the network's variables, on the host.
+    """The EMA weights of a run, as the network's variables, on the host.
 
     Args:
       workdir: of the run.
       step: which checkpoint, the latest by default.
-      sigma_rel: width of the average, the first that the run keeps by default; one that it does
-        not keep can be made with `reconstruct`.
+      sigma_rel: relative width of the EMA, the first one of the run by default; one that the run
+        does not keep can be made with `reconstruct`.
 
     Returns:
       `{"params": ..., "stats": ...}` of numpy arrays.
 
     Raises:
-      CheckpointError: when there is no such checkpoint or average.
+      CheckpointError: there is no such checkpoint, it has no EMA of this width, or it is damaged.
     """
     directory = Path(workdir) / "checkpoints"
     if not directory.is_dir():
@@ -60,14 +71,13 @@ def restore_weights(workdir, step: int | None = None, sigma_rel: float | None = 
         made = None if sigma_rel is None else _reconstructed(workdir, sigma_rel, step)
         at = manager.latest_step() if step is None else step
         if made and not (at in manager.all_steps() and f"{sigma_rel:g}" in _widths(manager, at)):
-            with np.load(made) as arrays:
-                return traverse_util.unflatten_dict(dict(arrays), sep="/")
+            return _read_reconstructed(made)
         step = existing_step(manager, step)
         widths = _widths(manager, step)
         width = widths[0] if sigma_rel is None else f"{sigma_rel:g}"
         if width not in widths:
             raise CheckpointError(
-                f"{directory}/{step}: no average of sigma_rel {width}, only {', '.join(widths)} "
+                f"{directory}/{step}: no EMA of sigma_rel {width}, only {', '.join(widths)} "
                 "(python -m vcm_jax.reconstruct makes others)"
             )
         return _restore_average(manager, step, width)
@@ -79,8 +89,9 @@ def _widths(manager, step: int) -> list[str]:
 
 
 def _restore_average(manager, step: int, width: str) -> dict:
-    """{"params", "stats"} of one average, on the host: the devices may have changed."""
-    tree = manager.item_metadata(step)["state"].tree
+    """{"params", "stats"} of one EMA, on the host: the devices may have changed."""
+    with readable(manager, step):
+        tree = manager.item_metadata(step)["state"].tree
     wanted = {"ema": {width: tree["ema"][width]}, "stats": tree["stats"]}
     on_host = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
     args = ocp.args.Composite(
@@ -88,7 +99,19 @@ def _restore_average(manager, step: int, width: str) -> dict:
     )
     with readable(manager, step):
         restored = manager.restore(step, args=args)["state"]
+    check_values(restored, read_meta(manager, step), manager, step)
     return {"params": restored["ema"][width], "stats": restored["stats"]}
+
+
+def _read_reconstructed(path: Path) -> dict:
+    """The variables in a file of `reconstruct`; zip files have checksums of their contents."""
+    try:
+        with np.load(path) as arrays:
+            return traverse_util.unflatten_dict(dict(arrays), sep="/")
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error, KeyError) as error:
+        raise DamagedError(
+            f"{path} is damaged ({error}): delete it, and make it again with vcm_jax.reconstruct"
+        ) from error
 
 
 def _reconstructed(workdir, sigma_rel: float, step: int | None) -> Path | None:
@@ -101,19 +124,19 @@ def _reconstructed(workdir, sigma_rel: float, step: int | None) -> Path | None:
 
 
 def reconstruct(workdir, sigma_rel: float, step: int | None = None) -> Path:
-    """Averaged weights of any width from a run's snapshots (EDM2 algorithm 3, post-hoc EMA).
+    """Makes EMA weights of any width from the snapshots of a run (post-hoc EMA, EDM2 algorithm 3).
 
     Args:
       workdir: of the run.
       sigma_rel: the width wanted.
-      step: at which the average ends; one of the snapshots', the last by default.
+      step: the training step at which the EMA ends; one of the snapshots', the last by default.
 
     Returns:
       The file written, WORKDIR/averages/STEP_WIDTH.npz.
 
     Raises:
-      CheckpointError: when there are no snapshots, or none of that step.
-      ValueError: when no average is that wide.
+      CheckpointError: there are no snapshots, or none of that step, or one is damaged.
+      ValueError: no EMA can be that wide.
     """
     if not (Path(workdir) / "snapshots").is_dir():
         raise CheckpointError(

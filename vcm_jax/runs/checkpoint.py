@@ -9,13 +9,29 @@ from pathlib import Path
 import jax
 import orbax.checkpoint as ocp
 from absl import logging
+from orbax.checkpoint import multihost
+
+from vcm_jax.runs.fingerprints import checksum, fingerprints
 
 # Seconds after which a save that failed is tried again, and again; then the run stops.
 RETRY_AFTER = (2.0, 10.0)
+_FINGERPRINTS, _CHECKSUM = "fingerprints", "checksum"  # entries of `meta`
+# What the text of an error says where the files may be whole although they could not be read.
+_TEMPORARY = (
+    "permission",
+    "resource_exhausted",
+    "too many open files",
+    "out of memory",
+    "timed out",
+)
 
 
 class CheckpointError(ValueError):
     """A checkpoint that is not there or does not fit; one line that says what would."""
+
+
+class DamagedError(CheckpointError):
+    """A checkpoint whose files or values are not what was saved; one line that names what."""
 
 
 class StorageError(OSError):
@@ -89,9 +105,12 @@ class Saver:
     def save(self, step: int, state, meta: dict, wait: bool = False) -> None:
         """Saves a pytree of arrays and JSON; with `wait` it is on disk when this returns.
 
+        Fingerprints of the arrays are saved with them and checked on every restore.
+
         Raises:
           StorageError: after the last try; earlier checkpoints are whole.
         """
+        meta = signed(meta | {_FINGERPRINTS: fingerprints(state)})
         args = ocp.args.Composite(state=ocp.args.PyTreeSave(state), meta=ocp.args.JsonSave(meta))
         while True:
             try:
@@ -200,9 +219,11 @@ def restore(manager: ocp.CheckpointManager, abstract_state, step: int | None = N
       step: which.
 
     Raises:
-      CheckpointError: when there is no such step, or its arrays have other shapes.
+      CheckpointError: there is no such step, or its arrays have other shapes.
+      DamagedError: it cannot be read, or its values are not those that were saved.
     """
     step = existing_step(manager, step)
+    meta = read_meta(manager, step)
     with readable(manager, step):
         saved = manager.item_metadata(step)["state"]
     check_shapes(saved, abstract_state, f"the checkpoint {manager.directory}/{step}")
@@ -211,29 +232,94 @@ def restore(manager: ocp.CheckpointManager, abstract_state, step: int | None = N
         restore_args=ocp.checkpoint_utils.construct_restore_args(abstract_state),
     )
     with readable(manager, step):
-        return manager.restore(step, args=ocp.args.Composite(state=args))["state"]
+        state = manager.restore(step, args=ocp.args.Composite(state=args))["state"]
+    check_values(state, meta, manager, step)
+    return state
+
+
+def signed(meta: dict) -> dict:
+    """`meta` with a checksum of itself."""
+    return meta | {_CHECKSUM: checksum(meta)}
+
+
+def check_values(tree, meta: dict, manager, step: int) -> None:
+    """Compares restored arrays with the fingerprints that were saved with them.
+
+    Args:
+      tree: the whole tree that was saved, or part of it with the same paths.
+      meta: from `read_meta`.
+      manager, step: where it was restored from, for messages.
+
+    Raises:
+      DamagedError: some of the values were not saved like this; the line names the arrays.
+    """
+    where, saved = f"{manager.directory}/{step}", meta.get(_FINGERPRINTS)
+    if saved is None:
+        logging.info("%s was saved without fingerprints: its values cannot be checked", where)
+        return
+    found = fingerprints(tree)
+    wrong = [name for name, value in found.items() if saved.get(name) != value]
+    if wrong:
+        more = f" and {len(wrong) - 3} more arrays" if len(wrong) > 3 else ""
+        raise DamagedError(
+            f"{where} is damaged: the values of {', '.join(wrong[:3])}{more} are not those that "
+            f"were saved; {_name_earlier(manager, step)}"
+        )
+
+
+def set_aside(manager, workdir, step: int) -> Path:
+    """Moves a damaged checkpoint to WORKDIR/damaged, so that an earlier one is the latest.
+
+    The first process of a run moves it; every process must call this.
+    """
+    target = Path(workdir).absolute() / "damaged" / str(step)
+    while target.exists():
+        target = target.with_name(f"{target.name}_again")
+    if jax.process_index() == 0:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.rename(manager.directory / str(step), target)
+    multihost.sync_global_processes("set_aside")
+    manager.reload()
+    return target
 
 
 def read_meta(manager, step: int) -> dict:
     """The `meta` that was saved with a step.
 
     Raises:
-      CheckpointError: when it is damaged.
+      DamagedError: it cannot be read, or is not what was saved.
     """
     with readable(manager, step):
-        return manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+        args = ocp.args.Composite(meta=ocp.args.JsonRestore())
+        meta = manager.restore(step, args=args)["meta"]
+    rest = {name: value for name, value in meta.items() if name != _CHECKSUM}
+    if _CHECKSUM in meta and checksum(rest) != meta[_CHECKSUM]:
+        raise DamagedError(
+            f"{manager.directory}/{step} is damaged: its meta is not what was "
+            f"saved; {_name_earlier(manager, step)}"
+        )
+    return meta
 
 
 @contextlib.contextmanager
 def readable(manager, step: int):
-    """What Orbax and tensorstore raise, in many kinds, becomes a CheckpointError."""
+    """What Orbax and TensorStore raise, in many kinds, becomes one of the errors below.
+
+    Raises:
+      CheckpointError: the files may be whole, but could not be read (permissions, memory).
+      DamagedError: the files are damaged.
+    """
     try:
         yield
     except Exception as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), repr(error))
-        earlier = [at for at in manager.all_steps() if at < step]
-        way_out = f"the run then goes on from {max(earlier)}" if earlier else "there is no earlier"
-        raise CheckpointError(
-            f"{manager.directory}/{step} cannot be read ({reason[:200]}): if it is damaged, "
-            f"delete it; {way_out}"
-        ) from error
+        line = f"{manager.directory}/{step} cannot be read ({reason[:200]})"
+        temporary = isinstance(error, PermissionError | MemoryError)
+        if temporary or any(text in str(error).lower() for text in _TEMPORARY):
+            raise CheckpointError(line) from error
+        raise DamagedError(f"{line}: it is damaged; {_name_earlier(manager, step)}") from error
+
+
+def _name_earlier(manager, step: int) -> str:
+    earlier = [str(at) for at in manager.all_steps() if at < step]
+    return f"earlier checkpoints: {', '.join(earlier)}" if earlier else "there is no earlier one"

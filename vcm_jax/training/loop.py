@@ -57,7 +57,7 @@ def _train(config: ConfigDict, workdir: Path, stack: contextlib.ExitStack, dry_r
     # The state: a new one, or the latest checkpoint's.
     saver, snapshots = stages.open_checkpoints(config, workdir, stack)
     meta = stages.describe_run(config, setup)
-    state = stages.init_or_restore(config, program, start, saver, meta)
+    state = stages.init_or_restore(config, workdir, program, start, saver, meta)
     first_step = int(state.step)
     if first_step >= config.steps:
         logging.info("%s is complete: %d of %d steps", workdir, first_step, config.steps)

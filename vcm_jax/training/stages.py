@@ -68,12 +68,19 @@ def describe_run(config: ConfigDict, setup: Setup) -> dict:
 
 
 def init_or_restore(
-    config: ConfigDict, program: Program, start, saver: checkpoint.Saver, meta: dict
+    config: ConfigDict,
+    workdir: Path,
+    program: Program,
+    start,
+    saver: checkpoint.Saver,
+    meta: dict,
 ) -> TrainState:
-    """The state that the loop starts from: a new one, or the latest checkpoint's.
+    """The state that the loop starts from: a new one, or that of the latest whole checkpoint.
+
+    A damaged checkpoint is moved aside, and the log says so.
 
     Args:
-      config: of the run.
+      config, workdir: of the run.
       program: its shapes and shardings.
       start: from `read_start`.
       saver: of the checkpoints.
@@ -81,22 +88,32 @@ def init_or_restore(
 
     Raises:
       ResumeError: the checkpoint is another run's.
-      CheckpointError: the checkpoint cannot be read.
+      CheckpointError: the checkpoint cannot be read, or all of them are damaged.
     """
-    step = saver.manager.latest_step()
-    if step is None:
+    if saver.manager.latest_step() is None:
         state = program.init(*start)
         if is_leader():
             overview = parameter_overview.get_parameter_overview(state.params, include_stats=False)
             logging.info("\n%s", overview)
         return state
-    saved = checkpoint.read_meta(saver.manager, step)
-    for line in resume.check(saved, meta, config.allow_config_change):
-        logging.warning("changed since the last start: %s", line)
     target = sharding.place(program.abstract, program.shardings)
-    state = checkpoint.restore(saver.manager, target)
-    logging.info("resuming after step %d", int(state.step))
-    return state
+    while (step := saver.manager.latest_step()) is not None:
+        try:
+            saved = checkpoint.read_meta(saver.manager, step)
+            changes = resume.check(saved, meta, config.allow_config_change)
+            state = checkpoint.restore(saver.manager, target, step)
+        except checkpoint.DamagedError as error:
+            damaged = checkpoint.set_aside(saver.manager, workdir, step)
+            logging.warning("%s; it is kept as %s", error, damaged)
+            continue
+        for line in changes:
+            logging.warning("changed since the last start: %s", line)
+        logging.info("resuming after step %d", int(state.step))
+        return state
+    raise checkpoint.CheckpointError(
+        f"{workdir}: every checkpoint is damaged; they are kept in {damaged.parent}. Give another "
+        "--workdir to start again"
+    )
 
 
 def align_snapshots(snapshots: checkpoint.Saver, state: TrainState, due: bool) -> None:
