@@ -1,8 +1,8 @@
 """Fingerprints of arrays: a value that was damaged on disk is noticed when it is restored.
 
-A fingerprint is a sum, modulo 2^32, over the 32-bit words of an array, each times an odd number that
-depends on its position. A sum does not depend on its order, so that meshes and process counts do
-not matter; an odd number has an inverse modulo 2^32, so that a single changed word always changes
+A fingerprint is a sum, modulo 2^32, over the 32-bit words of an array, each times an odd number
+that depends on its position. A sum does not depend on its order, so that meshes and process counts
+do not matter; an odd number has an inverse modulo 2^32, so that a single changed word always changes
 the sum, and any other damage is missed with a probability of about 2^-32.
 """
 
