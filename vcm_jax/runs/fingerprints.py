@@ -2,8 +2,8 @@
 
 A fingerprint is a sum, modulo 2^32, over the 32-bit words of an array, each times an odd number
 that depends on its position. A sum does not depend on its order, so that meshes and process counts
-do not matter; an odd number has an inverse modulo 2^32, so that a single changed word always changes
-the sum, and any other damage is missed with a probability of about 2^-32.
+do not matter. An odd number has an inverse modulo 2^32, so that a single changed word always
+changes the sum; any other damage is missed with a probability of about 2^-32.
 """
 
 import functools
