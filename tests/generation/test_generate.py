@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import json
 import re
 
 import av
@@ -220,6 +221,8 @@ def test_the_report(world):
     assert page.count("<audio") == 8 and page.count("<img") == 1 + 2 * 5
     assert not re.findall(r'(?:src|href)="(?!data:)', page), "the page is self-contained"
     assert f"{truth['f1']:.3f}" in page
+    written = json.loads((world / "run/report.json").read_text())
+    assert written["clips"] == 3 and written["metrics"]["1 step"] == pytest.approx(one)
     with pytest.raises(ValueError, match="test_impacts.jsonl has 3 clips, 5 are wanted"):
         make_report(world / "run", world / "data", num_clips=5, num_train=5, shown=1)
     with pytest.raises(ValueError, match="at least 2"):
