@@ -96,6 +96,16 @@ class SoundMetrics:
         }.items():
             self.per_clip.setdefault(name, []).append(float(value))
 
+    def extend(self, other: "SoundMetrics") -> None:
+        """Adds the clips of another, of the same sample rate."""
+        self.clips += other.clips
+        self._counts += other._counts
+        self._pred += other._pred
+        self._truth += other._truth
+        self._width = other._width
+        for name, values in other.per_clip.items():
+            self.per_clip.setdefault(name, []).extend(values)
+
     def values(self, weights: np.ndarray | None = None) -> dict[str, float]:
         """The metrics over all clips, by the names of METRICS.
 
