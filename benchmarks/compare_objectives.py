@@ -26,16 +26,16 @@ import harness
 import jax
 import librosa
 from absl import app, flags
-from comparison_report import FIGURES, REFERENCE, STEPS, write_json, write_report
+from comparison_report import METRICS, REFERENCE, STEPS, write_report
 from sync_layout import overlapping
 
 from vcm_jax import sampling
+from vcm_jax.atomic import write_json
 from vcm_jax.cli import show_ours
 from vcm_jax.devices import sharding
 from vcm_jax.generation.clips import Request, encode_request, generate_latents
 from vcm_jax.generation.run import load_run
-from vcm_jax.impacts import report
-from vcm_jax.impacts.materials import fit_material_classifier
+from vcm_jax.impacts import scores
 from vcm_jax.models import MMDiT
 from vcm_jax.objectives import OBJECTIVES
 from vcm_jax.records import mixture
@@ -199,21 +199,17 @@ class Scorer:
     """Scores runs on test clips; what does not depend on the run is computed once."""
 
     def __init__(self, data: Path, num_clips: int, num_train: int, rate: int):
-        self.rate, self.overlapping = rate, flags.FLAGS.overlapping
-        self.clips = report.read_split(data, "test", num_clips)
-        taught = report.read_split(data, "train", num_train)
-        self.classifier = fit_material_classifier(
-            report.read_sounds(taught, rate), [clip["impacts"] for clip in taught], rate
-        )
-        self.truth = report.read_sounds(self.clips, rate)
-        self.other = report.other_true_sounds(data, self.clips, rate)
+        self.overlapping = flags.FLAGS.overlapping
+        self.score = scores.Scorer(data, num_clips, num_train, rate)
+        self.clips, self.truth = self.score.clips, self.score.truth
+        self.other = scores.other_true_sounds(data, self.clips)
 
-    def figures(self, sounds) -> dict[str, float]:
-        found = report.figures(sounds, self.clips, self.truth, self.classifier, self.rate)
-        return {name: found[name] for name in FIGURES}
+    def metrics(self, sounds) -> dict[str, float]:
+        found = self.score(sounds)
+        return {name: found[name] for name in METRICS}
 
     def run(self, entry: Entry) -> dict[str, dict]:
-        """The figures of a run by number of steps, and of one unguided Euler step."""
+        """The metrics of a run by number of steps, and of one unguided Euler step."""
         run = load_run(entry.workdir)
         items = [encode_request(Request(c["id"], c["path"], c["caption"]), run) for c in self.clips]
         if self.overlapping:
@@ -233,10 +229,10 @@ class Scorer:
             length = lambda item: round(item.seconds * run.codec.sample_rate)
             try:
                 sounds = [run.codec.decode(x)[: length(i)] for i, x in zip(items, latents)]
-                found[label] = self.figures(sounds)
+                found[label] = self.metrics(sounds)
             except (ValueError, librosa.ParameterError) as error:  # nothing that can be heard
-                print(f"{entry.workdir}, {label}: no figures ({error})", flush=True)
-                found[label] = dict.fromkeys(FIGURES, float("nan"))
+                print(f"{entry.workdir}, {label}: no metrics ({error})", flush=True)
+                found[label] = dict.fromkeys(METRICS, float("nan"))
         return found
 
 
@@ -249,13 +245,13 @@ def score(entries, data: Path, out: Path, num_clips: int, num_train: int) -> Non
         if scorer is None:
             rate = load_run(entry.workdir).codec.sample_rate
             scorer = Scorer(data, num_clips, num_train, rate)
-            truth = {"true sound": scorer.figures(scorer.truth)}
-            truth["another true sound"] = scorer.figures(scorer.other)
+            truth = {"true sound": scorer.metrics(scorer.truth)}
+            truth["another true sound"] = scorer.metrics(scorer.other)
             write_json(out / "truth.json", truth)
         print(f"scoring {entry.workdir}", flush=True)
         lines = (entry.workdir / "metrics.jsonl").read_text().splitlines()
         steps, count = json.loads(lines[-1])["step"], len(scorer.clips)
-        write_json(path, {"steps": steps, "clips": count, "figures": scorer.run(entry)})
+        write_json(path, {"steps": steps, "clips": count, "metrics": scorer.run(entry)})
 
 
 def _define_flags():

@@ -1,6 +1,5 @@
 """Tables and plots of what `compare_objectives.py` has scored."""
 
-import html
 import json
 import statistics
 from pathlib import Path
@@ -16,18 +15,13 @@ from matplotlib import pyplot as plt
 from matplotlib.ticker import ScalarFormatter
 
 STEPS = (1, 2, 4, 25)
-FIGURES = {
+METRICS = {
     "f1": ("onset F1", "higher is better"),
     "material": ("material recognised", "higher is better"),
     "frechet": ("log-mel Frechet distance", "lower is better"),
     "sharpness": ("spectral sharpness", "as the true sound's is best"),
 }
 REFERENCE = "one Euler step"
-
-
-def write_json(path: Path, content) -> None:
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1))
 
 
 def spread(values) -> str:
@@ -39,16 +33,16 @@ def spread(values) -> str:
 def tables(results, truth, measured, base: str) -> list[tuple[str, list[list[str]]]]:
     """(title, rows) of every table; the first row is the head."""
     found = []
-    for figure, (title, better) in FIGURES.items():
+    for metric, (title, better) in METRICS.items():
         rows = [["", *(f"{n} step{'s' * (n > 1)}" for n in STEPS)]]
         for name, runs in results.items():
-            values = [[run["figures"][str(n)][figure] for run in runs] for n in STEPS]
+            values = [[run["metrics"][str(n)][metric] for run in runs] for n in STEPS]
             rows.append([name, *map(spread, values)])
-            if any(REFERENCE in run["figures"] for run in runs):
-                reference = [run["figures"][REFERENCE][figure] for run in runs]
+            if any(REFERENCE in run["metrics"] for run in runs):
+                reference = [run["metrics"][REFERENCE][metric] for run in runs]
                 rows.append([f"{name}, unguided", spread(reference), *[""] * (len(STEPS) - 1)])
-        for name, figures in truth.items():
-            rows.append([name, *[f"{figures[figure]:.3f}"] * len(STEPS)])
+        for name, values in truth.items():
+            rows.append([name, *[f"{values[metric]:.3f}"] * len(STEPS)])
         found.append((f"{title} ({better})", rows))
     rows = [["", "ms a step", f"time / {base}", "GFLOP a step", f"FLOPs / {base}", "MB a device",
              f"memory / {base}", "steps", "seeds"]]  # fmt: skip
@@ -69,12 +63,12 @@ def tables(results, truth, measured, base: str) -> list[tuple[str, list[list[str
 
 
 def plot(results, truth):
-    """Every figure over the number of steps, a line a run, with the range over seeds."""
-    figure, axes = plt.subplots(1, len(FIGURES), figsize=(4.2 * len(FIGURES), 3.8))
+    """Every metric over the number of steps, one line per run, with the range over seeds."""
+    figure, axes = plt.subplots(1, len(METRICS), figsize=(4.2 * len(METRICS), 3.8))
     colours = plt.get_cmap("tab10" if len(results) <= 10 else "tab20").colors
-    for axis, (key, (title, better)) in zip(axes, FIGURES.items()):
+    for axis, (key, (title, better)) in zip(axes, METRICS.items()):
         for colour, (name, runs) in zip(colours, results.items()):
-            values = np.array([[run["figures"][str(n)][key] for n in STEPS] for run in runs])
+            values = np.array([[run["metrics"][str(n)][key] for n in STEPS] for run in runs])
             axis.plot(STEPS, values.mean(0), "o-", ms=3.5, lw=1.3, color=colour, label=name)
             axis.fill_between(STEPS, values.min(0), values.max(0), color=colour, alpha=0.15, lw=0)
         for (name, found), style in zip(truth.items(), ("-", ":")):
@@ -120,10 +114,12 @@ def write_report(entries, out: Path, note: str) -> Path:
     lines += ["![](comparison.png)", ""]
     with atomic_path(out / "comparison.md") as path:
         path.write_text("\n".join(lines))
-    parts = [f"<h1>{title}</h1><p>{html.escape(note)}</p>", page.image(figure)]
-    for name, (head, *rows) in found:
-        rows = [[html.escape(cell) for cell in row] for row in rows]
-        parts += [f"<h2>{html.escape(name)}</h2>", page.table(head, rows)]
-    with atomic_path(out / "comparison.html") as path:
-        path.write_text(page.document(title, parts))
+    page.write_document(
+        out / "comparison.html",
+        title,
+        page.element("h1", title),
+        page.element("p", note),
+        page.plot(figure),
+        [(page.element("h2", name), page.table(head, rows)) for name, (head, *rows) in found],
+    )
     return out / "comparison.html"

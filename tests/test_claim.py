@@ -180,6 +180,12 @@ def test_claim_refuses_a_folder_of_other_files(tmp_path):
     assert not (tmp_path / "made.json").exists()
 
 
+def test_what_a_killed_process_left_behind_is_no_other_file(tmp_path):
+    (tmp_path / ".0123456789abcdef.tmp").touch()
+    (tmp_path / ".lock-0-of-2").touch()
+    assert not claim(tmp_path, {"seed": 1})
+
+
 def test_claim_takes_over_where_nothing_was_begun(tmp_path):
     claim(tmp_path, {"seed": 1})
     assert not claim(tmp_path, {"seed": 2}, is_begun=lambda: False)

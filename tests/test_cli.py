@@ -207,6 +207,33 @@ def test_a_full_disk_blames_the_output(tmp_path):
     assert found.value.filename == str(out)
 
 
+LIMITED = textwrap.dedent(
+    """
+    import resource, sys
+    import numpy as np
+    from vcm_jax.cli import run
+    from vcm_jax.media.write import write_sound
+
+    def main(args):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+        write_sound("out.wav", np.zeros(100_000), 16_000)
+
+    if __name__ == "__main__":
+        run(main)
+    """
+)
+
+
+def test_a_library_that_hides_a_full_disk(tmp_path):
+    """libsndfile fails without saying why; the limit stands for a full disk."""
+    (tmp_path / "script.py").write_text(LIMITED)
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    line = [sys.executable, "script.py"]
+    done = subprocess.run(line, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (74, "error: out.wav: File too large\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["script.py"]
+
+
 def test_atomic_path_takes_the_longest_names(tmp_path):
     write_json(tmp_path / ("x" * 255), {"a": 1})
     assert read_json(tmp_path / ("x" * 255), ["a"]) == {"a": 1}

@@ -7,11 +7,15 @@ import subprocess
 import numpy as np
 import pytest
 import soundfile
+from commands import run_command
+from measured import measured
 
-from vcm_jax.compare import compare, parse_entries, true_clips, winners
+from vcm_jax import compare as command
+from vcm_jax.compare import compare
+from vcm_jax.evaluation import comparison
 from vcm_jax.evaluation.caches import EvaluateError
+from vcm_jax.evaluation.comparison import parse_entries, true_clips, winners
 from vcm_jax.media.read import read_audio
-from vcm_jax.metrics import sound_figures
 
 RATE = 16_000
 
@@ -36,7 +40,7 @@ def tones(level, count=4):
 
 def test_winners():
     truth = tones(0.1)
-    score = lambda sounds: sound_figures(
+    score = lambda sounds: measured(
         ((str(i), a, b) for i, (a, b) in enumerate(zip(sounds, truth))), RATE
     )
     mixed = tones(0.05)[:2] + tones(0.1)[2:]
@@ -59,7 +63,7 @@ def page(world):
     entries = parse_entries([str(world / "run"), f"{world / 'run'}@2", str(folder)], steps=1)
     clips = true_clips(world / "data/test", world / "data/test.tsv", 10)
     out = world / "compare.html"
-    return compare(entries, clips, out, shown=2, draws=100), out
+    return compare(entries, clips, out, shown=2, draws=100).sets, out
 
 
 def test_the_page(page):
@@ -114,3 +118,67 @@ def test_sets_that_cannot_be_compared(world, tmp_path):
     with pytest.raises(EvaluateError, match="has only sounds for 000000"):
         compare(parse_entries([run], 1), true_clips(some, None, 10), out)
     assert not out.exists()
+
+
+def test_steps_after_the_name(world, tmp_path):
+    run = str(world / "run")
+    (entry,) = parse_entries([run], steps=4)
+    assert (entry.label, entry.steps) == ("run, 4 steps", 4)
+    (entry,) = parse_entries([f"{run}@3"], steps=4)
+    assert entry.steps == 3
+    for argument, message in (
+        (f"{run}@0", "at least 1 step"),
+        (f"{run}@00", "at least 1 step"),
+        (f"{run}@-1", "no such folder"),
+        (f"{run}@", "no such folder"),
+        ("@4", "no such folder"),
+    ):
+        with pytest.raises(EvaluateError, match=message):
+            parse_entries([argument], steps=1)
+    odd = tmp_path / "sounds@2"
+    odd.mkdir()
+    assert parse_entries([str(odd)], steps=1)[0].path == odd  # that is its name
+    other = tmp_path / "run"
+    other.mkdir()
+    both = parse_entries([str(other), str(odd), run], 1)
+    assert [entry.label for entry in both] == ["run", "sounds@2", "run, 1 step"]
+
+
+def test_the_command_leaves_bad_clips_out_of_all_sets(world, tmp_path):
+    truth, sounds = tmp_path / "truth", tmp_path / "sounds"
+    shutil.copytree(world / "data/test", truth)
+    sounds.mkdir()
+    for path in truth.iterdir():
+        soundfile.write(sounds / f"{path.stem}.wav", read_audio(path, RATE), RATE)
+    (truth / "000001.mp4").write_bytes(b"no video")
+    table = tmp_path / "list.tsv"
+    nasty = "<script>alert(1)</script>"
+    rows = [f"{nasty.replace('/', '_')}\tx\t000000", f"b\t{nasty}\t000001", "c.mp4\ty\t000002"]
+    table.write_text("\n".join(["id\tcaption\tfile", *rows]))
+    named = tmp_path / "named"
+    named.mkdir()
+    for path, name in zip(sorted(sounds.iterdir()), (nasty.replace("/", "_"), "b", "c")):
+        path.rename(named / f"{name}.wav")
+    out = tmp_path / "page.html"
+    arguments = [world / "run", named, f"--truth={truth}", f"--captions={table}", "--draws=100"]
+    done = run_command(command, *arguments, f"--out={out}", "--seed=-1", positional="sets")
+    assert done.code == 3, done.err
+    assert "2 clips: " in done.out and "left out: b: run, 1 step: " in done.err
+    text = out.read_text()
+    assert "<script>" not in text and "&lt;script&gt;" in text and "1 clips were left out" in text
+    (truth / "000000.mp4").write_bytes(b"no video")
+    done = run_command(command, *arguments, f"--out={out}", positional="sets")
+    assert done.code == 1 and "fewer than 2 clips can be compared" in done.err
+    done = run_command(command, f"{world / 'run'}@0", *arguments[2:], f"--out={out}",
+                       positional="sets")  # fmt: skip
+    assert done.code == 1 and "at least 1 step" in done.err and done.err.count("\n") == 1
+
+
+def test_what_is_missing_is_said_before_any_sound_is_generated(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(comparison, "load_run", None)
+    some = tmp_path / "some"
+    some.mkdir()
+    soundfile.write(some / "000001.wav", tones(0.1)[0], RATE)
+    entries = parse_entries([str(world / "run"), str(some)], 1)
+    with pytest.raises(EvaluateError, match="no sound for 2 of 3 clips"):
+        compare(entries, true_clips(world / "data/test", None, 10), tmp_path / "x.html")

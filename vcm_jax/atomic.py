@@ -10,6 +10,7 @@ from pathlib import Path
 
 # Why a file cannot be written although the program is right: the disk, a quota or a limit.
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
+_PROBE = 2**16  # bytes
 
 
 @contextlib.contextmanager
@@ -34,6 +35,14 @@ def atomic_path(path):
         unnamed = error.filename is None and error.errno in UNWRITABLE
         if unnamed or str(error.filename) == str(temporary):
             raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
+    except Exception as error:
+        # libsndfile and PyTorch do not say that the disk is full: more of the file fails likewise.
+        try:
+            with temporary.open("ab") as file:
+                file.write(bytes(_PROBE))
+        except OSError as reason:
+            raise OSError(reason.errno, reason.strerror, str(path)) from error
         raise
     finally:
         temporary.unlink(missing_ok=True)

@@ -24,6 +24,7 @@ from absl import logging
 from vcm_jax.atomic import read_json, write_json
 
 _LOCK = re.compile(r"\.lock(?:-(\d+)-of-(\d+))?")
+_OWN = re.compile(rf"{_LOCK.pattern}|\..*\.tmp")  # temporary files are those of `atomic_path`
 # What `flock` answers on file systems without locks, such as some network mounts.
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 _SHOWN = 40  # characters of a setting that a message shows
@@ -37,11 +38,11 @@ class ClaimError(ValueError):
 
 
 def contents(folder) -> list[Path]:
-    """What a folder holds besides locks; nothing if there is no such folder."""
+    """What a folder holds besides locks and temporary files; nothing if there is no such folder."""
     folder = Path(folder)
     if not folder.exists():
         return []
-    return [path for path in folder.iterdir() if not _LOCK.fullmatch(path.name)]
+    return [path for path in folder.iterdir() if not _OWN.fullmatch(path.name)]
 
 
 @contextlib.contextmanager

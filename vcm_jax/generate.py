@@ -1,33 +1,35 @@
-"""Sound for videos, from a trained run.
+"""Generates sound for videos with a trained run.
 
     python -m vcm_jax.generate --workdir=runs/impacts --video=CLIP.mp4 --prompt="a metal ball" \\
         --steps=1 --out=OUT.mp4
 
-A video alone, a prompt alone (`--duration`, to a .wav), a folder of videos (`--out` is a folder),
-or a TSV of clips (`--captions`, columns id and caption, with `--video` the folder they are in).
-`--records=RECORDS` takes extracted features instead, a whole test set in one resumable run on all
-devices; `--out` is then a folder of sounds, and `--shard=0/2` half of them, for two hosts.
+The input is a video, a prompt (with `--duration`, written as .wav or .flac), both, a folder of
+videos, or a list of clips (`--captions`, a TSV with the columns id and caption, with `--video` the
+folder of its files). Several clips go into the folder `--out`. A clip that fails is left out with a
+reason and costs no other clip; the exit code is then 3, or 1 if no clip could be written.
+
+`--records=RECORDS` takes extracted features instead: a whole test set in one resumable run on all
+devices. `--out` is then a folder of sounds. `--shard=0/2` generates every second one, for two
+hosts.
 """
 
 import dataclasses
-import os
 import sys
-from pathlib import Path
 
 import jax
-from absl import app, flags
+from absl import flags
 from tqdm import tqdm
 
 from vcm_jax import sampling
-from vcm_jax.cli import show_ours
-from vcm_jax.generation.clips import Request, encode_request, generate, write
-from vcm_jax.generation.run import load_run
-from vcm_jax.media.clips import list_clips
+from vcm_jax.cli import LEFT_OUT, define_run_flags, run
+from vcm_jax.generation.outputs import generate_files, is_folder, plan
+from vcm_jax.generation.records import generate_records
+from vcm_jax.generation.run import Run, load_run
 from vcm_jax.records.source import RecordSource
 
 
-def _define_flags():
-    flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
+def define_flags():
+    define_run_flags()
     flags.DEFINE_string("video", "", "A video, or a folder of videos.")
     flags.DEFINE_string("prompt", "", "What is to be heard.")
     flags.DEFINE_string("captions", "", "TSV with columns id and caption, of videos in --video.")
@@ -35,35 +37,43 @@ def _define_flags():
     flags.DEFINE_string("records", "", "Folder of extracted records, instead of --video.")
     flags.DEFINE_string("shard", "0/1", "i/n: of --records, make every n-th from the i-th on.")
     flags.DEFINE_enum(
-        "format", None, ["mp4", "wav", "flac"],
-        "What is written into a folder (mp4; wav for --records).",
-    )  # fmt: skip
+        "format",
+        None,
+        ["mp4", "wav", "flac"],
+        "Format of the files in a folder (mp4; wav for --records and prompts).",
+    )
     flags.DEFINE_integer("steps", 1, "Steps of the sampler, of equal length.", lower_bound=1)
-    flags.DEFINE_list("times", [], "Times in place of --steps, decreasing: 1,0.6,0.")
+    flags.DEFINE_list("times", [], "Decreasing times in place of --steps, such as 1,0.6,0.")
     flags.DEFINE_float(
-        "guidance_scale", None,
-        "Euler steps with this classifier-free guidance (1: none), not the objective's own way.",
-    )  # fmt: skip
-    flags.DEFINE_list("guidance_interval", None, "Where that guidance applies: 0,0.8.")
-    flags.DEFINE_bool("restart", False, "Jump to the data and noise again after every step.")
-    flags.DEFINE_float("duration", 0.0, "Seconds: at most so much of a video; a prompt's length.")
-    flags.DEFINE_integer("batch_size", 8, "Clips at a time, for several.", lower_bound=1)
-    flags.DEFINE_integer("seed", 0, "Of the noise.")
-    flags.DEFINE_integer("checkpoint", None, "Training step of the checkpoint (the latest).")
+        "guidance_scale",
+        None,
+        "Sample with Euler steps and this classifier-free guidance (1: none), instead of the "
+        "objective's own way.",
+    )
+    flags.DEFINE_list("guidance_interval", None, "Times at which that guidance applies: 0,0.8.")
+    flags.DEFINE_bool("restart", False, "After every step, predict the data and add new noise.")
+    flags.DEFINE_float(
+        "duration",
+        0.0,
+        "Seconds: the maximum for a video, the length for a prompt.",
+        lower_bound=0.0,
+    )
+    flags.DEFINE_integer("batch_size", 8, "Clips at a time.", lower_bound=1)
+    flags.DEFINE_integer("seed", 0, "Seed of the noise, any integer.")
     flags.DEFINE_string("codec", None, "Codec folder (the run's own), e.g. with another vocoder.")
     flags.DEFINE_string("encoders", None, "Folder of CLIP's and Synchformer's weights.")
-    flags.DEFINE_float("sigma_rel", None, "Width of the weights' average (the run's first).")
+    flags.DEFINE_float("sigma_rel", None, "Width of the EMA weights (the run's first).")
 
 
 def read_sampler(args) -> tuple[tuple[float, ...], sampling.Sampler]:
     """(times, sampler) that the flags ask for.
 
     Raises:
-      ValueError: when they are no times, or out of their range.
+      ValueError: they are not numbers, or out of range.
     """
     try:
         given, interval = (
-            text and tuple(float(part) for part in text)
+            text and tuple(float(number) for number in text)
             for text in (args.times, args.guidance_interval)
         )
     except ValueError as error:
@@ -76,134 +86,90 @@ def read_sampler(args) -> tuple[tuple[float, ...], sampling.Sampler]:
     return times, sampling.Sampler(args.guidance_scale, interval, args.restart)
 
 
-def _requests(args) -> tuple[list[tuple[Request, Path]], list[tuple[str, str]]]:
-    """What the flags ask for: (request, output path) of every clip, and (id, reason) of failures.
+def read_shard(text: str) -> tuple[int, int]:
+    """(i, n) of "i/n".
 
     Raises:
-      ValueError: when the flags contradict each other.
+      ValueError: it is not i/n with 0 <= i < n.
     """
-    out, video = Path(args.out), Path(args.video) if args.video else None
-    if video is None and args.captions:
-        raise ValueError("--captions needs --video, the folder of its clips")
-    if video is None and not args.prompt:
-        raise ValueError("give --video, --prompt, or both")
-    several = video is not None and (video.is_dir() or bool(args.captions))
-    if several:
-        if out.suffix:
-            raise ValueError(f"--out={out}: several clips go into a folder")
-        clips, failures = list_clips(video, Path(args.captions) if args.captions else None)
-        return [
-            (
-                Request(c.id, c.path, c.caption or args.prompt),
-                out / f"{c.id}.{args.format or 'mp4'}",
-            )
-            for c in clips
-        ], failures
-    known = (".wav", ".flac") if video is None else (".wav", ".flac", ".mp4", ".mov")
-    if out.suffix.lower() not in known:
-        what = "a prompt alone" if video is None else "a video"
-        raise ValueError(f"--out={out}: for {what} it ends in {' or '.join(known)}")
-    name = video.stem if video else args.prompt
-    return [(Request(name, video, args.prompt), out)], []
+    index, _, count = text.partition("/")
+    if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+        raise ValueError(f"--shard={text}: must be i/n with 0 <= i < n")
+    return int(index), int(count)
 
 
-def check_outputs(requests: list[tuple[Request, Path]]) -> None:
-    """Raises ValueError, before any work, for a path that cannot or must not be written."""
-    for request, path in requests:
-        if request.video and path.exists() and path.samefile(request.video):
-            raise ValueError(f"--out={path} is the video itself: give another path")
-        if path.is_dir():
-            raise ValueError(f"--out={path} is a folder")
-        folder = path.parent
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            writable = os.access(folder, os.W_OK)
-        except OSError:
-            writable = False
-        if not writable:
-            raise ValueError(f"--out: cannot write into {folder}")
+def _load(args, sampler: sampling.Sampler, with_encoders: bool) -> Run:
+    loaded = load_run(
+        args.workdir, args.checkpoint, args.sigma_rel, args.codec, args.encoders, with_encoders
+    )
+    return dataclasses.replace(loaded, sampler=sampler)
 
 
-def _main_records(args):
-    from vcm_jax.generation import records as generation_records  # which imports this module
-
-    try:
-        for name in ("video", "prompt", "captions", "duration", "encoders"):
-            if getattr(args, name):
-                raise ValueError(f"--records has its own clips: leave out --{name}")
-        if args.format == "mp4" or Path(args.out).suffix:
-            raise ValueError("--records makes a folder of sounds: --format=wav or flac")
-        part, _, parts = args.shard.partition("/")
-        if not (part.isdigit() and parts.isdigit() and int(part) < int(parts)):
-            raise ValueError(f"--shard={args.shard}: must be i/n with 0 <= i < n")
-        # Several processes that know of each other share each shard.
-        part = int(part) * jax.process_count() + jax.process_index()
-        times, sampler = read_sampler(args)
-        source = RecordSource(args.records)
-        run = load_run(
-            args.workdir, args.checkpoint, args.sigma_rel, args.codec, with_encoders=False
-        )
-        run = dataclasses.replace(run, sampler=sampler)
-        done = generation_records.generate_records(
-            run, source, args.out, times, seed=args.seed,
-            batch_size=args.batch_size, suffix=args.format or "wav",
-            part=part, parts=int(parts) * jax.process_count(),
-        )  # fmt: skip
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    print(f"{done.written} written, {done.kept} were there")
+def _from_records(args) -> int | None:
+    for name in ("video", "prompt", "captions", "duration", "encoders"):
+        if getattr(args, name):
+            raise ValueError(f"--records has its own clips: leave out --{name}")
+    if args.format == "mp4" or not is_folder(args.out):
+        raise ValueError("--records makes a folder of sounds: --format=wav or flac")
+    index, count = read_shard(args.shard)
+    times, sampler = read_sampler(args)
+    source = RecordSource(args.records)
+    # The processes of a distributed run share each shard.
+    done = generate_records(
+        _load(args, sampler, with_encoders=False),
+        source,
+        args.out,
+        times,
+        seed=args.seed,
+        batch_size=args.batch_size,
+        suffix=args.format or "wav",
+        part=index * jax.process_count() + jax.process_index(),
+        parts=count * jax.process_count(),
+    )
     if done.timed:
         speed, devices = done.timed / done.seconds, jax.local_device_count()
         print(f"{speed:.3g} clips/s after the first batch, on {devices} devices")
+    return _summarise(done.written, done.left_out, f"{done.kept} were there", done.kept)
 
 
-def _main_requests(args):
-    try:
-        times, sampler = read_sampler(args)
-        requests, failures = _requests(args)
-        check_outputs(requests)
-        run = load_run(args.workdir, args.checkpoint, args.sigma_rel, args.codec, args.encoders)
-        run = dataclasses.replace(run, sampler=sampler)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    paths = {request.id: path for request, path in requests}
-    progress = tqdm(total=len(requests), desc="Generating", unit="clip")
-
-    def encoded():
-        for request, _ in requests:
-            try:
-                yield encode_request(request, run, args.duration or None)
-            except ValueError as error:
-                failures.append((request.id, str(error)))
-
-    written = 0
-    batch_size = min(args.batch_size, max(1, len(requests)))
-    for item, sound in generate(run, encoded(), times, args.seed, batch_size):
-        path = paths[item.request.id]
-        write(item, sound, run.codec.sample_rate, path)
-        progress.update()
-        written += 1
-    progress.close()
-    for name, reason in failures:
-        print(f"left out: {name}: {reason}", file=sys.stderr)
-    print(f"{written} written, {len(failures)} left out")
-    if not written:
-        sys.exit(1)
+def _from_videos(args) -> int | None:
+    times, sampler = read_sampler(args)
+    if args.shard != "0/1":
+        raise ValueError(f"--shard={args.shard} is for --records")
+    wanted, left_out = plan(
+        args.out, video=args.video, prompt=args.prompt, captions=args.captions, format=args.format
+    )
+    loaded, written = _load(args, sampler, with_encoders=True), 0
+    made = generate_files(
+        loaded,
+        wanted,
+        times,
+        seed=args.seed,
+        batch_size=min(args.batch_size, max(1, len(wanted))),
+        duration=args.duration or None,
+    )
+    for clip, reason in tqdm(made, "Generating", len(wanted), unit="clip"):
+        if reason is None:
+            written += 1
+        else:
+            left_out.append((clip, reason))
+    return _summarise(written, left_out)
 
 
-def main(argv):
-    if argv[1:]:
-        raise app.UsageError(f"not understood: {' '.join(argv[1:])}")
-    show_ours()
-    args = flags.FLAGS
-    try:
-        (_main_records if args.records else _main_requests)(args)
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        sys.exit("error: the device has not enough memory: lower --batch_size or --duration")
+def _summarise(written: int, left_out: list[tuple[str, str]], note: str = "", kept: int = 0) -> int:
+    """Prints what was done; returns the exit code."""
+    for clip, reason in left_out:
+        print(f"left out: {clip}: {reason}".replace("\n", " "), file=sys.stderr)
+    counts = f"{written} written, {len(left_out)} left out"
+    print(f"{counts}, {note}" if note else counts)
+    if not left_out:
+        return 0
+    return LEFT_OUT if written or kept else 1
+
+
+def main(args) -> int | None:
+    return _from_records(args) if args.records else _from_videos(args)
 
 
 if __name__ == "__main__":
-    _define_flags()
-    app.run(main)
+    run(main, define_flags, memory_hint="lower --batch_size or --duration")

@@ -1,27 +1,28 @@
-"""The best N times for a trained run, by its own errors.
+"""Searches the best N sampling times of a trained run.
 
     python -m vcm_jax.search_times --workdir=runs/impacts --steps=4
 
-prints the times, for `generate --times=...`, and what they gain over equal steps. On a grid of
-times the run's sampler is followed in its finest steps, under the conditions of some records; then
-every jump of the grid is tried once, from that trajectory, and dynamic programming finds the chain
-of N jumps whose errors add up to the least. The idea is BOSS's (Nguyen et al. 2024), who search the
-steps of an Euler sampler; here a jump is the trained network's own. The gain is measured on the
-clips and noise that were searched.
+prints the times, for `vcm_jax.generate --times=...`, and how much closer to the finest trajectory
+they come than equal steps.
+
+The run's sampler takes the steps of a fine grid of times, under the conditions of some records.
+From every point of that trajectory every jump of the grid is tried once. Dynamic programming then
+finds the chain of N jumps with the least sum of errors. The idea is that of BOSS (Nguyen et al.
+2024), which searches the steps of an Euler sampler; here a jump is the trained network's own. The
+gain is measured on the clips and the noise of the search.
 """
 
 import dataclasses
 import functools
-import sys
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 
 from vcm_jax import sampling
-from vcm_jax.cli import show_ours
+from vcm_jax.cli import define_run_flags, run
 from vcm_jax.generation.run import load_run
 from vcm_jax.models import MMDiT
 from vcm_jax.records import mixture
@@ -31,17 +32,18 @@ from vcm_jax.training.step import encode_batch
 
 
 def best_path(errors: np.ndarray, num_steps: int) -> list[int]:
-    """The chain of `num_steps` jumps from the first to the last grid point of the least error.
+    """The chain of `num_steps` jumps from the first to the last grid point with the least error.
 
     Args:
-      errors: `G G`; errors[i, j] of the jump from point i to point j > i, others are not looked at.
+      errors: `G G`; errors[i, j] is that of the jump from point i to point j > i. Entries with
+        j <= i are not used.
       num_steps: at most G - 1.
 
     Returns:
-      indices of `num_steps + 1` grid points.
+      Indices of `num_steps + 1` grid points.
 
     Raises:
-      ValueError: when there are not that many jumps.
+      ValueError: the grid has fewer intervals than `num_steps`.
     """
     size = len(errors)
     if not 1 <= num_steps < size:
@@ -63,14 +65,15 @@ def best_path(errors: np.ndarray, num_steps: int) -> list[int]:
 def jump_errors(u, x1, grid, cond):
     """(errors `G G`, trajectory `G B N C`) of every jump on a grid of times.
 
-    The trajectory takes the grid's own steps. errors[i, j] is the root mean square distance, per
-    clip and averaged, of one jump from the trajectory's point i to its point j; NaN for j <= i.
+    The trajectory takes the grid's own steps. errors[i, j] is the distance between the result of
+    one jump from the trajectory's point i and its point j: the root mean square over a clip, then
+    the mean over clips. It is NaN for j <= i.
 
     Args:
       u: `u(x, t, s, cond)`.
       x1: noise `B N C`.
       grid: decreasing times, `G`.
-      cond: whatever u takes.
+      cond: the condition that u takes.
     """
     grid = np.asarray(grid, np.float32)
     jump = jax.jit(functools.partial(sampling.jump, u))
@@ -86,10 +89,10 @@ def jump_errors(u, x1, grid, cond):
 
 
 def search(u, x1, cond, num_steps: int, grid_size: int):
-    """The best times, and how far from the finest trajectory's end they and equal steps arrive.
+    """The best times, and how far they and equal steps end from the finest trajectory.
 
     Returns:
-      times `num_steps + 1`; the root mean square distances (of these times, of equal steps).
+      Times `num_steps + 1`, and the root mean square distances (of these times, of equal steps).
     """
     grid = sampling.uniform_times(grid_size)
     errors, points = jump_errors(u, x1, grid, cond)
@@ -124,39 +127,31 @@ def run_velocity(run, records: RecordSource, num_clips: int):
 
 
 def records_of(workdir) -> RecordSource:
-    """The records that a run is validated on or, without any, trained on."""
+    """The records that a run is validated on or, if there are none, trained on."""
     data = description.read(workdir).config["data"]
     path, _ = mixture.parse_source((data["val_sources"] or data["sources"])[0])
     return RecordSource(Path(data["dir"]) / path)
 
 
-def _define_flags():
-    flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
-    flags.DEFINE_string("records", "", "Records whose conditions are sampled (the run's own).")
+def define_flags():
+    define_run_flags()
+    flags.DEFINE_string("records", "", "Records whose conditions are used (the run's own).")
     flags.DEFINE_integer("steps", 4, "Steps of the sampler.", lower_bound=1)
-    flags.DEFINE_integer("grid", 32, "Equal intervals of the grid of times.", lower_bound=2)
-    flags.DEFINE_integer("clips", 16, "How many records.", lower_bound=1)
-    flags.DEFINE_integer("seed", 0, "Of the noise.")
-    flags.DEFINE_integer("checkpoint", None, "Training step of the checkpoint (the latest).")
-    flags.DEFINE_float("guidance_scale", None, "As `generate`'s.")
+    flags.DEFINE_integer("grid", 32, "Number of equal intervals of the time grid.", lower_bound=2)
+    flags.DEFINE_integer("clips", 16, "Number of records.", lower_bound=1)
+    flags.DEFINE_integer("seed", 0, "Seed of the noise, any integer.")
+    flags.DEFINE_float("guidance_scale", None, "As in vcm_jax.generate.")
 
 
-def main(argv):
-    if argv[1:]:
-        raise app.UsageError(f"not understood: {' '.join(argv[1:])}")
-    show_ours()
-    args = flags.FLAGS
-    try:
-        if args.steps >= args.grid:
-            raise ValueError(f"--steps={args.steps} must be less than --grid={args.grid}")
-        run = load_run(args.workdir, args.checkpoint, with_encoders=False)
-        run = dataclasses.replace(run, sampler=sampling.Sampler(args.guidance_scale))
-        records = RecordSource(Path(args.records)) if args.records else records_of(args.workdir)
-        u, cond = run_velocity(run, records, args.clips)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    shape = (args.clips, run.model.latent_seq_len, run.model.latent_dim)
-    x1 = np.random.default_rng(args.seed).standard_normal(shape, np.float32)
+def main(args):
+    if args.steps >= args.grid:
+        raise ValueError(f"--steps={args.steps} must be less than --grid={args.grid}")
+    loaded = load_run(args.workdir, args.checkpoint, with_encoders=False)
+    loaded = dataclasses.replace(loaded, sampler=sampling.Sampler(args.guidance_scale))
+    records = RecordSource(Path(args.records)) if args.records else records_of(args.workdir)
+    u, cond = run_velocity(loaded, records, args.clips)
+    shape = (args.clips, loaded.model.latent_seq_len, loaded.model.latent_dim)
+    x1 = np.random.default_rng(args.seed % 2**64).standard_normal(shape, np.float32)
     times, (found, equal) = search(u, x1, cond, args.steps, args.grid)
     print(f"--times={','.join(f'{time:g}' for time in times)}")
     print(
@@ -166,5 +161,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    _define_flags()
-    app.run(main)
+    run(main, define_flags, memory_hint="lower --clips")

@@ -68,14 +68,14 @@ def test_names_and_the_report_of_what_is_scored(tmp_path):
     with pytest.raises(ValueError, match="no run is scored yet"):
         compare.write_report(entries, tmp_path, "note")
 
-    figures = dict.fromkeys(compare.FIGURES, 0.5)
-    scored = lambda value: {str(n): figures | {"f1": value} for n in compare.STEPS}
+    metrics = dict.fromkeys(compare.METRICS, 0.5)
+    scored = lambda value: {str(n): metrics | {"f1": value} for n in compare.STEPS}
     for entry, value in zip((entries[0], entries[3], entries[1]), (0.6, 0.8, 0.4)):
         found = scored(value)
         if entry.name == "flow_matching":
-            found[compare.REFERENCE] = figures | {"f1": 0.25}
-        compare.write_json(entry.workdir / "scores.json", {"steps": 7, "figures": found})
-    compare.write_json(tmp_path / "truth.json", {"true sound": figures})
+            found[compare.REFERENCE] = metrics | {"f1": 0.25}
+        compare.write_json(entry.workdir / "scores.json", {"steps": 7, "metrics": found})
+    compare.write_json(tmp_path / "truth.json", {"true sound": metrics})
     steps = {"vcm": {"seconds": 0.3, "temporary_bytes": 4e6, "flops": 6e9}}
     steps["flow_matching"] = {"seconds": 0.1, "temporary_bytes": 2e6, "flops": 4e9}
     compare.write_json(tmp_path / "steps.json", steps)

@@ -1,4 +1,4 @@
-"""The papers' figures from caches, and our own from sounds: against references, and refusals."""
+"""The papers' metrics from caches, and our own from sounds: against references, and refusals."""
 
 import argparse
 import json
@@ -8,12 +8,14 @@ import golden
 import numpy as np
 import pytest
 import soundfile
+from commands import run_command
 
 from vcm_jax import evaluate
 from vcm_jax.evaluation import synchformer
 from vcm_jax.evaluation.caches import EvaluateError
 from vcm_jax.interop.av_benchmark import clean_sample_name
 from vcm_jax.interop.state_dict import StateDictError
+from vcm_jax.media.names import output_name
 
 torch = pytest.importorskip("torch")
 RATE = 16_000
@@ -49,10 +51,10 @@ def test_the_protocol_on_its_own_files(small):
         *small["folders"], allow_unpaired=True, synchformer=str(small["synchformer"])
     )
     reference = small["description"]["metrics_reference"]
-    assert set(result["figures"]) == set(reference)
+    assert set(result["metrics"]) == set(reference)
     for name, value in reference.items():
         tolerance = 1e-4 if name.startswith("FD") else 1e-6
-        assert result["figures"][name] == pytest.approx(value, rel=tolerance), name
+        assert result["metrics"][name] == pytest.approx(value, rel=tolerance), name
     assert result["clips"] == {
         "FD-PANN": 60, "KL-PANNS-softmax": 59, "ISC-PANNS-mean": 60, "ISC-PANNS-std": 60,
         "FD-VGG": 60, "FD-PASST": 59, "KL-PASST-softmax": 59, "ISC-PASST-mean": 59,
@@ -63,7 +65,7 @@ def test_the_protocol_on_its_own_files(small):
     assert "not" not in result["left_out"]["MS-CLAP-Score"] and "0.632" in table
     assert any("2048" in note for note in result["notes"]), "narrow features are pointed out"
     without, _ = ask(*small["folders"], allow_unpaired=True)
-    assert "DeSync" not in without["figures"] and "--synchformer" in without["left_out"]["DeSync"]
+    assert "DeSync" not in without["metrics"] and "--synchformer" in without["left_out"]["DeSync"]
 
 
 def test_sets_that_do_not_pair_are_refused(small):
@@ -158,8 +160,8 @@ def test_caches_that_cannot_be_used(tmp_path):
     few = [caches.write(tmp_path / side, tiny(CLIPS[:4], i)) for i, side in enumerate(("q", "r"))]
     result, _ = ask(*few)
     assert "as many clips, not 4" in result["left_out"]["ISC-PANNS-mean"]
-    assert result["clips"]["FD-VGG"] == 4 and "ISC-PANNS-mean" not in result["figures"]
-    assert "LAION-CLAP-Score" in result["figures"]
+    assert result["clips"]["FD-VGG"] == 4 and "ISC-PANNS-mean" not in result["metrics"]
+    assert "LAION-CLAP-Score" in result["metrics"]
     (good / "vggish_features.pth").write_bytes(b"PK garbage")
     with pytest.raises(StateDictError, match="truncated"):
         ask(few[0], good, allow_unpaired=True)
@@ -194,7 +196,7 @@ def test_sounds_and_their_captions(tmp_path):
         write_sounds(tmp_path / "truth", truth), write_sounds(tmp_path / "pred", quieter),
     )  # fmt: skip
     result, table = ask(pred, truth, captions=str(tmp_path / "captions.tsv"))
-    found = result["figures"]
+    found = result["metrics"]
     assert found["loudness_error_db"] == pytest.approx(20 * np.log10(2), abs=0.01)
     assert found["spectral_convergence"] == pytest.approx(0.5, abs=1e-4)
     assert found["onset_f1"] > 0.95 and found["onset_timing_error_ms"] < 2
@@ -207,7 +209,11 @@ def test_sounds_and_their_captions(tmp_path):
     "sounds, changes, message",
     [
         ({"a": clicks(0)}, {}, "1 only in truth: b"),
-        ({"a": clicks(0)}, {"allow_unpaired": True}, "have 1 clips in common: 2 are needed"),
+        (
+            {"a": clicks(0)},
+            {"allow_unpaired": True},
+            "have 1 clips in common",
+        ),
         ({"x": clicks(0), "b": clicks(0)}, {}, "1 only in pred: x; 1 only in truth: a"),
         ({"a": clicks(0, 2), "b": clicks(1, 2)}, {}, "2.00 s, the true sound .* give --duration"),
         (
@@ -241,3 +247,67 @@ def test_folders_of_two_kinds(tmp_path, small):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="empty: no files that end in"):
         ask(sounds, tmp_path / "empty")
+
+
+@pytest.mark.parametrize(
+    "name", ["x.mp4", "v1.0", "a b", "100%", "a%20b", "sub/x", "take-1:2", "u\u0308", "-rf"]
+)
+def test_the_output_for_a_clip_pairs_with_the_clip(tmp_path, name):
+    """Ids that are names of files, with or without their suffix."""
+    truth = tmp_path / "truth" / f"{name.removesuffix('.mp4')}.wav"
+    pred = tmp_path / "pred" / f"{output_name(name)}.wav"
+    for seed, path in enumerate((truth, pred)):
+        path.parent.mkdir(parents=True)
+        soundfile.write(path, clicks(seed), RATE)
+        soundfile.write(path.parents[name.count("/")] / "other.wav", clicks(5), RATE)
+    result, _ = ask(tmp_path / "pred", tmp_path / "truth")
+    assert not result["missing"] and set(result["clips"].values()) == {2}
+
+
+def test_a_list_pairs_files_by_its_ids(tmp_path):
+    """The truth has names of its own; what was generated has those of the ids."""
+    write_sounds(tmp_path / "truth", {"vid_a": clicks(0), "vid_b": clicks(1)})
+    write_sounds(tmp_path / "pred", {"a": clicks(2), "%2E.b": clicks(3)})
+    table = tmp_path / "list.tsv"
+    table.write_text("id\tcaption\tfile\na\tx\tvid_a\n..b\ty\tvid_b\n")
+    with pytest.raises(EvaluateError, match="do not pair"):
+        ask(tmp_path / "pred", tmp_path / "truth")
+    result, _ = ask(tmp_path / "pred", tmp_path / "truth", captions=str(table))
+    assert not result["missing"] and result["clips"]["onset_f1"] == 2
+
+
+def test_two_files_of_one_clip_are_refused(tmp_path):
+    write_sounds(tmp_path / "truth", {"a": clicks(0), "b": clicks(1)})
+    write_sounds(tmp_path / "pred", {"a": clicks(0), "a.wav": clicks(1), "b": clicks(1)})
+    with pytest.raises(EvaluateError, match="a.wav and .* name one clip"):
+        ask(tmp_path / "pred", tmp_path / "truth", allow_unpaired=True)
+
+
+def test_a_clip_that_cannot_be_compared_costs_no_other(tmp_path):
+    sounds = {name: clicks(i) for i, name in enumerate("abcd")}
+    truth = write_sounds(tmp_path / "truth", sounds)
+    pred = write_sounds(tmp_path / "pred", sounds | {"a": clicks(0, 2.0)})
+    (pred / "b.wav").write_bytes(b"no sound")
+    out = tmp_path / "out.json"
+    arguments = [f"--pred={pred}", f"--truth={truth}"]
+    done = run_command(evaluate, *arguments)
+    assert done.code == 1 and done.err.splitlines()[-1].startswith("error: ")
+    done = run_command(evaluate, *arguments, "--allow_unpaired", f"--json={out}")
+    assert done.code == 3, done.err
+    assert "left out: a: " in done.out and "left out: b: " in done.out
+    content = json.loads(out.read_text())
+    assert content["clips"]["onset_f1"] == 2 and set(content["failed"]) == {"a", "b"}
+    assert content["onset_f1"] == 1 and content["protocol"] == "vcm_jax, waveforms alone"
+    (pred / "c.wav").unlink()
+    done = run_command(evaluate, *arguments, "--allow_unpaired")
+    assert done.code == 1 and "fewer than 2 clips can be compared" in done.err
+
+
+@pytest.mark.parametrize("json_flag", ["", "nowhere/x.json", "."])
+def test_bad_flags_end_before_any_work(tmp_path, json_flag, monkeypatch):
+    truth = write_sounds(tmp_path / "truth", {"a": clicks(2), "b": clicks(3)})
+    pred = write_sounds(tmp_path / "pred", {"a": clicks(2), "b": clicks(3)})
+    monkeypatch.setattr(evaluate, "evaluate", None)
+    flag = f"--json={tmp_path / json_flag}" if json_flag else "stray"
+    done = run_command(evaluate, f"--pred={pred}", f"--truth={truth}", flag)
+    assert done.code == 1 and done.err.count("\n") == 1 and "error: " in done.err

@@ -1,13 +1,11 @@
-"""From a workdir and clips to sounds: lengths, pictures, determinism, complaints."""
+"""From a workdir and clips to sounds: lengths, pictures, determinism, samplers."""
 
 import argparse
 import dataclasses
+import json
 import re
-from pathlib import Path
 
 import av
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from small_runs import make_world
@@ -139,6 +137,20 @@ def test_searched_times_of_a_run(world):
         search_times.records_of(world / "run")
 
 
+@pytest.mark.parametrize("seed", [-1, 2**64 - 1, 2**80 + 7, -(2**63), 2**63])
+def test_any_integer_is_a_seed(world, run, seed):
+    item = encode_request(Request("a", None, "rain"), dataclasses.replace(run))
+    restart = dataclasses.replace(run, sampler=Sampler(restart=True))
+    (latent,) = generate_latents(restart, [item], uniform_times(2), seed, 1)
+    (other,) = generate_latents(restart, [item], uniform_times(2), 0, 1)
+    assert np.isfinite(latent).all() and np.abs(latent - other).max() > 1e-3
+
+
+def test_an_id_may_hold_any_bytes_of_a_file_name(run):
+    name = b"caf\xe9".decode("utf-8", "surrogateescape")
+    assert len(sound_of(run, Request(name, None, "rain"))) == round(1.28 * 16_000)
+
+
 def sampler_arguments(**changes):
     given = dict(steps=2, times=[], guidance_scale=None, guidance_interval=None, restart=False)
     return argparse.Namespace(**given | changes)
@@ -160,61 +172,6 @@ def test_what_the_command_makes_of_its_sampler_flags():
     ):
         with pytest.raises(ValueError, match=message):
             command.read_sampler(sampler_arguments(**changes))
-
-
-def arguments(**changes):
-    given = dict(video="", prompt="", captions="", out="x.mp4", format="mp4")
-    return argparse.Namespace(**given | changes)
-
-
-def test_what_the_command_makes_of_its_flags(world, tmp_path):
-    data = world / "data"
-    requests, failures = command._requests(
-        arguments(video=str(data / "test"), captions=str(data / "test.tsv"), out=str(tmp_path))
-    )
-    assert [path.name for _, path in requests] == ["000000.mp4", "000001.mp4", "000002.mp4"]
-    assert requests[0][0].prompt.endswith("bouncing") and not failures
-    requests, _ = command._requests(arguments(video="some/clip.mp4", out="x.wav"))
-    assert requests == [(Request("clip", Path("some/clip.mp4")), Path("x.wav"))]
-
-
-@pytest.mark.parametrize(
-    "changes, message",
-    [
-        ({}, "give --video, --prompt, or both"),
-        ({"prompt": "rain"}, "ends in .wav"),
-        ({"video": "a.mp4", "out": "x.txt"}, "ends in .wav or .flac or .mp4 or .mov"),
-        ({"captions": "a.tsv"}, "--captions needs --video"),
-        ({"video": ".", "out": "x.mp4"}, "several clips go into a folder"),
-        ({"video": "nowhere", "captions": "a.tsv", "out": "x"}, "nowhere: no such folder"),
-    ],
-)
-def test_flags_that_contradict_each_other(changes, message):
-    with pytest.raises(ValueError, match=message):
-        command._requests(arguments(**changes))
-
-
-def test_outputs_that_cannot_or_must_not_be_written(tmp_path):
-    video = tmp_path / "a.mp4"
-    video.write_bytes(b"x")
-    check = lambda out: command.check_outputs([(Request("a", video), out)])
-    check(tmp_path / "new" / "b.mp4")
-    for out, message in (
-        (video, "is the video itself"),
-        (tmp_path, "is a folder"),
-        (video / "b.mp4", "cannot write into"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            check(out)
-    assert video.read_bytes() == b"x"
-
-
-def test_too_little_memory_is_one_line(monkeypatch):
-    monkeypatch.setattr(command.flags, "FLAGS", arguments(records=""))
-    too_much = lambda args: jax.block_until_ready(jnp.zeros(2**45))
-    monkeypatch.setattr(command, "_main_requests", too_much)
-    with pytest.raises(SystemExit, match="error: .* not enough memory: lower --batch_size"):
-        command.main(["generate"])
 
 
 def test_folders_that_are_not_runs(world, tmp_path):
@@ -264,6 +221,8 @@ def test_the_report(world):
     assert page.count("<audio") == 8 and page.count("<img") == 1 + 2 * 5
     assert not re.findall(r'(?:src|href)="(?!data:)', page), "the page is self-contained"
     assert f"{truth['f1']:.3f}" in page
+    written = json.loads((world / "run/report.json").read_text())
+    assert written["clips"] == 3 and written["metrics"]["1 step"] == pytest.approx(one)
     with pytest.raises(ValueError, match="test_impacts.jsonl has 3 clips, 5 are wanted"):
         make_report(world / "run", world / "data", num_clips=5, num_train=5, shown=1)
     with pytest.raises(ValueError, match="at least 2"):

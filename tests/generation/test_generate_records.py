@@ -1,16 +1,22 @@
 """A set of records to sounds: the same for any batch, shard and interruption."""
 
 import dataclasses
+import errno
 
 import jax
 import numpy as np
 import pytest
 import soundfile
+from commands import run_command
 
+from vcm_jax import generate as command
+from vcm_jax.claim import ClaimError, hold
 from vcm_jax.features import extract
+from vcm_jax.generation import records as generation_records
 from vcm_jax.generation.clips import Request, encode_request, generate
 from vcm_jax.generation.records import RecordsError, generate_records
 from vcm_jax.generation.run import load_run
+from vcm_jax.records.schema import RecordError
 from vcm_jax.records.source import RecordSource
 from vcm_jax.sampling import uniform_times
 
@@ -73,36 +79,90 @@ def test_what_cannot_go_into_the_folder(given, tmp_path):
     run, source = given
     generate_records(run, source, tmp_path / "out", TIMES, batch_size=8)
     for changes, message in (
-        (dict(seed=1), "sounds of other seed"),
-        (dict(times=uniform_times(2)), "sounds of other times"),
+        (dict(seed=1), "other settings .seed 0, not 1"),
+        (dict(times=uniform_times(2)), "other settings .times "),
     ):
-        with pytest.raises(RecordsError, match=message):
+        with pytest.raises(ClaimError, match=message):
             generate_records(run, source, tmp_path / "out", **dict(times=TIMES) | changes)
     other = dataclasses.replace(
         run, variables=jax.tree.map(lambda a: a + np.float32(1), run.variables)
     )
-    with pytest.raises(RecordsError, match="sounds of other weights"):
+    with pytest.raises(ClaimError, match="other settings .weights "):
         generate_records(other, source, tmp_path / "out", TIMES)
     (tmp_path / "full").mkdir()
     (tmp_path / "full/mine.txt").write_text("x")
-    with pytest.raises(RecordsError, match="holds other files"):
+    with pytest.raises(ClaimError, match="holds other files"):
         generate_records(run, source, tmp_path / "full", TIMES)
     (tmp_path / "file").write_text("x")
-    with pytest.raises(RecordsError, match="cannot be written to"):
+    with pytest.raises(ClaimError, match="is a file, not a folder"):
         generate_records(run, source, tmp_path / "file", TIMES)
 
 
-class Changed:
-    """A source with other ids or another manifest."""
+def test_two_processes_do_not_make_the_same_sounds(given, tmp_path):
+    run, source = given
+    with hold(tmp_path / "out", (0, 2)):
+        with pytest.raises(ClaimError, match="works in this folder"):
+            generate_records(run, source, tmp_path / "out", TIMES)
+        done = generate_records(run, source, tmp_path / "out", TIMES, part=1, parts=2)
+    assert done.written == 1 and len(read(tmp_path / "out")) == 1
 
-    def __init__(self, source, ids=None, **manifest):
-        self.source, self.ids, self.path = source, ids, source.path
+
+def test_one_bad_clip_costs_no_other(given, tmp_path, monkeypatch):
+    run, source = given
+    damaged = Changed(source, damaged=1)
+    write = generation_records.write_sound
+
+    def fail(path, *args):
+        if path.stem == "000002":
+            raise TypeError("a bug")
+        write(path, *args)
+
+    monkeypatch.setattr(generation_records, "write_sound", fail)
+    done = generate_records(run, damaged, tmp_path / "out", TIMES)
+    assert list(read(tmp_path / "out")) == ["000000"] and done.written == 1
+    reasons = dict(done.left_out)
+    assert "damaged" in reasons["record 1"] and "TypeError: a bug" in reasons["000002"]
+
+    def full(path, *args):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(generation_records, "write_sound", full)
+    with pytest.raises(OSError, match="No space left"):  # no later clip could be written
+        generate_records(run, source, tmp_path / "out", TIMES)
+    monkeypatch.setattr(generation_records, "write_sound", write)
+    done = generate_records(run, source, tmp_path / "out", TIMES)
+    assert (done.written, done.kept, done.left_out) == (2, 1, [])
+
+
+def test_the_command_on_records(given, world, tmp_path):
+    arguments = [f"--workdir={world / 'run'}", f"--records={world / 'test_records'}"]
+    done = run_command(command, *arguments, f"--out={tmp_path / 'v1.0'}", "--seed=-1")
+    assert done.code == 0 and "3 written, 0 left out, 0 were there" in done.out
+    assert len(read(tmp_path / "v1.0")) == 3
+    for flags, message in (
+        (["--prompt=x"], "leave out --prompt"),
+        (["--shard=2/2"], "--shard=2/2: must be i/n"),
+        (["--format=mp4"], "folder of sounds"),
+    ):
+        done = run_command(command, *arguments, f"--out={tmp_path / 'x'}", *flags)
+        assert done.code == 1 and message in done.err and done.err.count("\n") == 1
+    done = run_command(command, *arguments, f"--out={tmp_path / 'x.wav'}")
+    assert done.code == 1 and "folder of sounds" in done.err and not (tmp_path / "x").exists()
+
+
+class Changed:
+    """A source with other ids or another manifest, or with a damaged record."""
+
+    def __init__(self, source, ids=None, damaged=None, **manifest):
+        self.source, self.ids, self.path, self.damaged = source, ids, source.path, damaged
         self.manifest = dataclasses.replace(source.manifest, **manifest)
 
     def __len__(self):
         return len(self.source)
 
     def __getitem__(self, index):
+        if index == self.damaged:
+            raise RecordError(f"record {index} is damaged")
         return self.source[index] | ({"id": self.ids[index]} if self.ids else {})
 
 
@@ -114,6 +174,8 @@ def test_records_that_do_not_fit(given, tmp_path):
     assert not (tmp_path / "a").exists()
     for ids, message in (
         (["a", "../b", "c"], "'../b' does not name a file inside"),
+        (["a", "/b", "c"], "'/b' does not name a file inside"),
+        (["a", "b", "a.wav"], "the id a.wav occurs twice"),
         (["a", "b", "a"], "the id a occurs twice"),
     ):
         with pytest.raises(RecordsError, match=message):

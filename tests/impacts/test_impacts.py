@@ -8,7 +8,10 @@ import sys
 import librosa
 import numpy as np
 import pytest
+from commands import run_command
 
+from vcm_jax.claim import ClaimError, hold
+from vcm_jax.impacts import __main__ as command
 from vcm_jax.impacts.dataset import write_dataset
 from vcm_jax.impacts.render import SCALE, render_frames, render_sound
 from vcm_jax.impacts.scene import (
@@ -22,6 +25,7 @@ from vcm_jax.impacts.scene import (
     caption,
     simulate,
 )
+from vcm_jax.impacts.scores import read_split
 from vcm_jax.media.read import read_audio, read_frames
 
 SCENES = [simulate(0, "train", i) for i in range(40)]
@@ -229,10 +233,10 @@ def test_existing_clips_are_kept_and_more_can_be_added(folder):
 
 
 def test_other_settings_or_a_strange_folder_are_refused(folder, tmp_path):
-    with pytest.raises(ValueError, match="was made with {'seed': 0}, not {'seed': 1}"):
+    with pytest.raises(ValueError, match="was made with other settings .seed 0, not 1."):
         write(folder, {"train": 1}, seed=1)
     (tmp_path / "thesis.txt").write_text("precious")
-    with pytest.raises(ValueError, match="not empty and has no impacts.json"):
+    with pytest.raises(ValueError, match="holds other files and no impacts.json"):
         write(tmp_path, {"train": 1})
 
 
@@ -245,3 +249,27 @@ def test_the_command_with_two_processes_writes_the_same(folder, tmp_path):
         assert (tmp_path / "set" / name).read_bytes() == (folder / name).read_bytes()
     bad = subprocess.run([*command, "--seed=5"], capture_output=True, text=True)
     assert bad.returncode == 1 and bad.stderr.count("\n") == 1 and "seed" in bad.stderr
+
+
+def test_two_processes_do_not_write_the_same_set(folder, tmp_path):
+    with hold(tmp_path):
+        with pytest.raises(ClaimError, match="works in this folder"):
+            write(tmp_path, {"train": 1})
+    with hold(folder):
+        done = run_command(command, f"--out={folder}", "--train=1", "--val=0", "--test=0")
+    assert done.code == 1 and "works in this folder" in done.err and done.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", "{}"])
+def test_damaged_settings_are_one_line(tmp_path, content):
+    (tmp_path / "impacts.json").write_text(content)
+    done = run_command(command, f"--out={tmp_path}")
+    assert done.code == 1 and done.err.count("\n") == 1
+    assert str(tmp_path) in done.err and not (tmp_path / "train").exists()
+
+
+@pytest.mark.parametrize("content", ["", "{\n", "[]\n", "{}\n", '{"id": 5}\n'])
+def test_damaged_lines_name_the_file(tmp_path, content):
+    (tmp_path / "test_impacts.jsonl").write_text(content)
+    with pytest.raises(ValueError, match=r"test_impacts.jsonl (is damaged|has)"):
+        read_split(tmp_path, "test", 2)

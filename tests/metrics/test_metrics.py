@@ -1,4 +1,4 @@
-"""Figures of merit on numbers worked out by hand or by another way, and on true sounds."""
+"""Metrics on numbers worked out by hand or by another way, and on true sounds."""
 
 import dataclasses
 
@@ -126,7 +126,7 @@ def test_log_mel_features():
         log_mel_features(np.zeros(1000), RATE)
 
 
-def test_figures_tell_another_draw_from_a_blur():
+def test_metrics_tell_another_draw_from_a_blur():
     """The same pictures with other hidden draws against those with averaged log spectra."""
     scenes = [simulate(0, "test", i) for i in range(60)]
 

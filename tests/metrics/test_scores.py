@@ -7,6 +7,7 @@ import pytest
 import scipy.linalg
 import scipy.special
 import scipy.stats
+from measured import measured
 
 from vcm_jax.metrics import (
     RunningGaussian,
@@ -18,7 +19,6 @@ from vcm_jax.metrics import (
     inception_score,
     kl_divergence,
     loudness,
-    sound_figures,
     spectral_convergence,
 )
 
@@ -168,18 +168,18 @@ def test_caption_accuracy_is_of_sounds_that_were_not_trained_on():
         caption_accuracy(truth, truth, [str(i) for i in range(40)], RATE)
 
 
-def test_figures_of_weighted_clips_are_those_of_the_clips():
-    """The sums that are kept give what the figures give directly, for any choice of clips."""
+def test_metrics_of_weighted_clips_are_those_of_the_clips():
+    """The sums that are kept give the same metrics as the sounds, for any choice of clips."""
     from vcm_jax.metrics import detect_onsets, log_mel_features, merge_close, onset_scores
 
     truth = [tone(300 + 40 * i, i) * np.float32(np.arange(RATE) > 1600 * i) for i in range(6)]
     pred = [0.5 * np.roll(sound, 200) for sound in truth]
-    figures = sound_figures(
+    metrics = measured(
         ((str(i), one, other) for i, (one, other) in enumerate(zip(pred, truth))), RATE
     )
     weights = np.array([2, 0, 1, 0, 3, 0])
     chosen = np.repeat(np.arange(6), weights)
-    values = figures.values(weights)
+    values = metrics.values(weights)
     rows = [np.concatenate([log_mel_features(s[i], RATE) for i in chosen]) for s in (pred, truth)]
     assert values["log_mel_fd"] == pytest.approx(frechet_distance(*rows), rel=1e-9)
     onsets = [[merge_close(detect_onsets(s[i], RATE)) for i in chosen] for s in (pred, truth)]
@@ -195,7 +195,7 @@ def test_bootstrap_intervals():
     rng = np.random.default_rng(0)
     sounds = [tone(500, i) for i in range(30)]
     gains = rng.uniform(0.2, 1, 30)
-    scaled = lambda extra: sound_figures(
+    scaled = lambda extra: measured(
         ((str(i), np.float32(extra * g * s), s) for i, (g, s) in enumerate(zip(gains, sounds))),
         RATE,
     )
@@ -206,8 +206,15 @@ def test_bootstrap_intervals():
     # What all clips share cancels in the difference.
     difference = draws["b"]["loudness_error_db"] - draws["a"]["loudness_error_db"]
     np.testing.assert_allclose(difference, -20 * np.log10(0.9), atol=0.05)
-    other = sound_figures([("x", sounds[0], sounds[1])], RATE)
+    other = measured([("x", sounds[0], sounds[1])], RATE)
     with pytest.raises(ValueError, match="same clips"):
         bootstrap({"a": scaled(1.0), "b": other})
     with pytest.raises(ValueError, match="x: .* the true sound has"):
-        sound_figures([("x", sounds[0], sounds[1][:-5])], RATE)
+        measured([("x", sounds[0], sounds[1][:-5])], RATE)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**64 - 1, 2**70, -(2**63)])
+def test_any_integer_is_a_seed_of_the_bootstrap(seed):
+    sounds = [tone(500, i) for i in range(2)]
+    metrics = measured(((str(i), 0.5 * s, s) for i, s in enumerate(sounds)), RATE)
+    assert len(bootstrap({"a": metrics}, draws=2, seed=seed)["a"]["onset_f1"]) == 2

@@ -1,6 +1,8 @@
-"""The papers' figures, from two caches of av-benchmark (see `vcm_jax.evaluate`)."""
+"""The papers' metrics, from two caches of av-benchmark (see `vcm_jax.evaluate`)."""
 
-from collections.abc import Callable
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,7 @@ from vcm_jax.interop.state_dict import list_few
 
 _SYNC_BATCH = 16
 
-# Shape of one clip's features as the protocol's extractors make them for 8 s.
+# Shape of one clip's features from the protocol's extractors, for 8 s.
 _SHAPES = {
     "pann_features": (2048,),
     "vggish_features": (8, 128),
@@ -29,11 +31,12 @@ class EvaluateError(ValueError):
 
 
 class Caches:
-    """Two caches of av-benchmark, read file by file, and what of them can be paired.
+    """Two caches of av-benchmark, which are read file by file, and the pairing of their clips.
 
     Attributes:
-      missing: file -> {"pred": clips of pred without a partner, "truth": ...}.
-      notes: what the reader of the figures should know, one line each.
+      folders: {"pred": folder, "truth": folder}.
+      missing: file -> {"pred": clips of pred without a partner, "truth": likewise}.
+      notes: what the reader of the metrics should know, one line each.
     """
 
     def __init__(self, pred, truth, allow_unpaired: bool):
@@ -51,11 +54,15 @@ class Caches:
     def has(self, side: str, name: str) -> bool:
         return (self.folders[side] / f"{name}.pth").exists()
 
+    def read_both(self, name: str, other: str | None = None, layers: tuple[str, ...] = ()):
+        """The features of a file of pred, and of the same or another file of truth."""
+        return self.read("pred", name, layers), self.read("truth", other or name, layers)
+
     def read(self, side: str, name: str, layers: tuple[str, ...] = ()) -> dict:
-        """A file's features by clip, of one shape and finite.
+        """A file's features by clip.
 
         Raises:
-          EvaluateError: clips of other shapes or with values that are not finite.
+          EvaluateError: features of different shapes, or values that are not finite.
         """
         path = self.folders[side] / f"{name}.pth"
         found = read_cache(path)
@@ -84,11 +91,16 @@ class Caches:
             self.notes.append(note)
 
     def pair(self, pred: dict, truth: dict, names: tuple[str, str], rule: Callable) -> list:
-        """[(clip of pred, clip of truth)], in the order of pred, by av-benchmark's file-name rule.
+        """[(clip of pred, clip of truth)], in the order of pred.
+
+        Args:
+          pred, truth: features by clip.
+          names: of the two files, for messages.
+          rule: gives the clip of truth for a clip of pred: av-benchmark's file-name rule.
 
         Raises:
-          EvaluateError: clips without a partner, unless they are allowed; two of pred that mean
-            the same clip of truth; no pair at all.
+          EvaluateError: clips without a partner, unless they are allowed; two clips of pred with
+            the same partner; no pair at all.
         """
         partner = {clip: rule(clip) for clip in pred}
         seen = {}
@@ -114,7 +126,7 @@ class Caches:
             if not self.allow_unpaired:
                 raise EvaluateError(
                     f"{names[0]} of pred and {names[1]} of truth do not pair: {shown}; "
-                    "--allow_unpaired makes figures of those that do"
+                    "--allow_unpaired scores those that do"
                 )
             self.missing[names[0]] = {side: clips for side, clips in lacking.items() if clips}
         if not pairs:
@@ -128,93 +140,147 @@ def _stack(features: dict, clips) -> np.ndarray:
     return np.stack([features[clip] for clip in clips])
 
 
-def evaluate_caches(pred, truth, synchformer=None, allow_unpaired: bool = False) -> dict:
-    """The figures of av-benchmark's protocol from two of its caches.
+def _layer(features: dict, name: str, clips) -> np.ndarray:
+    return np.stack([features[clip][name] for clip in clips])
 
-    Features of all clips of a side make FD-VGG, FD-PANN and ISC-PANNS, paired clips the others.
 
-    Args:
-      pred, truth: folders of the caches, of the generated and of the true sounds.
-      synchformer: path of `synchformer_state_dict.pth`; None leaves DeSync out.
-      allow_unpaired: make figures of the clips that pair, and report the others.
+def _gaussian(rows: Iterable[np.ndarray]) -> metrics.RunningGaussian:
+    """The Gaussian of feature rows, some clips at a time: a whole test set needs much memory."""
+    gaussian, chunk = metrics.RunningGaussian(), []
+    for value in rows:
+        chunk.append(np.atleast_2d(value))
+        if len(chunk) == 1024:
+            gaussian.update(np.concatenate(chunk))
+            chunk = []
+    return gaussian.update(np.concatenate(chunk)) if chunk else gaussian
 
-    Returns:
-      {"figures": {name: value}, "clips": {name: clips it rests on}, "truth_clips": likewise on the
-      side of truth, "missing", "left_out": {name: reason}, "notes"}; names are av-benchmark's.
 
-    Raises:
-      EvaluateError, StateDictError: files missing or unlike, clips that do not pair, too few.
+@dataclasses.dataclass
+class Scores:
+    """Metrics by av-benchmark's names, and what they rest on.
+
+    Attributes:
+      values: name -> value.
+      clips, truth_clips: name -> number of clips of either side.
+      left_out: name -> reason.
     """
-    caches = Caches(pred, truth, allow_unpaired)
-    exact = lambda clip: clip
-    params = synchformer.load_compare(synchformer) if synchformer else None
-    figures, clips, truth_clips, left_out = {}, {}, {}, {}
 
-    def add(name, value, count, truth_count=None):
-        figures[name], clips[name] = value, count
-        truth_clips[name] = count if truth_count is None else truth_count
+    values: dict[str, float] = dataclasses.field(default_factory=dict)
+    clips: dict[str, int] = dataclasses.field(default_factory=dict)
+    truth_clips: dict[str, int] = dataclasses.field(default_factory=dict)
+    left_out: dict[str, str] = dataclasses.field(default_factory=dict)
 
-    def both(name, other=None, layers=()):
-        return caches.read("pred", name, layers), caches.read("truth", other or name, layers)
+    def add(self, name: str, value: float, count: int, truth_count: int | None = None) -> None:
+        self.values[name], self.clips[name] = value, count
+        self.truth_clips[name] = count if truth_count is None else truth_count
 
-    def distance(name, found, wanted, counts):
+    def add_distance(self, name: str, found, wanted, counts: tuple[int, int]) -> None:
         if min(counts) < 2:
             raise EvaluateError(f"{name} compares sets: {counts[0]} and {counts[1]} clips are few")
-        try:
-            add(name, metrics.frechet_distance(found, wanted), *counts)
-        except ValueError as error:
-            raise EvaluateError(f"{name}: {error} (another extractor?)") from None
+        with _named(name):
+            self.add(name, metrics.frechet_distance(found, wanted), *counts)
 
-    def inception(name, logits):
+    def add_divergence(self, name: str, found: np.ndarray, wanted: np.ndarray) -> None:
+        with _named(name):
+            self.add(name, metrics.kl_divergence(found, wanted), len(found))
+
+    def add_inception(self, name: str, logits: np.ndarray) -> None:
         try:
             mean, std = metrics.inception_score(logits)
         except ValueError as error:
-            left_out[f"{name}-mean"] = str(error)
+            self.left_out[f"{name}-mean"] = str(error)
             return
-        add(f"{name}-mean", mean, len(logits))
-        add(f"{name}-std", std, len(logits))
+        self.add(f"{name}-mean", mean, len(logits))
+        self.add(f"{name}-std", std, len(logits))
 
-    def divergence(name, found, wanted):
-        try:
-            add(name, metrics.kl_divergence(found, wanted), len(found))
-        except ValueError as error:
-            raise EvaluateError(f"{name}: {error} (another extractor?)") from None
 
-    def gaussian(rows):
-        running = metrics.RunningGaussian()
-        chunk = []
-        for value in rows:  # a few at a time: the features of a whole test set are large
-            chunk.append(np.atleast_2d(value))
-            if len(chunk) == 1024:
-                running.update(np.concatenate(chunk))
-                chunk = []
-        return running.update(np.concatenate(chunk)) if chunk else running
+@contextlib.contextmanager
+def _named(name: str):
+    """Puts the metric's name before what is wrong with its features."""
+    try:
+        yield
+    except ValueError as error:
+        raise EvaluateError(f"{name}: {error} (another extractor?)") from None
 
-    # Every clip of a side, then the pairs.
-    found, wanted = both("pann_features", layers=("2048", "logits"))
+
+def evaluate_caches(
+    pred, truth, synchformer_path=None, allow_unpaired: bool = False
+) -> dict[str, dict]:
+    """The metrics of av-benchmark's protocol from two of its caches.
+
+    FD-VGG, FD-PANN and ISC-PANNS use all clips of a side; the other metrics use paired clips.
+
+    Args:
+      pred, truth: folders of the caches, of the generated and of the true sounds.
+      synchformer_path: `synchformer_state_dict.pth`; None leaves DeSync out.
+      allow_unpaired: score the clips that pair, and report the others.
+
+    Returns:
+      {"metrics": {name: value}, "clips": {name: number of clips}, "truth_clips": likewise on the
+      side of truth, "missing": see `Caches`, "left_out": {metric: reason}, "notes": lines}; the
+      names are av-benchmark's.
+
+    Raises:
+      EvaluateError, StateDictError: files that are missing or do not fit together, clips that do
+        not pair, or too few clips.
+    """
+    caches, scores = Caches(pred, truth, allow_unpaired), Scores()
+    params = synchformer.load_compare(synchformer_path) if synchformer_path else None
+    _score_pann(caches, scores)
+    _score_vggish(caches, scores)
+    _score_passt(caches, scores)
+    _score_scene(caches, scores, params)
+    if len(numbers := sorted({*scores.clips.values(), *scores.truth_clips.values()})) > 1:
+        caches.notes.append(f"metrics rest on different numbers of clips: {numbers}")
+    return {
+        "metrics": scores.values,
+        "clips": scores.clips,
+        "truth_clips": scores.truth_clips,
+        "missing": caches.missing,
+        "left_out": scores.left_out,
+        "notes": caches.notes,
+    }
+
+
+def _same(clip: str) -> str:
+    return clip
+
+
+def _score_pann(caches: Caches, scores: Scores) -> None:
+    found, wanted = caches.read_both("pann_features", layers=("2048", "logits"))
+    pairs = caches.pair(found, wanted, ("pann_features",) * 2, _same)
     counts = len(found), len(wanted)
-    pairs = caches.pair(found, wanted, ("pann_features",) * 2, exact)
-    layer = lambda features, name, clips: np.stack([features[clip][name] for clip in clips])
-    distance("FD-PANN", layer(found, "2048", found), layer(wanted, "2048", wanted), counts)
+    scores.add_distance(
+        "FD-PANN", _layer(found, "2048", found), _layer(wanted, "2048", wanted), counts
+    )
     one, other = zip(*pairs)
-    divergence("KL-PANNS-softmax", layer(found, "logits", one), layer(wanted, "logits", other))
-    inception("ISC-PANNS", layer(found, "logits", found))
+    scores.add_divergence(
+        "KL-PANNS-softmax", _layer(found, "logits", one), _layer(wanted, "logits", other)
+    )
+    scores.add_inception("ISC-PANNS", _layer(found, "logits", found))
 
-    found, wanted = both("vggish_features")
-    caches.pair(found, wanted, ("vggish_features",) * 2, exact)
-    sides = [gaussian(features.values()) for features in (found, wanted)]
-    distance("FD-VGG", *sides, (len(found), len(wanted)))
 
+def _score_vggish(caches: Caches, scores: Scores) -> None:
+    found, wanted = caches.read_both("vggish_features")
+    caches.pair(found, wanted, ("vggish_features",) * 2, _same)
+    sides = [_gaussian(features.values()) for features in (found, wanted)]
+    scores.add_distance("FD-VGG", *sides, (len(found), len(wanted)))
+
+
+def _score_passt(caches: Caches, scores: Scores) -> None:
     for name in ("passt_features_embed", "passt_logits"):
-        found, wanted = both(name)
+        found, wanted = caches.read_both(name)
         one, other = zip(*caches.pair(found, wanted, (name,) * 2, clean_sample_name))
         found, wanted = _stack(found, one), _stack(wanted, other)
         if name == "passt_logits":
-            divergence("KL-PASST-softmax", found, wanted)
-            inception("ISC-PASST", found)
+            scores.add_divergence("KL-PASST-softmax", found, wanted)
+            scores.add_inception("ISC-PASST", found)
         else:
-            distance("FD-PASST", found, wanted, (len(found), len(wanted)))
+            scores.add_distance("FD-PASST", found, wanted, (len(found), len(wanted)))
 
+
+def _score_scene(caches: Caches, scores: Scores, params: dict | None) -> None:
+    """Scores of sounds against pictures or captions, as far as their features are there."""
     for name, ours, theirs in (
         ("IB-Score", "imagebind_audio", "imagebind_video"),
         ("LAION-CLAP-Score", "clap_laion_audio", "clap_laion_text"),
@@ -222,35 +288,22 @@ def evaluate_caches(pred, truth, synchformer=None, allow_unpaired: bool = False)
         ("DeSync", "synchformer_audio", "synchformer_video"),
     ):
         files = (("pred", ours), ("truth", theirs))
-        if lacking := [
-            f"{file}.pth of {side}" for side, file in files if not caches.has(side, file)
-        ]:
-            left_out[name] = f"no {' and no '.join(lacking)}"
+        lacking = [f"{file}.pth of {side}" for side, file in files if not caches.has(side, file)]
+        if lacking:
+            scores.left_out[name] = f"no {' and no '.join(lacking)}"
             continue
         if name == "DeSync" and params is None:
-            left_out[name] = "needs --synchformer=synchformer_state_dict.pth"
+            scores.left_out[name] = "needs --synchformer=synchformer_state_dict.pth"
             continue
-        found, wanted = both(ours, theirs)
+        found, wanted = caches.read_both(ours, theirs)
         one, other = zip(*caches.pair(found, wanted, (ours, theirs), clean_sample_name))
-        try:
+        with _named(name):
             if name == "DeSync":
-                logits = _offsets(params, found, wanted, one, other)
-                add(name, metrics.desync(*logits), len(one))
+                value = metrics.desync(*_offsets(params, found, wanted, one, other))
             else:
-                flat = lambda features, clips: _stack(features, clips).reshape(len(clips), -1)
-                add(name, metrics.cosine_score(flat(wanted, other), flat(found, one)), len(one))
-        except ValueError as error:
-            raise EvaluateError(f"{name}: {error} (another extractor?)") from None
-    if len(numbers := sorted({*clips.values(), *truth_clips.values()})) > 1:
-        caches.notes.append(f"figures rest on different numbers of clips: {numbers}")
-    return {
-        "figures": figures,
-        "clips": clips,
-        "truth_clips": truth_clips,
-        "missing": caches.missing,
-        "left_out": left_out,
-        "notes": caches.notes,
-    }
+                rows = [_stack(*side) for side in ((wanted, other), (found, one))]
+                value = metrics.cosine_score(*(side.reshape(len(one), -1) for side in rows))
+        scores.add(name, value, len(one))
 
 
 def _offsets(params, audio, video, ours, theirs) -> tuple[np.ndarray, np.ndarray]:

@@ -1,1 +1,1 @@
-"""From a trained run and a request (or records) to sounds."""
+"""Sounds from a trained run, for videos, prompts or records."""

@@ -1,14 +1,15 @@
-"""From requests (a video, a prompt, or both) to sounds: encoding, sampling, decoding, writing."""
+"""Sounds for requests (a video, a prompt, or both): encoding, sampling, decoding, writing."""
 
 import dataclasses
 import functools
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 
 from vcm_jax import sampling
 from vcm_jax.features.extract import encode_video
@@ -18,13 +19,20 @@ from vcm_jax.media.write import mux_audio, write_sound
 from vcm_jax.models import Conditions, MMDiT
 from vcm_jax.records.sequence import SequenceConfig
 
-# One evaluation looks at all of a clip at once: attention grows with the square of its length.
+# The network sees a whole clip at once, and the cost of attention grows with the square of its
+# length.
 MAX_DURATION = 120.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """A sound that is wanted: `id` (noise depends on it), a video or None, a prompt or ""."""
+    """A sound to generate.
+
+    Attributes:
+      id: of the clip; its noise depends on it.
+      video: whose sound is wanted; None for a prompt alone.
+      prompt: "" if there is none.
+    """
 
     id: str
     video: Path | None
@@ -33,7 +41,15 @@ class Request:
 
 @dataclasses.dataclass(frozen=True)
 class Features:
-    """Encoded request: clip and sync features are None without a video."""
+    """An encoded request.
+
+    Attributes:
+      request: what was asked for.
+      sequence: lengths of the features.
+      seconds: length of the sound.
+      clip, sync: features `Tc Dc` and `Ts Ds` of the video; None without a video.
+      text: features `Tt Dt` of the prompt.
+    """
 
     request: Request
     sequence: SequenceConfig
@@ -44,10 +60,16 @@ class Features:
 
 
 def encode_request(request: Request, run: Run, duration: float | None = None) -> Features:
-    """Decodes and encodes one request; the length is the video's, or `duration` if that is less.
+    """Decodes and encodes one request.
+
+    Args:
+      request: what is wanted.
+      run: whose encoders make the features.
+      duration: seconds; the sound is as long as the video or, if that is less, `duration`.
 
     Raises:
-      ValueError: an unreadable video (MediaError), or one that is too short or too long.
+      MediaError: the video cannot be read.
+      ValueError: the sound would be too short or too long.
     """
     clip = sync = None
     seconds = duration or run.sequence.duration
@@ -57,7 +79,7 @@ def encode_request(request: Request, run: Run, duration: float | None = None) ->
     if seconds > MAX_DURATION:
         raise ValueError(
             f"{request.video or request.id}: {seconds:.0f} s is more than {MAX_DURATION:.0f} s; "
-            "give --duration or cut it"
+            "give --duration or cut the video"
         )
     try:
         sequence = dataclasses.replace(run.sequence, duration=seconds)
@@ -84,23 +106,35 @@ def _sample(variables, model, objective, sampler, times, conds, has_video, noise
     return x0 * stats["latent_std"][None, None] + stats["latent_mean"][None, None]
 
 
+def _id_hash(request_id: str) -> int:
+    return zlib.crc32(request_id.encode("utf-8", "surrogateescape"))
+
+
 def _noise(seed: int, request_id: str, shape) -> np.ndarray:
-    """Noise as a function of (seed, id): the same in any batch."""
-    return np.random.default_rng([seed, zlib.crc32(request_id.encode())]).standard_normal(
-        shape, np.float32
-    )
+    """Noise as a function of (seed, id), so that it is the same in any batch."""
+    rng = np.random.default_rng([seed % 2**64, _id_hash(request_id)])
+    return rng.standard_normal(shape, np.float32)
 
 
 def _keys(seed: int, ids: list[str]) -> jax.Array:
-    """Keys of a restart sampler's later noise, as functions of (seed, id) too."""
-    hashes = np.array([zlib.crc32(request_id.encode()) for request_id in ids], np.uint32)
-    return jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(hashes)
+    """Keys of a restart sampler's later noise, which are functions of (seed, id) too."""
+    hashes = np.array([_id_hash(request_id) for request_id in ids], np.uint32)
+    # JAX takes 63 bits.
+    return jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed % 2**63)))(hashes)
 
 
 def start_latents(run: Run, items: list[Features], times, seed: int, batch_size: int, put=None):
-    """Latents of one batch of items of one length, `batch_size N C`, as the device's promise.
+    """Latents `batch_size N C` of a batch of items of equal length, dispatched asynchronously.
 
-    The batch is filled up with copies, so that one program serves all. `put` places its arrays.
+    The batch is padded with copies of its last item, so that one program serves all batches.
+
+    Args:
+      run: from `load_run`.
+      items: at most `batch_size`.
+      times: as `sampling.sample`'s.
+      seed: of the noise, any integer.
+      batch_size: rows of the batch.
+      put: places a pytree of arrays on the devices; None leaves that to JAX.
     """
     model = run.model.with_lengths(items[0].sequence)
     shape = (model.latent_seq_len, model.latent_dim)
@@ -120,7 +154,10 @@ def start_latents(run: Run, items: list[Features], times, seed: int, batch_size:
 
 
 def generate_latents(run: Run, items: list[Features], times, seed: int, batch_size: int):
-    """Latents of items of one length, `N C` each, in order; `times` as `sampling.sample`'s."""
+    """Latents `N C` of every item, in order; all items have the same length.
+
+    The arguments are those of `start_latents`, for any number of items.
+    """
     latents = []
     for start in range(0, len(items), batch_size):
         batch = items[start : start + batch_size]
@@ -130,29 +167,34 @@ def generate_latents(run: Run, items: list[Features], times, seed: int, batch_si
 
 
 def _stack(features, shape):
-    """Stacks features; those that are None become zeros, which `_sample` does not look at."""
+    """Stacks features; None becomes zeros, which `_sample` replaces by the empty condition."""
     zeros = np.zeros(shape, np.float32)
     return np.stack([zeros if f is None else f for f in features]).astype(np.float32)
 
 
 def generate(
-    run: Run, items: Iterable[Features], times, seed: int = 0, batch_size: int = 1
+    run: Run,
+    items: Iterable[Features],
+    times,
+    seed: int = 0,
+    batch_size: int = 1,
+    on_error: Callable[[Features, Exception], None] | None = None,
 ) -> Iterator[tuple[Features, np.ndarray]]:
-    """(item, sound) of every item, float32 mono, as long as the item says.
+    """Yields (item, sound) of every item; a sound is float32, mono, `item.seconds` long.
 
     Args:
-      run: from `runs.load_run`.
-      items: from `encode_request`; held back until a batch of equal length is full.
-      times: as `sampling.sample`'s, e.g. `sampling.uniform_times(1)`.
-      seed: of the noise, which also depends on the request's id.
+      run: from `load_run`.
+      items: from `encode_request`. An item waits until a batch of its length is full.
+      times: as `sampling.sample`'s, for example `sampling.uniform_times(1)`.
+      seed: of the noise, any integer; the noise also depends on the request's id.
       batch_size: clips at a time.
+      on_error: called for an item whose sound cannot be made, which is then left out. Without it
+        the error is raised.
+
+    Raises:
+      ValueError: the weights give latents that are not finite.
     """
     waiting: dict[SequenceConfig, list[Features]] = {}
-
-    def finish(group):
-        for item, latent in zip(group, generate_latents(run, group, times, seed, batch_size)):
-            yield item, run.codec.decode(latent)[: round(item.seconds * run.codec.sample_rate)]
-
     for item in items:
         lengths = (
             item.sequence.latent_seq_len,
@@ -162,13 +204,51 @@ def generate(
         group = waiting.setdefault(lengths, [])
         group.append(item)
         if len(group) == batch_size:
-            yield from finish(waiting.pop(lengths))
+            yield from _sounds(run, waiting.pop(lengths), times, seed, batch_size, on_error)
     for group in waiting.values():
-        yield from finish(group)
+        yield from _sounds(run, group, times, seed, batch_size, on_error)
+
+
+def _sounds(run: Run, group: list[Features], times, seed: int, batch_size: int, on_error):
+    """(item, sound) of a batch of equal length; if the batch fails, each item is tried alone."""
+    try:
+        latents = generate_latents(run, group, times, seed, batch_size)
+    except Exception as error:
+        if on_error is None:
+            raise
+        if len(group) == 1:
+            on_error(group[0], error)
+            return
+        logging.warning(
+            "a batch of %d clips failed (%s); each is tried alone", len(group), type(error).__name__
+        )
+        for item in group:
+            yield from _sounds(run, [item], times, seed, 1, on_error)
+        return
+    for item, latent in zip(group, latents):
+        try:
+            sound = decode(run, latent, item.seconds)
+        except Exception as error:
+            if on_error is None:
+                raise
+            on_error(item, error)
+            continue
+        yield item, sound
+
+
+def decode(run: Run, latent: np.ndarray, seconds: float) -> np.ndarray:
+    """The sound of latents `N C`, cut to `seconds`.
+
+    Raises:
+      ValueError: the latents are not finite.
+    """
+    if not np.isfinite(latent).all():
+        raise ValueError("the network's output is not finite: the weights are damaged or diverged")
+    return run.codec.decode(latent)[: round(seconds * run.codec.sample_rate)]
 
 
 def write(item: Features, sound: np.ndarray, sample_rate: int, path: Path) -> None:
-    """Writes the sound as .wav or .flac, or the request's own picture with it as .mp4 or .mov."""
+    """Writes the sound as .wav or .flac, or together with the request's picture as .mp4 or .mov."""
     if path.suffix.lower() in (".wav", ".flac"):
         write_sound(path, sound, sample_rate)
     else:

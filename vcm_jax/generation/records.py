@@ -2,55 +2,63 @@
 
     python -m vcm_jax.generate --workdir=RUN --records=RECORDS --steps=1 --out=SOUNDS
 
-What a clip sounds like is a function of (weights, its record, seed, its id): neither the batch
-size nor the number of devices or hosts changes more than rounding. To go on after an interruption,
-run the same command again: sounds that are there are kept.
+A sound is a function of the weights, its record, the seed and its id. Batch size and numbers of
+devices and hosts change it by rounding errors only. If interrupted, run the same command again: it
+keeps the sounds that are there.
 """
 
 import concurrent.futures
 import dataclasses
 import functools
 import hashlib
-import json
 import os
 import time
-from pathlib import Path, PurePosixPath
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 
 import jax
 import numpy as np
 from tqdm import tqdm
 
-from vcm_jax.atomic import atomic_path
+from vcm_jax.claim import claim, hold
 from vcm_jax.devices import sharding
-from vcm_jax.generation.clips import Features, Request, start_latents
+from vcm_jax.generation.clips import Features, Request, decode, start_latents
+from vcm_jax.generation.outputs import is_hopeless, reason
+from vcm_jax.generation.run import Run
+from vcm_jax.media.names import IdError, output_name
 from vcm_jax.media.write import write_sound
+from vcm_jax.records.schema import RecordError
 from vcm_jax.records.source import RecordSource
 
 _SETTINGS = "generate.json"  # in the output folder: what the sounds there were made with
 
+Item = tuple[Path, Features]  # a sound to generate, and its file
+
 
 class RecordsError(ValueError):
-    """Records that this run cannot sound, or a folder that holds something else; one line."""
+    """Records for which this run cannot generate sound; one line."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Summary:
     """What was done.
 
     Attributes:
-      written, kept: sounds of this process, made now and found there.
-      seconds: from the end of the first batch, whose program has to be compiled, to the end.
-      timed: sounds that were made in these seconds.
+      written, kept: sounds of this process that were generated now, and that were there before.
+      left_out: (id, reason) of clips without a sound.
+      seconds: from the end of the first batch, which includes compilation, to the end.
+      timed: sounds that were generated in these seconds.
     """
 
-    written: int
-    kept: int
-    seconds: float
-    timed: int
+    written: int = 0
+    kept: int = 0
+    left_out: list[tuple[str, str]] = dataclasses.field(default_factory=list)
+    seconds: float = 0.0
+    timed: int = 0
 
 
-def check_records(run, source: RecordSource) -> None:
-    """Raises RecordsError when features or rates are not those that the run was trained on.
+def check_records(run: Run, source: RecordSource) -> None:
+    """Raises RecordsError if features or rates differ from those that the run was trained on.
 
     The duration may differ.
     """
@@ -66,8 +74,8 @@ def check_records(run, source: RecordSource) -> None:
             raise RecordsError(f"{source.path} is not for this run: {what} {theirs}, not {ours}")
 
 
-def settings(run, source: RecordSource, times, seed: int) -> dict:
-    """What the sounds follow from, as JSON; weights and records as hashes."""
+def settings(run: Run, source: RecordSource, times, seed: int) -> dict:
+    """Everything that the sounds follow from, as JSON; weights and records as hashes."""
     weights = hashlib.sha256()
     for leaf in jax.tree.leaves(run.variables):
         weights.update(np.ascontiguousarray(leaf))
@@ -81,40 +89,8 @@ def settings(run, source: RecordSource, times, seed: int) -> dict:
     }
 
 
-def _claim(out: Path, wanted: dict) -> None:
-    """Notes the settings in the folder, or compares them with those of the sounds that are there.
-
-    Raises:
-      RecordsError: it holds something else, or cannot be written to.
-    """
-    path = out / _SETTINGS
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        there = json.loads(path.read_text()) if path.exists() else None
-        if there is None:
-            if any(out.iterdir()):
-                raise RecordsError(f"--out={out} holds other files: give a new or empty folder")
-            with atomic_path(path) as temporary:
-                temporary.write_text(json.dumps(wanted, indent=1) + "\n")
-            return
-    except OSError as error:
-        raise RecordsError(f"--out={out}: cannot be written to ({error.strerror})") from None
-    if differing := [key for key in wanted if there.get(key) != wanted[key]]:
-        raise RecordsError(
-            f"--out={out} holds sounds of other {', '.join(differing)}: give another folder"
-        )
-
-
-def _path(out: Path, clip: str, suffix: str) -> Path:
-    """Where the sound of a clip goes; an id may name a subfolder, but none outside of `out`."""
-    parts = PurePosixPath(clip).parts
-    if not parts or ".." in parts or clip.startswith("/"):
-        raise RecordsError(f"the id {clip!r} does not name a file inside of --out")
-    return out / f"{clip}.{suffix}"
-
-
 def generate_records(
-    run,
+    run: Run,
     source: RecordSource,
     out,
     times,
@@ -127,89 +103,127 @@ def generate_records(
 ) -> Summary:
     """Writes OUT/ID.wav or .flac for every record, on all devices of this process.
 
+    A record that cannot be read and a sound that cannot be made or written are left out.
+
     Args:
-      run: from `runs.load_run`.
+      run: from `load_run`.
       source: the records.
-      out: folder of the sounds; made, or gone on with.
+      out: folder of the sounds; made if it is missing.
       times: as `sampling.sample`'s.
-      seed: of the noise, which also depends on the record's id.
+      seed: of the noise, any integer; the noise also depends on the record's id.
       batch_size: clips at a time, over all devices; rounded up to a multiple of their number.
       suffix: "wav" or "flac", 16 bits, mono.
-      part, parts: this process makes every `parts`-th record, from `part` on.
+      part, parts: this process generates every `parts`-th record, from `part` on.
 
     Raises:
-      RecordsError: records that do not fit the run, or a folder that holds something else.
+      RecordsError: the records do not fit the run, or their ids do not name different files.
+      ClaimError: `out` holds something else, or another process works on these records there.
+      OSError: the disk is full or read-only.
     """
-    out, sequence = Path(out), source.manifest.sequence
+    out = Path(out)
     check_records(run, source)
-    _claim(out, settings(run, source, times, seed))
-    mesh = sharding.make_mesh(devices=jax.local_devices())
-    rows = sharding.batch_sharding(mesh)
-    batch_size += -batch_size % mesh.size
-    run = dataclasses.replace(
-        run, variables=jax.device_put(run.variables, sharding.replicated(mesh))
-    )
-    rate = run.codec.sample_rate
-    seconds, written, kept, seen = sequence.duration, 0, 0, set()
-    started, timed = time.perf_counter(), 0
+    with hold(out, (part, parts)):
+        claim(out, settings(run, source, times, seed), _SETTINGS)
+        mesh = sharding.make_mesh(devices=jax.local_devices())
+        variables = jax.device_put(run.variables, sharding.replicated(mesh))
+        run = dataclasses.replace(run, variables=variables)
+        batch_size += -batch_size % mesh.size
+        put = functools.partial(jax.device_put, device=sharding.batch_sharding(mesh))
 
-    def todo():
-        nonlocal kept
-        for index in range(part, len(source), parts):
+        def start(batch: list[Item]):
+            items = [item for _, item in batch]
+            return start_latents(run, items, times, seed, batch_size, put)
+
+        indices = range(part, len(source), parts)
+        with tqdm(total=len(indices), desc="Generating", unit="clip") as progress:
+            summary = Summary()
+            todo = _todo(source, indices, out, suffix, summary, progress.update)
+            batches = _pipelined(_batches(todo, batch_size), start)
+            _write_all(run, batches, summary, progress.update)
+    return summary
+
+
+def _todo(
+    source: RecordSource,
+    indices: Iterable[int],
+    out: Path,
+    suffix: str,
+    summary: Summary,
+    update: Callable[[], None],
+) -> Iterator[Item]:
+    """The records whose sounds are not there yet."""
+    sequence, seen = source.manifest.sequence, set()
+    for index in indices:
+        try:
             record = source[index]
-            path = _path(out, record["id"], suffix)
-            if record["id"] in seen:
-                raise RecordsError(f"{source.path}: the id {record['id']} occurs twice")
-            seen.add(record["id"])
-            if path.exists():
-                kept += 1
-                progress.update()
-                continue
-            request = Request(record["id"], None, record["caption"])
-            features = (record.get(name) for name in ("clip", "sync"))
-            yield path, Features(request, sequence, seconds, *features, record["text"])
+        except RecordError as error:
+            summary.left_out.append((f"record {index}", reason(error)))
+            update()
+            continue
+        try:
+            path = out / f"{output_name(record['id'])}.{suffix}"
+        except IdError as error:
+            raise RecordsError(f"{source.path}: {error}") from None
+        if path in seen:
+            raise RecordsError(f"{source.path}: the id {record['id']} occurs twice")
+        seen.add(path)
+        if path.exists():
+            summary.kept += 1
+            update()
+            continue
+        request = Request(record["id"], None, record["caption"])
+        clip, sync = (record.get(name) for name in ("clip", "sync"))
+        yield path, Features(request, sequence, sequence.duration, clip, sync, record["text"])
 
-    def finish(paths, latents):
-        nonlocal written, timed, started
-        latents = np.asarray(latents)  # waits for the devices
-        for done in [pool.submit(write, *item) for item in zip(paths, latents)]:
-            done.result()
-            progress.update()
-        if written:
-            timed += len(paths)
-        else:
-            started = time.perf_counter()
-        written += len(paths)
 
-    def write(path, latent):
-        sound = run.codec.decode(latent)[: round(seconds * rate)]
-        write_sound(path, sound, rate)
+def _batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    batch = []
+    for item in items:
+        batch.append(item)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
 
+
+def _pipelined(batches: Iterable[list[Item]], start: Callable) -> Iterator[tuple[list[Item], list]]:
+    """(batch, latents) of every batch; meanwhile the devices work on the next batch."""
+    before = None
+    for batch in batches:
+        started = batch, start(batch)
+        if before is not None:
+            yield before
+        before = started
+    if before is not None:
+        yield before
+
+
+def _write_all(run: Run, batches: Iterable, summary: Summary, update: Callable[[], None]) -> None:
+    """Decodes and writes all sounds, with a thread per core unless the codec uses the devices."""
+    started = time.perf_counter()
     threads = 1 if run.codec.on_device else os.cpu_count()
-    put = functools.partial(jax.device_put, device=rows)
-    with (
-        tqdm(
-            total=len(range(part, len(source), parts)), desc="Generating", unit="clip"
-        ) as progress,
-        concurrent.futures.ThreadPoolExecutor(threads) as pool,
-    ):
-        # Two batches are under way: the devices work on one while the other becomes sound.
-        waiting, batch = [], []
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+        for number, (batch, latents) in enumerate(batches):
+            latents = np.asarray(latents)  # waits for the devices
+            futures = [pool.submit(_write, run, *item) for item in zip(batch, latents)]
+            before = summary.written
+            for (_, item), future in zip(batch, futures):
+                error = future.exception()
+                if is_hopeless(error):
+                    raise error
+                if error is None:
+                    summary.written += 1
+                else:
+                    summary.left_out.append((item.request.id, reason(error)))
+                update()
+            if number:
+                summary.timed += summary.written - before
+            else:
+                started = time.perf_counter()
+    summary.seconds = time.perf_counter() - started
 
-        def start():
-            paths, items = zip(*batch)
-            batch.clear()
-            latents = start_latents(run, list(items), times, seed, batch_size, put)
-            waiting.append((paths, latents))
-            if len(waiting) > 1:
-                finish(*waiting.pop(0))
 
-        for item in todo():
-            batch.append(item)
-            if len(batch) == batch_size:
-                start()
-        if batch:
-            start()
-        for group in waiting:
-            finish(*group)
-    return Summary(written, kept, time.perf_counter() - started, timed)
+def _write(run: Run, item: Item, latent: np.ndarray) -> None:
+    path, features = item
+    write_sound(path, decode(run, latent, features.seconds), run.codec.sample_rate)

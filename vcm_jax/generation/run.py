@@ -1,4 +1,4 @@
-"""A trained run as its workdir holds it: what generating, comparing and exporting start from."""
+"""A trained run, read from its workdir: generation, comparison and export start from it."""
 
 import dataclasses
 from pathlib import Path
@@ -17,17 +17,17 @@ class Run:
     """A trained run, ready to generate.
 
     Attributes:
-      model: sizes, at the duration of training.
-      variables: averaged parameters and statistics.
-      sequence: lengths at the duration of training.
-      encoder_spec: of what made the features in training.
-      encoders, codec: what turns videos and captions into features, and latents into sound;
-        encoders are None in a run that was loaded without.
-      objective: settings of the objective that it was trained with.
-      sampler: how it is sampled, the objective's own way unless another is put in.
+      model: sizes of the network, at the duration of training.
+      variables: EMA weights and statistics.
+      sequence: lengths of the features, at the duration of training.
+      encoder_spec: which encoders made the features in training.
+      encoders: turn videos and captions into features; None in a run that was loaded without them.
+      codec: turns latents into sound.
+      objective: settings of the objective that the run was trained with.
+      sampler: how the run is sampled; by default the objective's own way.
 
     Raises:
-      ValueError: when the sampler does not fit the objective.
+      ValueError: the sampler does not fit the objective.
     """
 
     model: ModelConfig
@@ -55,15 +55,15 @@ def load_run(
 
     Args:
       workdir: of the run.
-      step: of the checkpoint, None for the latest.
-      sigma_rel: width of the weights' average, None for the run's first.
-      codec_folder: the codec to use instead of the run's own, e.g. with another vocoder.
-      encoder_folder: weights of CLIP and Synchformer, for a run whose features they made.
-      with_encoders: False where the features are there already.
+      step: training step of the checkpoint; None for the latest.
+      sigma_rel: relative width of the EMA weights; None for the run's first.
+      codec_folder: the codec to use instead of the run's own, for example with another vocoder.
+      encoder_folder: weights of CLIP and Synchformer, if they made the features of this run.
+      with_encoders: False if the features exist already.
 
     Raises:
-      ValueError: when it is not one, has no such step or average, or the codec or the encoders are
-        not those of this run.
+      ValueError: the folder is not a workdir, has no such step or width, or the codec or the
+        encoders are not those of this run.
     """
     workdir, described = Path(workdir), description.read(workdir)
     codec_folder = codec_folder or workdir / "codec"

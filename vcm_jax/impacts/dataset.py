@@ -10,19 +10,14 @@ from pathlib import Path
 from tqdm import tqdm
 
 from vcm_jax.atomic import atomic_path
-from vcm_jax.impacts.render import (
-    FPS,
-    SAMPLE_RATE,
-    SIZE,
-    render_frames,
-    render_sound,
-)
+from vcm_jax.claim import claim, hold
+from vcm_jax.impacts.render import FPS, SAMPLE_RATE, SIZE, render_frames, render_sound
 from vcm_jax.impacts.scene import SPLITS, VERSION, record, simulate
 from vcm_jax.media.write import write_mp4
 
 
 def _make_clip(job: tuple[str, str, int], seed: int, duration: float) -> dict:
-    """Writes one clip unless it is there; returns its record. job: (folder, split, index)."""
+    """Writes one clip unless it exists; returns its record. job: (folder, split, index)."""
     out, split, index = job
     scene = simulate(seed, split, index, duration)
     line = record(scene)
@@ -32,38 +27,32 @@ def _make_clip(job: tuple[str, str, int], seed: int, duration: float) -> dict:
     return line
 
 
-def _claim(out: Path, settings: dict) -> None:
-    """Notes the settings in OUT/impacts.json, or checks them against those that are there."""
-    path = out / "impacts.json"
-    if path.exists():
-        there = json.loads(path.read_text())
-        if there != settings:
-            differing = [k for k in settings if there.get(k) != settings[k]]
-            old, new = ({k: d.get(k) for k in differing} for d in (there, settings))
-            raise ValueError(f"{out} was made with {old}, not {new}: give another --out")
-    elif out.exists() and any(out.iterdir()):
-        raise ValueError(f"{out} is not empty and has no impacts.json: give another --out")
-    else:
-        with atomic_path(path) as temporary:
-            temporary.write_text(json.dumps(settings) + "\n")
-
-
 def write_dataset(
     out: str | Path, counts: Mapping[str, int], duration: float, seed: int, workers: int
 ) -> None:
-    """Writes the clips 0 .. counts[split] - 1 of each split and their lists (see the module).
+    """Writes the clips 0 .. counts[split] - 1 of each split and their lists (see `__main__`).
 
-    Clips that are there are kept, so a broken run is taken up again, and a larger count adds
-    clips. The clips do not depend on the counts or on the number of worker processes.
+    Clips that exist are kept, so that an interrupted run resumes and a larger count adds clips. A
+    clip depends neither on the counts nor on the number of worker processes.
 
-    Raises: ValueError if `out` holds something else or was made with other settings.
+    Raises:
+      ClaimError: `out` holds something else, was made with other settings, or another process
+        writes to it.
+      ValueError: a duration or a seed that is out of range.
     """
     out = Path(out)
-    simulate(seed, "train", 0, duration)  # complains about its arguments before anything is made
+    simulate(seed, "train", 0, duration)  # checks its arguments before anything is written
     settings = dict(
         version=VERSION, seed=seed, duration=duration, fps=FPS, sample_rate=SAMPLE_RATE, size=SIZE
     )
-    _claim(out, settings)
+    with hold(out):
+        claim(out, settings, "impacts.json")
+        _write_clips(out, counts, duration, seed, workers)
+
+
+def _write_clips(
+    out: Path, counts: Mapping[str, int], duration: float, seed: int, workers: int
+) -> None:
     jobs = [(str(out), split, i) for split in SPLITS for i in range(counts.get(split, 0))]
     make = functools.partial(_make_clip, seed=seed, duration=duration)
     spawn = multiprocessing.get_context("spawn")

@@ -12,22 +12,25 @@ from sklearn.svm import SVC
 _BEFORE, _AFTER = 0.048, 0.16  # seconds of sound around the impact that the classifier sees
 _WINDOW, _HOP, _BANDS = 0.032, 0.016, 40  # seconds, seconds, mel bands
 _COMPONENTS = 40  # principal components that the classifier keeps
-_RANGE = 6.0  # log10 power: what is further below the window's maximum counts as silence
+_RANGE = 6.0  # log10 power: values further below the window's maximum are clipped
 
 
 def material_features(
     audio: np.ndarray, impacts: Sequence[Mapping], sample_rate: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """What a clip sounds like at its isolated impacts.
+    """Features of a clip's sound at its isolated impacts.
 
-    An impact is isolated if the clip has no other within 48 ms before and 160 ms after it, and if
-    that much sound is there. Its features are the log-mel spectrogram of this stretch (12 frames
-    of 40 bands) relative to its maximum, so that loudness says nothing.
+    An impact is isolated if the clip has no other impact from 48 ms before to 160 ms after it, and
+    if its sound covers this window. The features are the window's log-mel spectrogram (12 frames of
+    40 bands) relative to its maximum, so that they do not depend on loudness.
 
-    Args: audio: (samples,); impacts: all of the clip, mappings with `time` in seconds and
-    `material`; sample_rate: Hz.
+    Args:
+      audio: (samples,).
+      impacts: all impacts of the clip, mappings with `time` in seconds and `material`.
+      sample_rate: Hz.
 
-    Returns: rows (n, 480) float32 and materials (n,) of the isolated impacts.
+    Returns:
+      Rows (n, 480) float32 and materials (n,) of the isolated impacts.
     """
     times = np.array([impact["time"] for impact in impacts], float)
     rows, materials = [], []
@@ -60,18 +63,22 @@ def _collect(audios, impacts, sample_rate):
     ]
     pairs = [pair for pair in pairs if len(pair[0])]
     if not pairs:
-        raise ValueError("no isolated impact in any clip: nothing to tell materials from")
+        raise ValueError("no isolated impact in any clip: the materials cannot be judged")
     return tuple(np.concatenate(arrays) for arrays in zip(*pairs))
 
 
 def fit_material_classifier(
     audios: Sequence[np.ndarray], impacts: Sequence[Sequence[Mapping]], sample_rate: int
 ) -> Pipeline:
-    """Trains the classifier on true sounds: one audio and one list of impacts for each clip.
+    """Trains a support vector machine on 40 principal components of `material_features`.
 
-    See `material_features`. A support vector machine on 40 principal components.
+    Args:
+      audios: true sounds, one per clip.
+      impacts: the impacts of every clip.
+      sample_rate: Hz.
 
-    Raises: ValueError if there is no isolated impact, or fewer than 40 of them or two materials.
+    Raises:
+      ValueError: fewer than 40 isolated impacts, or fewer than two materials.
     """
     rows, materials = _collect(audios, impacts, sample_rate)
     if len(rows) < _COMPONENTS or len(set(materials)) < 2:

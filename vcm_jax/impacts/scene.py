@@ -24,9 +24,14 @@ _IMPACTS_PER_SECOND = (1.2, 4.3)  # fewest and most: 3 to 11 in 2.56 s
 
 @dataclasses.dataclass(frozen=True)
 class Ball:
-    """material; radius in metres; path: pieces K, 7 of (start time, x, y, vx, vy, ax, ay).
+    """A ball and its motion.
 
-    x runs from 0 (left wall) to BOX (right wall), y from 0 (floor) upwards; metres and seconds.
+    Attributes:
+      material: a key of RESTITUTION.
+      radius: metres.
+      path: (K, 7), the parabolic segments of its path, each (start time, x, y, vx, vy, ax, ay). x
+        runs from 0 (left wall) to BOX (right wall), y from 0 (floor) upwards, in metres and
+        seconds.
     """
 
     material: str
@@ -43,8 +48,14 @@ class Ball:
 
 @dataclasses.dataclass(frozen=True)
 class Impact:
-    """An audible impact: time in seconds, index and material of the ball, speed in m/s (normal to
-    the surface), and the surface, "floor" or "wall"."""
+    """An audible impact.
+
+    Attributes:
+      time: seconds.
+      ball, material: index and material of the ball.
+      speed: m/s, normal to the surface.
+      surface: "floor" or "wall".
+    """
 
     time: float
     ball: int
@@ -55,9 +66,14 @@ class Impact:
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """A clip before rendering: duration in seconds, balls (the first is furthest back), audible
-    impacts in order of time, and the keys of its random streams: `key` (seed, split number,
-    index) and `hidden`. Scenes that differ in `hidden` alone look the same and sound different.
+    """A clip before rendering. Scenes that differ in `hidden` alone look alike but sound different.
+
+    Attributes:
+      duration: seconds.
+      balls: the first is furthest back.
+      impacts: the audible ones, in order of time.
+      key: (seed, number of the split, index) of its random streams.
+      hidden: of the random stream of what is only heard.
     """
 
     duration: float
@@ -77,9 +93,11 @@ def _bounce(
 ):
     """Follows one ball from event to event, each solved in closed form.
 
-    Returns its path (see `Ball`) and its audible impacts [(time, speed, surface)] before
-    `duration`. A ball that has come to rest is tossed up again, silently, after 0.2 to 1.6 times
-    `pause` seconds.
+    A ball that has come to rest is tossed up again, silently, after 0.2 to 1.6 times `pause`
+    seconds.
+
+    Returns:
+      Its path (see `Ball`), and its audible impacts [(time, speed, surface)] before `duration`.
     """
     left, right = radius, BOX - radius
     t, x, vx = 0.0, rng.uniform(left, right), _throw(rng)
@@ -131,10 +149,15 @@ def _bounce(
 def simulate(seed: int, split: str, index: int, duration: float = 2.56, hidden: int = 0) -> Scene:
     """Clip number `index` of a split ("train", "val", "test"): a pure function of its arguments.
 
-    Args: seed, index, hidden: integers >= 0; duration in seconds, at least 0.5. `hidden` draws
-    another sound for the same picture (the data set has hidden = 0).
+    Args:
+      seed, index: integers >= 0.
+      split: "train", "val" or "test".
+      duration: seconds, at least 0.5.
+      hidden: an integer >= 0; another one gives another sound for the same picture. The data set
+        has 0.
 
-    Raises: ValueError for an unknown split or too short a duration.
+    Raises:
+      ValueError: an unknown split, or too short a duration.
     """
     if split not in SPLITS:
         raise ValueError(f"split {split!r} is not one of {', '.join(SPLITS)}")
@@ -171,8 +194,11 @@ def caption(scene: Scene) -> str:
 
 
 def record(scene: Scene) -> dict:
-    """What happened in a clip, as a line of SPLIT_impacts.jsonl: id, duration, caption,
-    balls [{material, radius}], impacts [{time, ball, material, speed, surface}]."""
+    """A clip's line of SPLIT_impacts.jsonl.
+
+    It has id, duration, caption, balls [{material, radius}], and impacts
+    [{time, ball, material, speed, surface}].
+    """
     return {
         "id": f"{scene.key[2]:06d}",
         "duration": scene.duration,

@@ -1,15 +1,20 @@
-"""Pieces of self-contained HTML pages: players, spectrograms, tables."""
+"""Self-contained HTML pages: elements, tables, players, spectrograms.
+
+Whatever is put into an element is escaped, unless it is itself an `Html`, which only the functions
+of this module make. So no caller has to remember to escape a caption, and none can forget it.
+"""
 
 import base64
 import html
 import io
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 
+from vcm_jax.atomic import atomic_path
 from vcm_jax.media.read import read_frames
 from vcm_jax.media.write import write_sound
 from vcm_jax.metrics import log_mel_features
@@ -17,63 +22,136 @@ from vcm_jax.metrics import log_mel_features
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-STYLE = """
+_STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; color: #222;
        padding: 0 1em }
+h1 { font-size: 1.5em } h2 { font-size: 1.2em; margin-top: 2em }
 table { border-collapse: collapse; margin: 1em 0 } th, td { padding: .3em .8em; text-align: right }
 th { border-bottom: 2px solid #888 } td:first-child, th:first-child { text-align: left }
 tr:nth-child(even) td { background: #f4f4f4 } figure { margin: 0 } img { max-width: 100% }
+table.text td, table.text th { text-align: left; vertical-align: top }
 .clip { display: grid; grid-template-columns: 13em 1fr; gap: .4em 1em; align-items: center;
         border-top: 1px solid #ccc; padding: 1em 0 } .clip h3 { grid-column: 1 / 3; margin: 0 }
 .clip audio { width: 100%; height: 2em } .clip img { width: 100% } .note { color: #555 }
-.win { font-weight: 600 } small { color: #555 }
+.win { font-weight: 600 } small { color: #555; overflow-wrap: anywhere }
+.error { color: #b00 } .warning { color: #a60 } .fit { color: #070 }
 """
+_VOID = ("br", "img", "meta")  # elements without an end tag
 
 
-def document(title: str, parts: Sequence[str]) -> str:
-    """A whole page of HTML parts."""
-    head = f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(title)}</title>"
-    return "\n".join([head, f"<style>{STYLE}</style>", *parts])
+class Html:
+    """A piece of HTML: safe to put into a page as it is."""
+
+    def __init__(self, text: str):
+        """Only this module calls it: everybody else would have to escape."""
+        self._text = text
+
+    def __str__(self) -> str:
+        return self._text
+
+
+def element(name: str, *children, **attributes) -> Html:
+    """<name attributes>children</name>.
+
+    Args:
+      name: of the element, such as "p".
+      children: Html, iterables of children, or anything else, which is shown as text; None is left
+        out.
+      attributes: their values are text; a trailing underscore of a name is dropped (`class_`). None
+        leaves an attribute out.
+    """
+    given = "".join(
+        f' {key.rstrip("_")}="{html.escape(str(value))}"'
+        for key, value in attributes.items()
+        if value is not None
+    )
+    start = f"<{name}{given}>"
+    return Html(start if name in _VOID else f"{start}{_text(children)}</{name}>")
+
+
+def _text(child) -> str:
+    if child is None:
+        return ""
+    if isinstance(child, Html):
+        return str(child)
+    if isinstance(child, Iterable) and not isinstance(child, str | bytes):
+        return "".join(map(_text, child))
+    return html.escape(str(child))
+
+
+def lines(*children) -> list:
+    """The children below each other."""
+    return [part for child in children for part in (child, element("br"))][:-1]
+
+
+def table(head: Sequence, rows: Iterable[Sequence], **attributes) -> Html:
+    """A table; cells are text or Html."""
+    cells = lambda row, kind: element("tr", [element(kind, cell) for cell in row])
+    return element("table", cells(head, "th"), [cells(row, "td") for row in rows], **attributes)
+
+
+def write_document(path, title: str, *children) -> None:
+    """Writes a whole page, which is there completely or not at all.
+
+    Raises:
+      OSError: it cannot be written.
+    """
+    parts = [
+        element("meta", charset="utf-8"),
+        element("title", title),
+        element("style", Html(_STYLE)),
+        element("body", children),
+    ]
+    text = f"<!doctype html>{element('html', parts, lang='en')}\n"
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", errors="replace")
 
 
 def _data_uri(kind: str, content: bytes) -> str:
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
-def image(figure) -> str:
-    """A matplotlib figure, which is closed, as an <img>."""
+def plot(figure) -> Html:
+    """A matplotlib figure, which is closed, as a picture."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=80, bbox_inches="tight")
     plt.close(figure)
-    return f'<img alt="" src="{_data_uri("image/png", buffer.getvalue())}">'
+    return element("img", alt="", src=_data_uri("image/png", buffer.getvalue()))
 
 
-def player(sound: np.ndarray, sample_rate: int) -> str:
-    """A mono sound (samples,) as an <audio> with controls."""
+def player(sound: np.ndarray, sample_rate: int) -> Html:
+    """A mono sound (samples,) in -1..1 with controls to play it."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "sound.wav"
         write_sound(path, sound, sample_rate)
-        return f'<audio controls src="{_data_uri("audio/wav", path.read_bytes())}"></audio>'
+        return Html(f'<audio controls src="{_data_uri("audio/wav", path.read_bytes())}"></audio>')
 
 
-def film_strip(path, duration: float, count: int = 8) -> str:
-    """Evenly spaced frames of a video as an <img>."""
-    frames = read_frames(path, {25: lambda frame: frame}, duration)[25]
+def film_strip(path, duration: float, count: int = 8) -> Html:
+    """Evenly spaced frames of the first `duration` seconds of a video as a picture.
+
+    Raises:
+      MediaError: the video cannot be read.
+    """
+    frames = read_frames(path, {25: np.asarray}, duration)[25]
     chosen = frames[np.linspace(0, len(frames) - 1, count).round().astype(int)]
     figure, axes = plt.subplots(1, count, figsize=(11, 1.5))
     for axis, frame in zip(axes, chosen):
         axis.imshow(frame)
         axis.axis("off")
     figure.subplots_adjust(wspace=0.03)
-    return image(figure)
+    return plot(figure)
 
 
 def spectrogram(
     sound: np.ndarray, sample_rate: int, marks: Sequence[float] = (), label: bool = False
-) -> str:
-    """A log-mel spectrogram (10^-5 to 10^1.5 in power) as an <img>, with dotted lines at `marks`.
+) -> Html:
+    """A log-mel spectrogram (10^-5 to 10^1.5 in power) as a picture.
 
-    Args: marks: seconds; label: whether the axis says that it counts seconds.
+    Args:
+      sound: (samples,); sample_rate: Hz.
+      marks: times in seconds at which dotted lines are drawn.
+      label: whether the axis says that it counts seconds.
     """
     figure, axis = plt.subplots(figsize=(11, 1.3))
     rows = log_mel_features(sound, sample_rate)
@@ -90,11 +168,4 @@ def spectrogram(
         axis.axvline(mark, color="white", lw=0.6, ls=":")
     axis.set_yticks([])
     axis.set_xlabel("seconds" if label else "")
-    return image(figure)
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table; the cells of its rows are HTML, the head is text."""
-    line = lambda cells, tag: "".join(f"<{tag}>{cell}</{tag}>" for cell in cells)
-    lines = [line(map(html.escape, head), "th"), *(line(row, "td") for row in rows)]
-    return "<table>" + "".join(f"<tr>{cells}</tr>" for cells in lines) + "</table>"
+    return plot(figure)

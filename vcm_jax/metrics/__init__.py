@@ -1,4 +1,4 @@
-"""Figures of merit on feature arrays and waveforms."""
+"""Metrics on feature arrays and waveforms."""
 
 from vcm_jax.metrics.captions import caption_accuracy as caption_accuracy
 from vcm_jax.metrics.frechet import RunningGaussian as RunningGaussian
@@ -16,6 +16,5 @@ from vcm_jax.metrics.scores import cosine_score as cosine_score
 from vcm_jax.metrics.scores import desync as desync
 from vcm_jax.metrics.scores import inception_score as inception_score
 from vcm_jax.metrics.scores import kl_divergence as kl_divergence
-from vcm_jax.metrics.sounds import SoundFigures as SoundFigures
+from vcm_jax.metrics.sounds import SoundMetrics as SoundMetrics
 from vcm_jax.metrics.sounds import bootstrap as bootstrap
-from vcm_jax.metrics.sounds import sound_figures as sound_figures

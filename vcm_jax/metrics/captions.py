@@ -12,14 +12,14 @@ from sklearn.svm import SVC
 from vcm_jax.metrics.frechet import log_mel_features
 
 _FOLDS = 5
-MIN_CLIPS = 10  # clips of a caption from which on the classifier learns it
+MIN_CLIPS = 10  # clips that a caption needs to become one of the classes
 
 
 def caption_features(audio: np.ndarray, sample_rate: int) -> np.ndarray:
-    """(240,) of one clip: how the level of each of 40 mel bands is distributed over time.
+    """Features (240,) of a clip: how the level of each of 40 mel bands is distributed over time.
 
-    Of the log-mel frames of `log_mel_features`: percentiles 10, 50 and 95, mean, standard
-    deviation, and mean step from frame to frame. When something sounds leaves no trace in it.
+    They are the percentiles 10, 50 and 95, the mean, the standard deviation, and the mean absolute
+    step from frame to frame of `log_mel_features`. They do not say when something sounds.
     """
     rows = log_mel_features(audio, sample_rate)
     steps = np.abs(np.diff(rows, axis=0)).mean(0) if len(rows) > 1 else np.zeros(rows.shape[1])
@@ -35,17 +35,22 @@ def caption_accuracy(
 ) -> dict[str, float]:
     """How often a classifier of true sounds finds the clip's caption from the generated sound.
 
-    The captions are its classes: those of at least 10 clips, other clips are left out. Clips are
-    dealt into 5 folds; the sounds of each are judged by a support vector machine that was trained
-    on the true sounds of the other four. Ours alone, and for data whose captions recur, as the
-    names of classes do.
+    The classes are the captions of at least 10 clips; other clips are left out. The clips are split
+    into 5 folds. A support vector machine that was trained on the true sounds of four folds judges
+    the sounds of the fifth. The metric is this project's own, for data whose captions recur, such
+    as names of classes.
 
-    Args: pred, truth: sounds (samples,), clip by clip; captions: theirs; sample_rate: Hz.
+    Args:
+      pred, truth: sounds (samples,), one per clip.
+      captions: one per clip.
+      sample_rate: Hz.
 
-    Returns: accuracy and true_accuracy, of generated and of true sounds, chance, the share of the
-    most frequent caption, clips and captions, how many they rest on.
+    Returns:
+      accuracy (of the generated sounds), true_accuracy (of the true sounds), chance (the share of
+      the most frequent caption), clips and captions (the numbers that these rest on).
 
-    Raises: ValueError if the numbers of clips differ, or fewer than two captions have 10 clips.
+    Raises:
+      ValueError: the numbers of clips differ, or fewer than two captions have 10 clips.
     """
     if not len(pred) == len(truth) == len(captions):
         raise ValueError(f"{len(pred)} sounds, {len(truth)} true ones, {len(captions)} captions")

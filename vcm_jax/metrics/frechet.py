@@ -8,13 +8,13 @@ _FLOOR = 1e-5  # mel power: about the level of the quietest background of Impact
 
 
 class RunningGaussian:
-    """Mean and covariance of feature rows that come in pieces, in float64.
+    """Mean and covariance of feature rows that arrive in batches, in float64.
 
-    Pieces are merged as Chan, Golub and LeVeque (1983) do, so that neither their sizes nor a
-    large mean cost accuracy; memory is that of one (d, d) matrix.
+    Batches are merged by the method of Chan, Golub and LeVeque (1983): neither their sizes nor a
+    large mean cost accuracy. The memory needed is that of one (d, d) matrix.
 
     Attributes:
-      count: rows so far.
+      count: number of rows so far.
       mean: (d,).
       scatter: (d, d), the sum of outer products of the centred rows.
     """
@@ -23,9 +23,10 @@ class RunningGaussian:
         self.count, self.mean, self.scatter = 0, None, None
 
     def update(self, rows: np.ndarray) -> "RunningGaussian":
-        """Takes rows (n, d) more, n >= 1; returns itself.
+        """Adds rows (n, d), n >= 1; returns itself.
 
-        Raises: ValueError for another shape or width, or values that are not finite.
+        Raises:
+          ValueError: another shape or width, or values that are not finite.
         """
         rows = _checked("rows", rows, least=1)
         count, mean = len(rows), rows.mean(0)
@@ -44,7 +45,7 @@ class RunningGaussian:
 
     @property
     def covariance(self) -> np.ndarray:
-        """(d, d), with n - 1."""
+        """(d, d), normalised by n - 1."""
         return self.scatter / (self.count - 1)
 
 
@@ -59,7 +60,10 @@ def _checked(name: str, rows: np.ndarray, least: int) -> np.ndarray:
 
 
 def _fitted(name: str, rows) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
-    """Mean (d,), and either R (n, d) with R^T R the covariance, of few rows, or the covariance."""
+    """Mean (d,), a root R (n, d) and the covariance (d, d); one of the last two is None.
+
+    R^T R is the covariance. Up to d rows give a root, more rows a covariance.
+    """
     if not isinstance(rows, RunningGaussian):
         rows = _checked(name, rows, least=2)
         if len(rows) <= rows.shape[1]:
@@ -74,22 +78,25 @@ def _fitted(name: str, rows) -> tuple[np.ndarray, np.ndarray | None, np.ndarray 
 def _root(covariance: np.ndarray) -> np.ndarray:
     """R (r, d) with R^T R the covariance, from its eigenvalues."""
     values, vectors = np.linalg.eigh(covariance)
-    there = values > 0  # rounding leaves the others a little below or at zero
+    there = values > 0  # rounding leaves the others at or slightly below zero
     return np.sqrt(values[there])[:, None] * vectors.T[there]
 
 
 def frechet_distance(pred, truth) -> float:
     """Squared Frechet (2-Wasserstein) distance between Gaussians fitted to rows (n, d), (m, d).
 
-    |mean_p - mean_t|^2 + tr S_p + tr S_t - 2 tr (S_p S_t)^(1/2), S with n - 1, as in the FID
-    (Heusel et al. 2017, eq. 6). With S = R^T R the last trace is the sum of the singular values
-    of R_p R_t^T, or of the roots of the eigenvalues of R_p S_t R_p^T: stable also where a matrix
-    square root is not, and about three times faster. R are the centred rows where these are fewer
-    than columns, else they come from the eigenvalues of the covariance. All in float64.
+    |mean_p - mean_t|^2 + tr S_p + tr S_t - 2 tr (S_p S_t)^(1/2), with covariances S normalised by
+    n - 1, as in the FID (Heusel et al. 2017, eq. 6). With S = R^T R the last trace is the sum of
+    the singular values of R_p R_t^T, or of the square roots of the eigenvalues of R_p S_t R_p^T.
+    This is stable where a matrix square root is not, and about three times faster. R consists of
+    the centred rows if there are at most as many rows as columns; otherwise it comes from the
+    eigendecomposition of the covariance. Everything is computed in float64.
 
-    Args: pred, truth: rows, or a `RunningGaussian` of them.
+    Args:
+      pred, truth: rows, or a `RunningGaussian` of them.
 
-    Raises: ValueError for arrays that are not (n, d) with the same d and n >= 2, or not finite.
+    Raises:
+      ValueError: arrays that are not (n, d) with the same d and n >= 2, or not finite.
     """
     (mean_p, root_p, cov_p), (mean_t, root_t, cov_t) = (
         _fitted(name, rows) for name, rows in (("pred", pred), ("truth", truth))
@@ -112,14 +119,15 @@ def frechet_distance(pred, truth) -> float:
 
 
 def log_mel_features(audio: np.ndarray, sample_rate: int) -> np.ndarray:
-    """Rows (frames, 40) for a Frechet distance on spectra: log10 of the mel power.
+    """Rows (frames, 40) for a Frechet distance between spectra: log10 of the mel power.
 
-    Frames of 64 ms (Hann), one every 16 ms, only whole ones (n_fft 1024, hop 256 at 16 kHz, the
-    least sample rate); 40 Slaney mel bands from 0 to 8 kHz with area normalisation; power below
-    1e-5 counts as 1e-5. A row is a single frame: the distance compares which spectra occur, not
-    when.
+    Frames last 64 ms (Hann window) and start every 16 ms (n_fft 1024, hop 256 at 16 kHz, the
+    lowest sample rate); only complete frames count. There are 40 Slaney mel bands from 0 to 8 kHz
+    with area normalisation. Power is clipped at 1e-5 from below. A row is a single frame: the
+    distance compares which spectra occur, not when.
 
-    Raises: ValueError if the audio is not (samples,) or shorter than a frame.
+    Raises:
+      ValueError: the audio is not (samples,) or is shorter than a frame.
     """
     window, hop = round(_WINDOW * sample_rate), round(_HOP * sample_rate)
     audio = np.asarray(audio, np.float32)
@@ -138,9 +146,9 @@ def log_mel_features(audio: np.ndarray, sample_rate: int) -> np.ndarray:
 
 
 def spectral_sharpness(rows: np.ndarray) -> float:
-    """Mean |second difference| along the bands of log-mel rows (n, d), over their louder half.
+    """Mean |second difference| along the bands of log-mel rows (n, d), over the louder half.
 
-    Sharp partials give a high figure, blurred spectra a low one: compare with that of true sound.
+    Sharp partials give a high value, blurred spectra a low one: compare it with that of true sound.
     """
     level = rows.mean(1)
     louder = rows[level >= np.median(level)]

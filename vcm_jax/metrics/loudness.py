@@ -1,14 +1,14 @@
-"""How loud a sound is, and how far its spectrogram is from another's: this project's own figures.
+"""How loud a sound is, and how far its spectrogram is from another's: this project's own metrics.
 
-Unlike the scores on pretrained networks they need nothing but the waveforms, and compare a clip
-with its own true sound: of two sounds that fit a picture equally well they prefer the recorded one.
+Unlike scores from pretrained networks, these need the waveforms alone. They compare a clip with its
+own true sound: of two sounds that fit the picture equally well they prefer the recorded one.
 """
 
 import librosa
 import numpy as np
 
 _WINDOW, _HOP = 0.064, 0.016  # seconds
-QUIETEST = -70.0  # dB: what is quieter counts as this loud
+QUIETEST = -70.0  # dB: quieter sounds get this level
 
 
 def _magnitudes(audio: np.ndarray, sample_rate: int) -> np.ndarray:
@@ -25,19 +25,22 @@ def _magnitudes(audio: np.ndarray, sample_rate: int) -> np.ndarray:
 def loudness(audio: np.ndarray, sample_rate: int) -> float:
     """A-weighted level of a whole clip in dB: 0 for a sine of amplitude 1 at 1 kHz, at least -70.
 
-    The mean power over time and frequency, weighted as the ear's sensitivity (IEC 61672 A curve).
-    It is not LUFS: there is no gating of pauses.
+    It is the power, averaged over time and summed over frequency with the weights of the A curve
+    of IEC 61672. It is not LUFS: pauses count.
 
-    Args: audio: (samples,); sample_rate: Hz.
+    Args:
+      audio: (samples,).
+      sample_rate: Hz.
 
-    Raises: ValueError for another shape, under 64 ms of sound, or values that are not finite.
+    Raises:
+      ValueError: another shape, under 64 ms of sound, or values that are not finite.
     """
     magnitudes = _magnitudes(audio, sample_rate)
     window = round(_WINDOW * sample_rate)
     frequencies = librosa.fft_frequencies(sr=sample_rate, n_fft=window)
-    frequencies[0] = 1.0  # the curve's logarithm has no 0 Hz; 1 Hz is weighted by -148 dB
+    frequencies[0] = 1.0  # the curve has no value at 0 Hz; at 1 Hz it is -148 dB
     weights = 10 ** (librosa.A_weighting(frequencies, min_db=None) / 10)
-    # A full-scale sine leaves |STFT|^2 of sum(w^2) n / 4 in all, over its bins.
+    # For a full-scale sine, |STFT|^2 sums up to sum(w^2) n / 4 over the bins.
     hann = librosa.filters.get_window("hann", window)
     power = np.mean(np.sum(weights[:, None] * magnitudes.astype(np.float64) ** 2, axis=0))
     power /= np.sum(hann**2) * window / 4
@@ -47,11 +50,14 @@ def loudness(audio: np.ndarray, sample_rate: int) -> float:
 def spectral_convergence(pred: np.ndarray, truth: np.ndarray, sample_rate: int) -> float:
     """|| |STFT pred| - |STFT truth| || / || |STFT truth| || (Frobenius; Arik et al. 2018).
 
-    0 is a perfect match, silence scores 1; windows of 64 ms, one every 16 ms.
+    0 is a perfect match; silence scores 1. Windows last 64 ms and start every 16 ms.
 
-    Args: pred, truth: (samples,) of equal length; sample_rate: Hz.
+    Args:
+      pred, truth: (samples,) of equal length.
+      sample_rate: Hz.
 
-    Raises: ValueError for lengths that differ, a silent truth, and as `loudness`.
+    Raises:
+      ValueError: the lengths differ, the truth is silent, and as `loudness`.
     """
     if np.shape(pred) != np.shape(truth):
         raise ValueError(f"lengths differ: pred {np.shape(pred)}, truth {np.shape(truth)}")

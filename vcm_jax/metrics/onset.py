@@ -1,13 +1,13 @@
-"""Synchrony on waveforms: when does something begin to sound, and is that when it should?"""
+"""Synchrony, from waveforms: onsets of sounds, and how well they agree with the true ones."""
 
 from collections.abc import Sequence
 
 import librosa
 import numpy as np
 
-# The detector, tuned on 200 true sounds of the training split of Impacts (seed 0) and on their
-# log-mel round trip. The floor is fixed, not relative to the clip's loudest moment, so that what
-# counts as an onset does not depend on the rest of the clip.
+# The detector's settings were tuned on 200 true sounds of the training split of Impacts (seed 0)
+# and on their log-mel round trip. The floor is fixed, not relative to the clip's loudest moment, so
+# that what counts as an onset does not depend on the rest of the clip.
 _WINDOW, _HOP, _BANDS = 0.032, 0.008, 40  # seconds, seconds, mel bands
 _FLOOR = 1e-4  # mel power
 _PEAK = dict(pre_max=3, post_max=3, pre_avg=12, post_avg=12, delta=0.9, wait=6)  # frames; dB
@@ -15,7 +15,7 @@ _BIAS = -0.0038  # seconds: median of (detected - true) on those 200 true sounds
 
 
 def merge_close(times: np.ndarray, gap: float = 0.06) -> np.ndarray:
-    """Sorted times (n,) without those that follow the last one kept by less than `gap` seconds."""
+    """Sorted times (n,), without those less than `gap` seconds after the last one that is kept."""
     kept = []
     for time in np.sort(times):
         if not kept or time - kept[-1] >= gap:
@@ -26,12 +26,16 @@ def merge_close(times: np.ndarray, gap: float = 0.06) -> np.ndarray:
 def detect_onsets(audio: np.ndarray, sample_rate: int) -> np.ndarray:
     """Times (n,) in seconds, ascending, at which something begins to sound.
 
-    The mean rise over 40 mel bands of the level in decibels, above a fixed floor, from frame to
-    frame (every 8 ms), and its peaks (librosa.onset). The detector's median bias is subtracted.
+    They are the peaks (librosa.onset) of the rise in level from frame to frame (every 8 ms), in
+    decibels above a fixed floor, averaged over 40 mel bands. The detector's median bias is
+    subtracted.
 
-    Args: audio: (samples,) floating point; sample_rate: Hz, at least 16000.
+    Args:
+      audio: (samples,) floating point.
+      sample_rate: Hz, at least 16000.
 
-    Raises: ValueError if the audio is not one-dimensional, not finite, or under 32 ms long.
+    Raises:
+      ValueError: the audio is not one-dimensional, not finite, or under 32 ms long.
     """
     window, hop = round(_WINDOW * sample_rate), round(_HOP * sample_rate)
     audio = np.asarray(audio)
@@ -58,8 +62,8 @@ def detect_onsets(audio: np.ndarray, sample_rate: int) -> np.ndarray:
 def _matches(predicted: np.ndarray, truth: np.ndarray, tolerance: float) -> list[float]:
     """Errors (predicted - truth) of a largest one-to-one matching within the tolerance.
 
-    Both in ascending order: taking the earliest pair that fits is then optimal, because a time
-    that is too early for the first partner left is too early for all that follow.
+    Both are in ascending order. Taking the earliest pair that fits is then optimal: a time that is
+    too early for the first remaining partner is too early for all later ones.
     """
     errors, i, j = [], 0, 0
     while i < len(predicted) and j < len(truth):
@@ -71,11 +75,14 @@ def _matches(predicted: np.ndarray, truth: np.ndarray, tolerance: float) -> list
 
 
 def count_onsets(predicted: np.ndarray, truth: np.ndarray, tolerance: float = 0.05) -> np.ndarray:
-    """What a clip adds to `onset_scores`: [matched, predicted, true, sum of |error| in seconds].
+    """A clip's counts for `onset_scores`: [matched, predicted, true, sum of |error| in seconds].
 
-    Args: predicted, truth: times in seconds, in any order; tolerance in seconds.
+    Args:
+      predicted, truth: times in seconds, in any order.
+      tolerance: seconds.
 
-    Returns: (4,) float64; `scores_of_counts` makes figures of the sum over clips.
+    Returns:
+      (4,) float64; `scores_of_counts` computes the metrics from their sum over clips.
     """
     errors = _matches(np.sort(predicted), np.sort(truth), tolerance)
     return np.array([len(errors), len(predicted), len(truth), np.sum(np.abs(errors))], float)
@@ -97,13 +104,17 @@ def onset_scores(
 ) -> dict[str, float]:
     """How well detected onsets agree with the true times, counted over all clips together.
 
-    Args: predicted, truth: one array of times in seconds for each clip, in any order; tolerance in
-    seconds. Merge both by `merge_close` first if what is closer cannot be told apart.
+    Args:
+      predicted, truth: for each clip an array of times in seconds, in any order. Apply
+        `merge_close` first, since the detector cannot tell apart onsets that are closer.
+      tolerance: seconds.
 
-    Returns: precision, recall and f1 of a largest one-to-one matching (0 where nothing can be
-    counted), timing_error_ms, the mean absolute error of the matched pairs (NaN without any).
+    Returns:
+      precision, recall and f1 of a largest one-to-one matching (0 where nothing can be counted),
+      and timing_error_ms, the mean absolute error of the matched pairs (NaN if there are none).
 
-    Raises: ValueError if the numbers of clips differ.
+    Raises:
+      ValueError: the numbers of clips differ.
     """
     if len(predicted) != len(truth):
         raise ValueError(f"{len(predicted)} predicted clips, but {len(truth)} true ones")

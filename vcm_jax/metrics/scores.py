@@ -1,7 +1,7 @@
-"""Scores on what pretrained networks make of sounds: logits and embeddings, one row a clip.
+"""Scores from outputs of pretrained networks: logits and embeddings, one row per clip.
 
-Equal to those of av-benchmark (github.com/hkchengrex/av-benchmark), the protocol of MMAudio's and
-SoundVCM's tables, computed in float64.
+They equal those of av-benchmark (github.com/hkchengrex/av-benchmark), the protocol of the tables of
+MMAudio and SoundVCM, computed in float64.
 """
 
 import numpy as np
@@ -33,9 +33,11 @@ def _log_softmax(logits: np.ndarray) -> np.ndarray:
 def kl_divergence(pred_logits: np.ndarray, truth_logits: np.ndarray) -> float:
     """Mean over clips of KL(truth || pred) between softmax class probabilities, in nats.
 
-    Args: pred_logits, truth_logits: (clips, classes), row i of both the same clip.
+    Args:
+      pred_logits, truth_logits: (clips, classes); row i of both belongs to the same clip.
 
-    Raises: ValueError for other or differing shapes, or values that are not finite.
+    Raises:
+      ValueError: other or differing shapes, or values that are not finite.
     """
     pred, truth = _checked(pred_logits=pred_logits, truth_logits=truth_logits)
     log_p, log_t = _log_softmax(pred), _log_softmax(truth)
@@ -45,12 +47,16 @@ def kl_divergence(pred_logits: np.ndarray, truth_logits: np.ndarray) -> float:
 def inception_score(logits: np.ndarray, splits: int = 10, seed: int = 2020) -> tuple[float, float]:
     """Mean and standard deviation of the inception score over chunks (Salimans et al. 2016).
 
-    exp(mean over rows of KL(p(class | row) || p(class))), in each of `splits` chunks of the rows,
-    which are shuffled first. The score depends on their order.
+    The score of a chunk is exp(mean over its rows of KL(p(class | row) || p(class))). The rows are
+    shuffled and split into `splits` chunks, so that the score depends on their order.
 
-    Args: logits: (clips, classes); seed: of `numpy.random.RandomState`, as the protocol has it.
+    Args:
+      logits: (clips, classes).
+      splits: number of chunks.
+      seed: of `numpy.random.RandomState`, as in the protocol.
 
-    Raises: ValueError for other shapes, values that are not finite, or fewer clips than chunks.
+    Raises:
+      ValueError: other shapes, values that are not finite, or fewer clips than chunks.
     """
     (logits,) = _checked(logits=logits)
     count = len(logits)
@@ -70,10 +76,11 @@ def inception_score(logits: np.ndarray, splits: int = 10, seed: int = 2020) -> t
 def cosine_score(a: np.ndarray, b: np.ndarray) -> float:
     """Mean over clips of the cosine between rows of a and b, (clips, d) each.
 
-    The IB score with ImageBind's embeddings of video and sound, the CLAP score with CLAP's of
-    caption and sound. In [-1, 1]; papers report the IB score times 100.
+    With ImageBind's embeddings of video and sound it is the IB score, with CLAP's embeddings of
+    caption and sound the CLAP score. It lies in [-1, 1]; papers report the IB score times 100.
 
-    Raises: ValueError for other or differing shapes, values that are not finite, or a row of zeros.
+    Raises:
+      ValueError: other or differing shapes, values that are not finite, or a row of zeros.
     """
     a, b = _checked(a=a, b=b)
     norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
@@ -83,12 +90,14 @@ def cosine_score(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def desync(logits_first: np.ndarray, logits_last: np.ndarray) -> float:
-    """DeSync: mean absolute offset in seconds between sound and picture, as Synchformer sees it.
+    """DeSync: mean absolute offset in seconds between sound and picture, estimated by Synchformer.
 
-    Args: logits_first, logits_last: (clips, 21), of the first and the last 4.8 s of each clip;
-    class k is an offset of -2 + 0.2 k seconds.
+    Args:
+      logits_first, logits_last: (clips, 21), of the first and the last 4.8 s of each clip; class k
+        is an offset of -2 + 0.2 k seconds.
 
-    Raises: ValueError for other or differing shapes, or values that are not finite.
+    Raises:
+      ValueError: other or differing shapes, or values that are not finite.
     """
     first, last = _checked(logits_first=logits_first, logits_last=logits_last)
     if first.shape[1] != len(DESYNC_GRID):

@@ -1,10 +1,11 @@
-"""Figures of a set of sounds against the true ones, from waveforms alone: our own, not the papers'.
+"""Metrics of a set of sounds against the true ones, from waveforms alone: ours, not the papers'.
 
-One pass over the clips keeps what each adds to every figure, so that a figure of any resampling of
-the clips (a bootstrap interval) costs next to nothing.
+One pass over the clips keeps what each clip contributes to every metric. The metrics of any
+resampling of the clips (for bootstrap intervals) then take no second pass over the sounds.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 
@@ -12,15 +13,23 @@ from vcm_jax.metrics.frechet import RunningGaussian, frechet_distance, log_mel_f
 from vcm_jax.metrics.loudness import loudness, spectral_convergence
 from vcm_jax.metrics.onset import count_onsets, detect_onsets, merge_close, scores_of_counts
 
-# What the figures are called, how they are shown, and whether less is better.
-FIGURES = {
-    "onset_f1": ("onset F1", ".3f", False),
-    "onset_timing_error_ms": ("timing error, ms", ".1f", True),
-    "log_mel_fd": ("log-mel FD", ".3f", True),
-    "spectral_convergence": ("spectral convergence", ".3f", True),
-    "loudness_error_db": ("loudness error, dB", ".2f", True),
+
+class Metric(NamedTuple):
+    """How a metric is shown: its label, the format of its value, and whether less is better."""
+
+    label: str
+    format: str
+    less_is_better: bool
+
+
+METRICS = {
+    "onset_f1": Metric("onset F1", ".3f", False),
+    "onset_timing_error_ms": Metric("timing error, ms", ".1f", True),
+    "log_mel_fd": Metric("log-mel FD", ".3f", True),
+    "spectral_convergence": Metric("spectral convergence", ".3f", True),
+    "loudness_error_db": Metric("loudness error, dB", ".2f", True),
 }
-_CENTRE = -3.0  # log10 power, about the middle of log-mel features: sums about it keep digits
+_CENTRE = -3.0  # log10 power, near the mean of log-mel features: sums about it lose few digits
 
 
 def _moments(rows: np.ndarray) -> np.ndarray:
@@ -37,13 +46,13 @@ def _gaussian(moments: np.ndarray, width: int) -> RunningGaussian:
     return gaussian
 
 
-class SoundFigures:
-    """What every clip adds to the figures, gathered clip by clip.
+class SoundMetrics:
+    """What every clip contributes to the metrics, collected clip by clip.
 
     Attributes:
-      clips: ids, in the order in which they came.
-      per_clip: name -> one number a clip, in that order: onset_f1, spectral_convergence (NaN where
-        the true sound is silent), loudness_error_db, and log_mel_error, the root mean square
+      clips: ids, in the order in which they were added.
+      per_clip: name -> one number per clip, in that order: onset_f1, spectral_convergence (NaN
+        where the true sound is silent), loudness_error_db, and log_mel_error, the root mean square
         difference of log-mel frames in dB.
     """
 
@@ -55,9 +64,11 @@ class SoundFigures:
         self._counts, self._pred, self._truth = [], [], []
 
     def add(self, clip: str, pred: np.ndarray, truth: np.ndarray) -> None:
-        """Takes a clip's sounds, (samples,) each and of equal length, at least 64 ms.
+        """Adds a clip's sounds, (samples,) each and of equal length, at least 64 ms.
 
-        Raises: ValueError for other shapes, or values that are not finite; it names the clip.
+        Raises:
+          ValueError: other shapes, or values that are not finite; the message names the clip, which
+            is then not added.
         """
         rate = self.sample_rate
         try:
@@ -85,76 +96,83 @@ class SoundFigures:
         }.items():
             self.per_clip.setdefault(name, []).append(float(value))
 
+    def extend(self, other: "SoundMetrics") -> None:
+        """Adds the clips of another, of the same sample rate."""
+        self.clips += other.clips
+        self._counts += other._counts
+        self._pred += other._pred
+        self._truth += other._truth
+        self._width = other._width
+        for name, values in other.per_clip.items():
+            self.per_clip.setdefault(name, []).extend(values)
+
     def values(self, weights: np.ndarray | None = None) -> dict[str, float]:
-        """The figures over all clips, by the names of FIGURES.
+        """The metrics over all clips, by the names of METRICS.
 
         Onsets are counted over all clips together (`onset_scores`; 50 ms), detected in both
-        sounds; log_mel_fd is the Frechet distance of single log-mel frames; the others are means.
+        sounds; log_mel_fd is the Frechet distance of single log-mel frames; the others are means
+        over clips.
 
-        Args: weights: (clips,), how often each clip counts; None: once.
+        Args:
+          weights: (clips,), how often each clip counts; None: once.
 
-        Raises: ValueError without any clip.
+        Raises:
+          ValueError: there are no clips.
         """
         if not self.clips:
-            raise ValueError("no clips: there is nothing to make figures of")
+            raise ValueError("no clips: there is nothing to measure")
         weights = np.ones(len(self.clips)) if weights is None else np.asarray(weights, float)
         onsets = scores_of_counts(weights @ np.stack(self._counts))
         gaussians = [
             _gaussian(weights @ np.stack(moments), self._width)
             for moments in (self._pred, self._truth)
         ]
-
-        def mean(name):
-            values = np.array(self.per_clip[name])
-            there = np.isfinite(values)
-            total = weights[there].sum()
-            return float(weights[there] @ values[there] / total) if total else float("nan")
-
         return {
             "onset_f1": onsets["f1"],
             "onset_timing_error_ms": onsets["timing_error_ms"],
             "log_mel_fd": frechet_distance(*gaussians),
-            "spectral_convergence": mean("spectral_convergence"),
-            "loudness_error_db": mean("loudness_error_db"),
+            "spectral_convergence": self._mean("spectral_convergence", weights),
+            "loudness_error_db": self._mean("loudness_error_db", weights),
         }
 
+    def _mean(self, name: str, weights: np.ndarray) -> float:
+        """The weighted mean over the clips that have a value; NaN without any."""
+        values = np.array(self.per_clip[name])
+        there = np.isfinite(values)
+        total = weights[there].sum()
+        return float(weights[there] @ values[there] / total) if total else float("nan")
+
     def counts(self) -> dict[str, int]:
-        """How many clips each figure rests on."""
+        """The number of clips that each metric rests on."""
         audible = int(np.isfinite(self.per_clip["spectral_convergence"]).sum())
-        return {name: len(self.clips) for name in FIGURES} | {"spectral_convergence": audible}
-
-
-def sound_figures(
-    pairs: Iterable[tuple[str, np.ndarray, np.ndarray]], sample_rate: int
-) -> SoundFigures:
-    """SoundFigures of (clip, generated sound, true sound), each (samples,)."""
-    figures = SoundFigures(sample_rate)
-    for clip, pred, truth in pairs:
-        figures.add(clip, pred, truth)
-    return figures
+        return {name: len(self.clips) for name in METRICS} | {"spectral_convergence": audible}
 
 
 def bootstrap(
-    sets: Mapping[str, SoundFigures], draws: int = 1000, seed: int = 0
+    sets: Mapping[str, SoundMetrics], draws: int = 1000, seed: int = 0
 ) -> dict[str, dict[str, np.ndarray]]:
-    """Figures of resampled clips: set -> figure -> (draws,); every set sees the same draws.
+    """Metrics of resampled clips: set -> metric -> (draws,); all sets see the same draws.
 
-    Intervals are percentiles of these, and those of the difference between two sets percentiles
-    of the differences, in which what makes clips hard for all sets cancels (Efron and Tibshirani
-    1993). They tell of the choice of clips, not of the noise or the training run.
+    Confidence intervals are percentiles of these values. Intervals of the difference between two
+    sets are percentiles of the differences, in which the difficulty of a clip cancels (Efron and
+    Tibshirani 1993). They reflect the choice of clips, not the noise or the training run.
 
-    Args: sets: over the same clips in the same order.
+    Args:
+      sets: over the same clips in the same order.
+      draws: how often all clips are resampled.
+      seed: any integer.
 
-    Raises: ValueError when the clips differ.
+    Raises:
+      ValueError: the clips differ.
     """
-    clips = {tuple(figures.clips) for figures in sets.values()}
+    clips = {tuple(metrics.clips) for metrics in sets.values()}
     if len(clips) != 1:
         raise ValueError("the sets must have the same clips in the same order")
     size = len(next(iter(clips)))
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(seed % 2**64)
     weights = rng.multinomial(size, np.full(size, 1 / size), draws)
     found = {}
-    for name, figures in sets.items():
-        rows = [figures.values(row) for row in weights]
-        found[name] = {key: np.array([row[key] for row in rows]) for key in FIGURES}
+    for name, metrics in sets.items():
+        rows = [metrics.values(row) for row in weights]
+        found[name] = {key: np.array([row[key] for row in rows]) for key in METRICS}
     return found

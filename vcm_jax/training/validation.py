@@ -11,8 +11,8 @@ from absl import logging
 from jax.experimental import multihost_utils
 
 from vcm_jax import sampling
-from vcm_jax.metrics import SoundFigures, frechet_distance
-from vcm_jax.metrics.sounds import FIGURES
+from vcm_jax.metrics import SoundMetrics, frechet_distance
+from vcm_jax.metrics.sounds import METRICS
 from vcm_jax.objectives.vcm import VCMConfig
 from vcm_jax.runs import checkpoint
 from vcm_jax.training.step import encode_batch
@@ -64,7 +64,7 @@ def figures(
       place: a replicated NamedSharding where batches are spread over processes; None elsewhere.
 
     Returns:
-      "val/FIGURE_N_steps" for the figures of `SoundFigures.values`, and latent_fd, the Frechet
+      "val/FIGURE_N_steps" for the figures of `SoundMetrics.values`, and latent_fd, the Frechet
       distance of single latent tokens in units of the training data's standard deviation.
 
       NaN where the weights make sounds that are not finite.
@@ -90,7 +90,7 @@ def figures(
     values, std = {}, np.asarray(jax.device_get(stats["latent_std"]))
     truth = [codec.decode(latent) for latent in found[steps[0]][1]]
     for num, (latents, true_latents) in found.items():
-        sounds = SoundFigures(codec.sample_rate)
+        sounds = SoundMetrics(codec.sample_rate)
         try:
             for i, latent in enumerate(latents):
                 sounds.add(f"validation clip {i}", codec.decode(latent), truth[i])
@@ -101,7 +101,7 @@ def figures(
             librosa.ParameterError,
         ) as error:  # bad weights must not end a run that may recover
             logging.warning("no figures in %d steps: %s", num, error)
-            one = dict.fromkeys([*FIGURES, "latent_fd"], float("nan"))
+            one = dict.fromkeys([*METRICS, "latent_fd"], float("nan"))
         values |= {f"val/{name}_{num}_steps": value for name, value in one.items()}
     return values
 
