@@ -15,7 +15,9 @@ def atomic_path(path):
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    # File systems allow 255 bytes for a name.
+    name = os.fsencode(path.name)[:200].decode("utf-8", "ignore")
+    temporary = path.with_name(f".{name}.{secrets.token_hex(4)}.tmp")
     try:
         yield temporary
         os.replace(temporary, path)

@@ -29,8 +29,9 @@ class MediaError(ValueError):
 
 
 def shown(path) -> str:
-    """A path for messages: bytes that are not UTF-8 become escapes such as \\xff."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
+    """A path for messages: line breaks, and bytes that are not UTF-8, become escapes (\\xff)."""
+    name = os.fsencode(path).decode("utf-8", "backslashreplace")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
 
 
 def ffmpeg_name(path) -> str:
