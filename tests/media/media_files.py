@@ -21,6 +21,7 @@ class Movie:
       rate: frames per second.
       gaps: seconds between frames; () for 1 / rate.
       b_frames: how many in a row.
+      group: frames from one key frame to the next.
       sar: sample aspect ratio.
       rotation, mirrored: as `set_display_rotation`; only mp4 and mov hold them.
       layout: of the channels; None for a file without sound.
@@ -37,6 +38,7 @@ class Movie:
     rate: Fraction = Fraction(25)
     gaps: tuple[float, ...] = ()
     b_frames: int = 0
+    group: int = 12
     sar: Fraction = Fraction(1)
     rotation: int = 0
     mirrored: bool = False
@@ -99,7 +101,7 @@ def _add_picture(output, movie: Movie):
     stream.pix_fmt = _FORMATS.get(movie.codec, "yuv420p")
     context.time_base = Fraction(1, 60_000) if movie.gaps else 1 / movie.rate
     context.thread_count = 1
-    context.max_b_frames = movie.b_frames
+    context.max_b_frames, context.gop_size = movie.b_frames, movie.group
     context.sample_aspect_ratio = movie.sar
     if stream.pix_fmt != "rgb24":
         context.colorspace, context.color_range = movie.tags[1], _range(stream, movie)

@@ -95,7 +95,7 @@ def encoded_picture(source: Source, output, duration: float | None) -> tuple[lis
         frame.pict_type = av.video.frame.PictureType.NONE  # the encoder places its own key frames
         times.append(time)
         packets += stream.encode(frame)
-    source.check_damage("picture", None)
+    source.check_damage("picture")
     if stream is None:
         raise MediaError(f"{source.path}: no frame could be decoded")
     packets += stream.encode(None)

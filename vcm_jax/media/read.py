@@ -177,14 +177,14 @@ def _sample(source: Source, transforms, limits, start: float) -> tuple[dict, flo
     parts = 1000 if start and stream.time_base.denominator * 1000 < 2**31 else 1
     base = Fraction(stream.time_base) / parts
     begin = round(start / base)
-    rates, end, step, count = {}, 0.0, 0.0, 0
+    rates, end, step = {}, 0.0, 0.0
     for frame in source.frames(start):
         if not rates:
             rates = {fps: _FrameRate(fps, f, frame, base) for fps, f in transforms.items()}
         frame.pts = frame.pts * parts - begin
         step = float((frame.duration or 0) * stream.time_base)
         step = step or 1 / float(stream.average_rate or stream.guessed_rate or 25)
-        end, count = max(end, float(frame.pts * base) + step), count + 1
+        end = max(end, float(frame.pts * base) + step)
         for fps, rate in rates.items():
             rate.push(frame, limits[fps])
         if all(len(rate.outputs) >= limits[fps] for fps, rate in rates.items()):
@@ -193,8 +193,7 @@ def _sample(source: Source, transforms, limits, start: float) -> tuple[dict, flo
         for fps, rate in rates.items():
             rate.push(None, limits[fps])
     end = whole_frames(start + end, stream) - start if rates else end
-    usual = float(stream.average_rate or 0) * (start + end)
-    source.check_damage("picture", count / usual if usual > 0 else None)
+    source.check_damage("picture")
     return {fps: rate.outputs for fps, rate in rates.items()}, end, step
 
 

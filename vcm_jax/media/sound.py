@@ -110,6 +110,7 @@ class _Sound:
     def __init__(self, rate: int, begin: float | None, start: float, limit: int):
         self.rate, self.begin, self.start, self.limit = rate, begin, start, limit
         self.chunks, self.cursor = [], None  # cursor: where the next sample goes; below 0, nowhere
+        self.overlap = 0  # samples that come too late: their place is taken
 
     def add(self, time: float | None, samples, exact: bool) -> bool:
         """Append samples; a gap before them becomes zeros if it is longer than jitter, or `exact`.
@@ -127,9 +128,11 @@ class _Sound:
             return False
         if gap > 0 and (exact or gap > _GAP * self.rate):
             self._append(np.zeros((1, min(gap, self.limit - self.cursor)), np.float32))
-        elif gap < 0 and exact:
-            samples = samples[:, -gap:]
-        self._append(samples)
+        elif exact:
+            self.overlap = -gap
+        skipped = min(self.overlap, samples.shape[1])
+        self.overlap -= skipped
+        self._append(samples[:, skipped:])
         return True
 
     def _append(self, samples):

@@ -20,6 +20,7 @@ from vcm_jax.media.timeline import Line, continuous
 DAMAGE = 0.5  # of a stream's packets may be damaged: players show the rest, and so do we
 _OUTPUT_CORRUPT = 8  # AV_CODEC_FLAG_OUTPUT_CORRUPT
 _PATIENCE = 1000  # packets without a key frame, or that nobody can read or decode
+_HEADERS = 2**14  # bytes of a file that may belong to no packet, whatever its size
 _FAR = 5.0  # s; a start beyond is sought, not read up to
 _MARGIN = 1.0  # s; how far before the start to seek
 
@@ -111,6 +112,7 @@ class Source:
         self.lines = {}
         self.failed = self.passed = self._read_bytes = 0
         self._reason, self._ended, self._sought = "", False, False
+        self._count, self._last = 0, None  # frames decoded, and the last one's time
         self._ahead, self._reader = collections.deque(), self._read()
         if self.picture is not None:
             self._find_start()
@@ -238,14 +240,13 @@ class Source:
             self.container.seek(ticks, stream=self.picture)
             self._ahead.clear()
             self._reader = self._read()
-        first = True
         for frame in self._frames():
-            if first and self._sought and frame.pts * base > start:
+            if not self._count and self._sought and frame.pts * base > start:
                 self.container.close()  # FFmpeg went too far: read from the beginning
                 self.__init__(self.file)
                 yield from self.frames()
                 return
-            first = False
+            self._last, self._count = frame.pts, self._count + 1
             yield frame
 
     def _frames(self):
@@ -274,12 +275,15 @@ class Source:
                 frame.pts = time - self.zero
                 yield frame
 
-    def check_damage(self, what: str, seen: float | None = None):
-        """Log how many damaged packets were skipped.
+    def _seen(self) -> float:
+        """Which fraction of the picture's time has frames, at its mean frame rate."""
+        if self._last is None:  # only sound was read
+            return 0.0 if self.failed else 1.0
+        rate = float(self.picture.average_rate or 0)
+        return self._count / max(1.0, rate * float(self._last * self.picture.time_base))
 
-        Args:
-          what: picture or sound, for the message.
-          seen: which fraction of the time has frames (None: not known).
+    def check_damage(self, what: str):
+        """Log how many damaged packets of the picture or sound (`what`) were skipped.
 
         Raises:
           MediaError: most of what was read is damaged.
@@ -289,14 +293,19 @@ class Source:
             # A file that was cut off has fewer packets than its index says.
             total = max(total, len(self.picture.index_entries))
         lost = total - self.passed
-        bytes_lost = 1 - self._read_bytes / max(1, os.path.getsize(self.file))
-        gone = self._ended and not self._sought and bytes_lost > DAMAGE
-        if lost > DAMAGE * total or (gone and (lost if seen is None else seen < 1 - DAMAGE)):
-            why = f" ({self._reason})" if self._reason else ""
+        why = f" ({self._reason})" if self._reason else ""
+        if lost > DAMAGE * total:
             raise MediaError(
-                f"{self.path}: damaged: {lost} of {total} packets of the {what} cannot be decoded, "
-                f"and {bytes_lost:.0%} of the file belong to no packet{why}"
+                f"{self.path}: damaged: {lost} of {total} packets of the {what} cannot be decoded"
+                f"{why}"
             )
+        if self._ended and not self._sought and self._seen() < 1 - DAMAGE:
+            size = os.path.getsize(self.file)
+            if size - self._read_bytes > max(DAMAGE * size, _HEADERS):
+                raise MediaError(
+                    f"{self.path}: damaged: only {self._read_bytes} of its {size} bytes can be "
+                    f"read{why}"
+                )
         if lost:
             logging.warning(
                 "%s: skipped %d of %d packets of the %s, which are damaged",

@@ -80,14 +80,13 @@ def _write_movie(video_path, out_path, picture, audio, sample_rate: int, kind: s
     """Write the packets that `picture` gives for a video, and a sound as long as they are.
 
     Returns:
-      seconds of the picture, times of its frames in decoding order.
+      seconds of the picture.
     """
     with opened(video_path) as source:
         source.need_picture()
         try:
             with _mp4_output(out_path, kind, sample_rate) as output:
                 packets, seconds = picture(source, output, duration)
-                times = [packet.pts * Fraction(packet.time_base) for packet in packets]
                 samples = round(seconds * sample_rate)
                 sound = np.pad(audio[:samples], (0, max(0, samples - len(audio))))
                 _mux(output, packets + _audio_packets(output, sound, sample_rate))
@@ -95,7 +94,7 @@ def _write_movie(video_path, out_path, picture, audio, sample_rate: int, kind: s
             raise MediaError(
                 f"{source.path}: cannot be written as mp4 ({reason(error)})"
             ) from error
-    return seconds, times
+    return seconds
 
 
 def mux_audio(video_path, audio: np.ndarray, sample_rate: int, out_path, duration=None) -> float:
@@ -123,11 +122,11 @@ def mux_audio(video_path, audio: np.ndarray, sample_rate: int, out_path, duratio
     with atomic_path(out_path) as temporary:
         arguments = audio, sample_rate, kind, duration
         try:
-            seconds, times = _write_movie(video_path, temporary, copied_picture, *arguments)
-            check_copy(video_path, temporary, times)
+            seconds = _write_movie(video_path, temporary, copied_picture, *arguments)
+            check_copy(video_path, temporary, duration)
         except (NotCopied, MediaError) as error:
             logging.info("%s: encoded anew, not copied: %s", shown(video_path), error)
-            seconds, _ = _write_movie(video_path, temporary, encoded_picture, *arguments)
+            seconds = _write_movie(video_path, temporary, encoded_picture, *arguments)
     return seconds
 
 
