@@ -29,7 +29,7 @@ __all__ = [
 
 # Formats whose headers say exactly how long a stream is. Others give the length of the longest
 # stream, an estimate from the bit rate, or, for live recordings, nothing.
-_EXACT = {"mov", "avi", "wav", "flac", "aiff"}
+_EXACT = {"mov", "avi", "wav", "flac", "aiff", "ogg"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,9 +181,10 @@ def _sample(source: Source, transforms, limits, start: float) -> tuple[dict, flo
     for frame in source.frames(start):
         if not rates:
             rates = {fps: _FrameRate(fps, f, frame, base) for fps, f in transforms.items()}
+        usual = 1 / ((stream.average_rate or stream.guessed_rate or 25) * stream.time_base)
+        step = float((frame.duration or usual) * stream.time_base)
         frame.pts = frame.pts * parts - begin
-        step = float((frame.duration or 0) * stream.time_base)
-        step = step or 1 / float(stream.average_rate or stream.guessed_rate or 25)
+        frame.duration = round((frame.duration or usual) * parts)
         end = max(end, float(frame.pts * base) + step)
         for fps, rate in rates.items():
             rate.push(frame, limits[fps])

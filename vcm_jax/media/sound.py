@@ -12,6 +12,13 @@ from vcm_jax.media.streams import MediaError, opened, shown
 
 _GAP = 0.1  # s; FFmpeg's own limit (min_hard_comp) between jittering time stamps and a real gap
 _CODEC_FRAME = 2048  # samples in the longest frame of AAC
+_UNTIMED = {
+    "aac",
+    "ac3",
+    "eac3",
+    "mp3",
+}  # where FFmpeg counts packets as if their rate never changed
+_LONGEST = 1e7  # s; time stamps have 64 bits
 _LONGEST_GAP = 3600  # s
 _CANCELLED = 0.01  # of a channel's power is left when the channels are added up
 
@@ -20,12 +27,14 @@ def check_start(path, start: float) -> None:
     """Refuse what is no number of seconds into a clip.
 
     Raises:
-      MediaError: `start` is negative, infinite or not a number.
+      MediaError: `start` is negative, infinite or not a number, or as large as no clip is long.
     """
     if not (math.isfinite(start) and start >= 0):
         raise MediaError(
             f"{shown(path)}: start must be a finite number of seconds, 0 or more, not {start:g}"
         )
+    if start >= _LONGEST:
+        raise MediaError(f"{shown(path)}: start {start:g} s is past the end of any clip")
 
 
 def is_silent(audio: np.ndarray) -> bool:
@@ -81,7 +90,8 @@ def _decoded(source, stream, rate: int):
       (time in seconds or None, samples (1 or 2, n), whether to place them exactly at that time).
       Otherwise time stamps jitter, and sound simply follows sound.
     """
-    resampler, exact, offset = _Resampler(rate), False, 0
+    resampler, exact, offset, timed = _Resampler(rate), False, 0, True
+    usual = stream.rate  # what the decoder changes
     streams = [stream] if source.picture is None else [stream, source.picture]
     for packet in itertools.chain(source.packets(*streams), [None]):
         if packet is not None and packet.stream_index != stream.index:
@@ -96,7 +106,9 @@ def _decoded(source, stream, rate: int):
         if frames is None:
             exact = True  # the sound of the damaged packet is missing
         for frame in frames or ():
-            frame.time_base = stream.time_base
+            if source.formats & _UNTIMED and frame.sample_rate != usual:
+                timed = False
+            frame.time_base, frame.pts = stream.time_base, frame.pts if timed else None
             for time, samples in resampler.push(frame):
                 yield time, samples, exact
                 exact = False

@@ -20,7 +20,7 @@ from vcm_jax.media.timeline import Line, continuous
 DAMAGE = 0.5  # of a stream's packets may be damaged: players show the rest, and so do we
 _OUTPUT_CORRUPT = 8  # AV_CODEC_FLAG_OUTPUT_CORRUPT
 _PATIENCE = 1000  # packets without a key frame, or that nobody can read or decode
-_HEADERS = 2**14  # bytes of a file that may belong to no packet, whatever its size
+_HEADERS = 2**12  # bytes of a file that may belong to no packet, whatever its size
 _FAR = 5.0  # s; a start beyond is sought, not read up to
 _MARGIN = 1.0  # s; how far before the start to seek
 
@@ -276,11 +276,12 @@ class Source:
                 yield frame
 
     def _seen(self) -> float:
-        """Which fraction of the picture's time has frames, at its mean frame rate."""
+        """Which fraction of the file's time has frames, at the picture's mean frame rate."""
         if self._last is None:  # only sound was read
             return 0.0 if self.failed else 1.0
-        rate = float(self.picture.average_rate or 0)
-        return self._count / max(1.0, rate * float(self._last * self.picture.time_base))
+        seconds = float(self._last * self.picture.time_base)
+        seconds = max(seconds, (self.container.duration or 0) / av.time_base)
+        return self._count / max(1.0, float(self.picture.average_rate or 0) * seconds)
 
     def check_damage(self, what: str):
         """Log how many damaged packets of the picture or sound (`what`) were skipped.
