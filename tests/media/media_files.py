@@ -111,13 +111,15 @@ def _add_picture(output, movie: Movie):
     return stream
 
 
-def _picture_packets(stream, movie: Movie):
+def _picture_packets(stream, movie: Movie, images=None):
     turned = movie.rotation % 180 == 90
     width, height = movie.size[::-1] if turned else movie.size
     for i, time in enumerate(movie.times):
         pixels = stored(image(i, width, height), movie.rotation, movie.mirrored)
+        pixels = pixels if images is None else images[i]
         frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), "rgb24")
-        frame = frame.reformat(format=stream.pix_fmt, dst_color_range=_range(stream, movie))
+        spaces = {"dst_colorspace": movie.tags[1], "dst_color_range": _range(stream, movie)}
+        frame = frame.reformat(format=stream.pix_fmt, **spaces)
         base = Fraction(stream.codec_context.time_base)
         frame.pts, frame.time_base = round(time / base) if movie.gaps else i, base
         frame.pict_type = 0
@@ -143,8 +145,8 @@ def sound_packets(stream, samples: np.ndarray, delay: float = 0.0):
     yield from stream.encode(None)
 
 
-def make(path, movie: Movie):
-    """Write a movie."""
+def make(path, movie: Movie, images=None):
+    """Write a movie, whose frames show their numbers or, as they are stored, `images`."""
     with av.open(str(path), "w", format=movie.container, options=dict(movie.options)) as output:
         picture = _add_picture(output, movie)
         packets = []
@@ -154,6 +156,6 @@ def make(path, movie: Movie):
             sound = output.add_stream(codec, rate=rate, layout=movie.layout)
             rows = sound.codec_context.layout.nb_channels
             packets += sound_packets(sound, noise(movie.sound, rows), movie.delay)
-        packets += _picture_packets(picture, movie)
+        packets += _picture_packets(picture, movie, images)
         output.mux(sorted(packets, key=lambda packet: packet.dts * packet.time_base))
     return path

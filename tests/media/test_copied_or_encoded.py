@@ -182,6 +182,25 @@ def test_what_few_players_show_is_encoded(tmp_path, codec, container, suffix):
         assert out.streams.video[0].codec_context.name == "h264"
 
 
+@pytest.mark.parametrize("codec", ["ffv1", "mjpeg", "png", "prores_ks", "libvpx"])
+@pytest.mark.parametrize("tags", [(1, 1, 1, 1), (1, 5, 6, 6), (2, 1, 1, 1)])
+def test_colours_stay(tmp_path, codec, tags):
+    """Bars of colour, in two colour spaces and both ranges, look the same after encoding."""
+    bars = np.array([[220, 40, 40], [40, 200, 40], [40, 40, 220], [200, 200, 40], [30, 30, 30],
+                     [230, 230, 230]], np.uint8)  # fmt: skip
+    picture = np.repeat(np.repeat(bars[None], 16, axis=1), 64, axis=0)
+    container = {"ffv1": "matroska", "libvpx": "webm"}.get(codec, "mov")
+    movie = dataclasses.replace(MUTE, codec=codec, container=container, count=2, size=(96, 64),
+                                tags=tags)  # fmt: skip
+    path = make(tmp_path / "a", movie, [picture] * 2)
+    before = read_frames(path, {25: np.copy})[25]
+    mux_audio(path, noise(1.0)[0], RATE, tmp_path / "out.mp4")
+    after = read_frames(tmp_path / "out.mp4", {25: np.copy})[25]
+    inside = np.arange(96) % 16 // 4 % 3 > 0  # away from the edges
+    difference = np.abs(before[0].astype(int) - after[0])[:, inside]
+    assert difference.mean() < 3 and difference.max() < 25
+
+
 def test_odd_sizes_are_kept(tmp_path):
     movie = dataclasses.replace(MUTE, codec="ffv1", container="matroska", size=(67, 49))
     frames, about, *_ = muxed(make(tmp_path / "odd.mkv", movie), tmp_path)

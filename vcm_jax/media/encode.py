@@ -36,6 +36,10 @@ def increasing(times: list, step) -> list:
     return result
 
 
+def _is_rgb(frame) -> bool:
+    return frame.format.is_rgb or frame.format.name.startswith("pal")
+
+
 def _encoder(output, video, frame):
     """A new stream of `output` that looks like `video`, whose first frame is `frame`."""
     rate = Fraction(video.average_rate or video.guessed_rate or 25)
@@ -54,7 +58,7 @@ def _encoder(output, video, frame):
     matrix = frame.side_data.get("DISPLAYMATRIX")
     if matrix is not None:
         stream.set_display_matrix(np.frombuffer(bytes(matrix), np.int32).tolist())
-    if frame.format.is_rgb or "pal" in frame.format.name:
+    if _is_rgb(frame):
         context.colorspace = context.color_primaries = context.color_trc = _BT709
         context.color_range = _LIMITED
     else:
@@ -88,7 +92,7 @@ def encoded_picture(source: Source, output, duration: float | None) -> tuple[lis
         # Without a destination FFmpeg takes the range of the source: nothing changes.
         frame = frame.reformat(
             context.width, context.height, "yuv420p",
-            dst_colorspace=_BT709 if frame.format.is_rgb else None,
+            dst_colorspace=_BT709 if _is_rgb(frame) else None,
             src_color_range=frame.color_range, dst_color_range=context.color_range,
         )  # fmt: skip
         frame.pts, frame.time_base = len(times), context.time_base

@@ -8,7 +8,7 @@ import av
 import numpy as np
 from absl import logging
 
-from vcm_jax.media.streams import MediaError, opened, shown
+from vcm_jax.media.streams import LONGEST_GAP, MediaError, opened, shown
 
 _GAP = 0.1  # s; FFmpeg's own limit (min_hard_comp) between jittering time stamps and a real gap
 _CODEC_FRAME = 2048  # samples in the longest frame of AAC
@@ -19,7 +19,6 @@ _UNTIMED = {
     "mp3",
 }  # where FFmpeg counts packets as if their rate never changed
 _LONGEST = 1e7  # s; time stamps have 64 bits
-_LONGEST_GAP = 3600  # s
 _CANCELLED = 0.01  # of a channel's power is left when the channels are added up
 
 
@@ -136,7 +135,7 @@ class _Sound:
             exact = True
             self.cursor = -round(self.start * self.rate) if place is None else min(place, 0)
         gap = 0 if place is None else place - self.cursor
-        if gap > _LONGEST_GAP * self.rate:
+        if gap > LONGEST_GAP * self.rate:
             return False
         if gap > 0 and (exact or gap > _GAP * self.rate):
             self._append(np.zeros((1, min(gap, self.limit - self.cursor)), np.float32))

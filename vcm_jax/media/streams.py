@@ -18,6 +18,7 @@ from av.stream import Disposition
 from vcm_jax.media.timeline import Line, continuous
 
 DAMAGE = 0.5  # of a stream's packets may be damaged: players show the rest, and so do we
+LONGEST_GAP = 3600  # s; more is a damaged time stamp
 _OUTPUT_CORRUPT = 8  # AV_CODEC_FLAG_OUTPUT_CORRUPT
 _PATIENCE = 1000  # packets without a key frame, or that nobody can read or decode
 _HEADERS = 2**12  # bytes of a file that may belong to no packet, whatever its size
@@ -87,7 +88,7 @@ class Source:
       formats: FFmpeg's names of the container format.
       container: PyAV's container.
       picture: the default video stream, else the first; cover art is none. None without.
-      sounds: the audio streams, default ones first.
+      sounds: the audio streams that FFmpeg can decode, default ones first.
       zero: time stamp of the start of the picture, in the picture's ticks.
       in_order: whether the picture's time stamps count frames in decoding order, as in AVI: only a
         decoder then knows when a frame is shown.
@@ -97,12 +98,16 @@ class Source:
 
     def __init__(self, path):
         self.file, self.path = path, shown(path)
-        self.container = container = av.open(ffmpeg_name(path), metadata_errors="ignore")
+        self._open()
+
+    def _open(self):
+        self.container = container = av.open(ffmpeg_name(self.file), metadata_errors="ignore")
         videos = [
             s for s in container.streams.video if not s.disposition & Disposition.attached_pic
         ]
         self.picture = min(videos, key=_default, default=None)
-        self.sounds = sorted(container.streams.audio, key=_default)
+        sounds = [stream for stream in container.streams.audio if stream.codec_context]
+        self.sounds = sorted(sounds, key=_default)
         self.formats = set(container.format.name.split(","))
         self._leaps = bool(FormatFlags.ts_discont.value & container.format.flags)
         if self.formats & {"avi", "matroska"}:
@@ -130,24 +135,22 @@ class Source:
         """
         if self.picture is None:
             raise MediaError(f"{self.path}: no video stream")
-        return self._decodable(self.picture)
+        if self.picture.codec_context is None:
+            raise MediaError(f"{self.path}: no decoder for its video stream")
+        return self.picture
 
     def need_sounds(self) -> list:
         """The audio streams, default ones first.
 
         Raises:
-          MediaError: there is none, or no decoder for one of them.
+          MediaError: there is none, or no decoder for any.
         """
         if not self.sounds:
-            raise MediaError(f"{self.path}: no audio stream")
-        return [self._decodable(stream) for stream in self.sounds]
-
-    def _decodable(self, stream):
-        if stream.codec_context is None:
-            raise MediaError(
-                f"{self.path}: this FFmpeg has no decoder for its {stream.type} stream"
+            what = (
+                "decoder for its audio stream" if self.container.streams.audio else "audio stream"
             )
-        return stream
+            raise MediaError(f"{self.path}: no {what}")
+        return self.sounds
 
     def _read(self):
         """All packets of all streams; what FFmpeg cannot read is skipped."""
@@ -185,7 +188,7 @@ class Source:
         if not pictures:
             return
         start = pictures[-1] if pictures[-1].is_keyframe else pictures[0]
-        self.in_order = start.pts is None
+        self.in_order = start.pts is None and start.dts is not None
         self.zero = (start.dts if self.in_order else start.pts) or 0
         if start is pictures[0] and not self.in_order and self.picture.start_time is not None:
             self.zero = self.picture.start_time  # an edit list may hide the first frames
@@ -243,7 +246,7 @@ class Source:
         for frame in self._frames():
             if not self._count and self._sought and frame.pts * base > start:
                 self.container.close()  # FFmpeg went too far: read from the beginning
-                self.__init__(self.file)
+                self._open()
                 yield from self.frames()
                 return
             self._last, self._count = frame.pts, self._count + 1
@@ -257,10 +260,10 @@ class Source:
             stream.codec_context.flags |= _OUTPUT_CORRUPT
         times, last = [], None  # times: a heap, of frames that are not shown yet
         for packet in itertools.chain(self.packets(stream), [None]):
-            if packet is not None and self.in_order:
+            if packet is not None and self.in_order and packet.dts is not None:
                 heapq.heappush(times, packet.dts)
             frames = self.decode(packet, stream)
-            if frames is None and packet is not None and self.in_order:
+            if frames is None and packet is not None and packet.dts in times:
                 times.remove(packet.dts)
                 heapq.heapify(times)
             for frame in frames or ():
@@ -271,6 +274,10 @@ class Source:
                     time = frame.pts
                 else:
                     time = self.zero if last is None else last + (frame.duration or 1)
+                if last is not None and (time - last) * stream.time_base > LONGEST_GAP:
+                    raise MediaError(
+                        f"{self.path}: the time stamps of its picture leap ahead by hours"
+                    )
                 last = time
                 frame.pts = time - self.zero
                 yield frame
