@@ -276,7 +276,7 @@ def check_media(source: RecordSource, clips: dict[str, Clip], count: int) -> lis
                 wrong["latents are not those of the file"].append(clip.id)
             if source.manifest.has_video:
                 fps = sequence.sync_fps
-                frames = read_frames(clip.path, {fps: small}, sequence.duration)[fps]
+                frames = read_frames(clip.path, {fps: small}, sequence.duration, clip.start)[fps]
                 # Half a second apart; compression noise is below half a step of 8 bits.
                 change = np.abs(np.diff(frames[:: fps // 2], axis=0)).mean(axis=(1, 2, 3))
                 if change.max(initial=0) < 0.5:

@@ -64,7 +64,7 @@ def _shrink(frame: np.ndarray) -> np.ndarray:
 def _pictures(clip, duration: float) -> str:
     """Four frames of a clip's video, side by side; nothing if it has none."""
     try:
-        frames = read_frames(clip.path, {4 / duration: _shrink})[4 / duration][:4]
+        frames = read_frames(clip.path, {4 / duration: _shrink}, duration, clip.start)[4 / duration]
     except MediaError:
         return ""
     buffer = io.BytesIO()

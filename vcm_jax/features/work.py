@@ -33,9 +33,7 @@ def read_sound(path, sequence: SequenceConfig, shortest: float, start: float = 0
     Raises:
       MediaError: unreadable, no sound, shorter than `shortest` seconds, or digital silence.
     """
-    skipped = round(start * sequence.sample_rate)
-    num_samples = skipped + sequence.num_samples
-    audio = read_audio(path, sequence.sample_rate, num_samples, shortest)[skipped:]
+    audio = read_audio(path, sequence.sample_rate, sequence.num_samples, shortest, start)
     if is_silent(audio):
         raise MediaError(f"{path}: digital silence")
     return audio
@@ -49,7 +47,7 @@ def read_pieces(path, sequence: SequenceConfig, start: float = 0.0) -> Iterator[
     Raises:
       MediaError: unreadable, or no sound.
     """
-    audio = read_audio(path, sequence.sample_rate)[round(start * sequence.sample_rate) :]
+    audio = read_audio(path, sequence.sample_rate, start=start)
     step, tolerance = sequence.duration * sequence.sample_rate, 0.1 * sequence.sample_rate
     for i in range(max(1, int((len(audio) + tolerance) // step))):
         piece = audio[round(i * step) :][: sequence.num_samples]
@@ -89,7 +87,8 @@ class Job:
         entry = {"id": clip.id} | common
         entry["sound"] = read_sound(clip.path, self.sequence, shortest, clip.start)
         if self.transforms:
-            entry["frames"] = read_frames(clip.path, self.transforms, self.sequence.duration)
+            duration = self.sequence.duration
+            entry["frames"] = read_frames(clip.path, self.transforms, duration, clip.start)
         yield entry
 
     def _encode(self, clip: Clip, entry: dict) -> dict:
