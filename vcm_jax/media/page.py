@@ -86,8 +86,11 @@ def lines(*children) -> list:
 
 def table(head: Sequence, rows: Iterable[Sequence], **attributes) -> Html:
     """A table; cells are text or Html."""
-    cells = lambda row, kind: element("tr", [element(kind, cell) for cell in row])
-    return element("table", cells(head, "th"), [cells(row, "td") for row in rows], **attributes)
+    return element("table", _row(head, "th"), [_row(row, "td") for row in rows], **attributes)
+
+
+def _row(cells: Sequence, kind: str) -> Html:
+    return element("tr", [element(kind, cell) for cell in cells])
 
 
 def write_document(path, title: str, *children) -> None:
