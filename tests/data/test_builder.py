@@ -210,8 +210,8 @@ def test_what_does_not_fit(vggsound, tmp_path):
     fails("none of fsd_final.json", "wavcaps", other)
 
 
-def test_parts_without_records_are_no_shards_to_tfds(tmp_path, monkeypatch):
-    monkeypatch.setattr(builder.extraction, "_CHUNK", 1)
+def test_shards_without_records_are_not_listed_to_tfds(tmp_path, monkeypatch):
+    monkeypatch.setattr(builder.extraction, "CLIPS_PER_SHARD", 1)
     for i in (0, 2):
         write_sound(tmp_path / "mine" / f"s{i}.wav", i)
     (tmp_path / "mine" / "s1.wav").write_bytes(b"no sound")

@@ -1,4 +1,4 @@
-"""What is done to each clip on its way to records, in this process and in workers."""
+"""What extraction does with each clip, in this process and in worker processes."""
 
 import concurrent.futures
 import dataclasses
@@ -18,20 +18,29 @@ from vcm_jax.media.read import MediaError, is_silent, read_audio, read_frames
 from vcm_jax.records.schema import RecordError, latent_sums, serialize
 from vcm_jax.records.sequence import SequenceConfig
 
-# What a bad file may raise: it must not end a run of days.
+# What a bad file may raise: it must not end a run that takes days.
 _EXPECTED = (ValueError, ArithmeticError, OSError)
+_SHORTEST_REMAINDER = 0.1  # s that the last segment of a long sound may lack
 
 
-class WorkerError(ValueError):
-    """A worker process is gone; one line."""
+class ExtractError(ValueError):
+    """An extraction that cannot run at all; the message is one line."""
 
 
 def read_sound(path, sequence: SequenceConfig, shortest: float, start: float = 0.0) -> np.ndarray:
-    """A clip's sound from `start` (seconds) on, (sequence.num_samples,) float32, cut or
-    zero-padded.
+    """Read a clip's sound.
+
+    Args:
+      path: sound or video file.
+      sequence: lengths of the clip.
+      shortest: seconds of sound that the file must have.
+      start: seconds from the beginning of the file to the beginning of the clip.
+
+    Returns:
+      (sequence.num_samples,) float32, cut or zero-padded.
 
     Raises:
-      MediaError: unreadable, no sound, shorter than `shortest` seconds, or digital silence.
+      MediaError: unreadable, no sound, shorter than `shortest`, or digital silence.
     """
     skipped = round(start * sequence.sample_rate)
     num_samples = skipped + sequence.num_samples
@@ -41,47 +50,53 @@ def read_sound(path, sequence: SequenceConfig, shortest: float, start: float = 0
     return audio
 
 
-def read_pieces(path, sequence: SequenceConfig, start: float = 0.0) -> Iterator[np.ndarray]:
-    """All pieces of `sequence.duration` of a sound from `start` on, each as `read_sound`'s.
+def read_segments(path, sequence: SequenceConfig, start: float = 0.0) -> Iterator[np.ndarray]:
+    """Split a sound into consecutive segments of `sequence.duration` seconds from `start` on.
 
-    What is left at the end is no piece (0.1 s may be missing), but a shorter sound is one, padded.
+    The remainder at the end is dropped unless it lacks at most 0.1 s. A sound shorter than one
+    segment gives one, zero-padded.
+
+    Yields:
+      (sequence.num_samples,) float32 each.
 
     Raises:
       MediaError: unreadable, or no sound.
     """
     audio = read_audio(path, sequence.sample_rate)[round(start * sequence.sample_rate) :]
-    step, tolerance = sequence.duration * sequence.sample_rate, 0.1 * sequence.sample_rate
+    step = sequence.duration * sequence.sample_rate
+    tolerance = _SHORTEST_REMAINDER * sequence.sample_rate
     for i in range(max(1, int((len(audio) + tolerance) // step))):
-        piece = audio[round(i * step) :][: sequence.num_samples]
-        yield np.pad(piece, (0, sequence.num_samples - len(piece)))
+        segment = audio[round(i * step) :][: sequence.num_samples]
+        yield np.pad(segment, (0, sequence.num_samples - len(segment)))
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What is the same for all clips.
+    """The settings that all clips share.
 
     Attributes:
       sequence: lengths.
-      transforms: of frames (`Encoders.frame_transforms`), None for sounds without pictures.
-      pieces: whether a sound gives all of its pieces.
-      text_rows: of each caption in the text table.
-      encoders, codec: None in a process that leaves their work to another one.
+      transforms: of frames (`Encoders.frame_transforms`); None for sounds without pictures.
+      segments: whether a sound is split into segments.
+      text_rows: {caption: its row in the text table}.
+      encoders, codec: None in a worker process that leaves their work to the main process.
     """
 
     sequence: SequenceConfig
     transforms: Mapping[float, Callable] | None
-    pieces: bool
+    segments: bool
     text_rows: Mapping[str, int]
     encoders: Encoders | None
     codec: object | None
 
     def _read(self, clip: Clip) -> Iterator[dict]:
         common = {"caption": clip.caption, "text_row": self.text_rows[clip.caption]}
-        if self.transforms is None and self.pieces:
-            for i, audio in enumerate(read_pieces(clip.path, self.sequence, clip.start)):
+        if self.segments:
+            length = round(self.sequence.duration * self.sequence.sample_rate)
+            for i, audio in enumerate(read_segments(clip.path, self.sequence, clip.start)):
                 entry = {"id": f"{clip.id}_{i}"}
-                if is_silent(audio[: round(self.sequence.duration * self.sequence.sample_rate)]):
-                    yield entry | {"failure": f"{clip.path}: digital silence in this piece"}
+                if is_silent(audio[:length]):
+                    yield entry | {"failure": f"{clip.path}: digital silence in this segment"}
                 else:
                     yield entry | common | {"sound": audio}
             return
@@ -93,7 +108,7 @@ class Job:
         yield entry
 
     def _encode(self, clip: Clip, entry: dict) -> dict:
-        """The entry with features and latents in place of what this process can encode."""
+        """Replace frames and sound in an entry by features and latents, if this process can."""
         try:
             if self.encoders and "frames" in entry:
                 frames = entry.pop("frames")
@@ -106,9 +121,11 @@ class Job:
         return entry
 
     def read(self, clip: Clip) -> list[dict]:
-        """The clip's records (several with `pieces`) as far as this process makes them.
+        """Read a clip and encode what this process can encode.
 
-        An entry with `failure`, the reason, stands for what cannot be used.
+        Returns:
+          One entry for each record (several with `segments`). An entry with a `failure`, the
+          reason, stands for something that cannot be used.
         """
         try:
             return [self._encode(clip, entry) for entry in self._read(clip)]
@@ -116,7 +133,11 @@ class Job:
             return [{"id": clip.id, "failure": _reason(clip, error)}]
 
     def finish(self, clip: Clip, entries: list[dict]) -> Iterator[tuple]:
-        """(id, serialized record, its latents' sums) or (id, None, reason) of what `read` gave."""
+        """Turn the entries of `read` into records.
+
+        Yields:
+          (id, serialized record, latent sums), or (id, None, reason) for what cannot be used.
+        """
         for entry in entries:
             entry = self._encode(clip, entry)
             if "failure" in entry:
@@ -138,18 +159,23 @@ def _reason(clip: Clip, error: Exception) -> str:
 _worker_job = None
 
 
+def _exit_with(parent) -> None:
+    parent.join()
+    os._exit(1)
+
+
 def _start_worker(job: Job, codec_folder):
     global _worker_job
-    # One process per core: further threads only get into each other's way, and an accelerator
+    # One thread in each process: further threads compete for the same cores, and an accelerator
     # has no room for several processes.
     threadpool_limits(1)
-    os.environ["OMP_NUM_THREADS"] = "1"  # of what is not loaded yet: torch
+    os.environ["OMP_NUM_THREADS"] = "1"  # for libraries that are not loaded yet, such as torch
     jax.config.update("jax_platforms", "cpu")
     codec = load_codec(codec_folder) if codec_folder else None
     _worker_job = dataclasses.replace(job, codec=codec)
-    parent = multiprocessing.parent_process()
     # A worker that waits for work does not notice that its parent was killed.
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=_exit_with, args=(parent,), daemon=True).start()
 
 
 def _work(clip: Clip) -> list[dict]:
@@ -157,12 +183,15 @@ def _work(clip: Clip) -> list[dict]:
 
 
 def run(job: Job, codec_folder, clips: list[Clip], workers: int) -> Iterator[list[tuple]]:
-    """Job.finish of every clip, in order, with `workers` processes.
+    """Process clips with `workers` processes.
 
-    Encoders and a codec that want an accelerator, or all cores, work in this process alone.
+    Encoders and a codec that use an accelerator or all cores run in this process alone.
+
+    Yields:
+      The results of `Job.finish` for each clip, in order.
 
     Raises:
-      WorkerError: one of them died.
+      ExtractError: a worker process died.
     """
     if workers <= 1:
         yield from (list(job.finish(clip, job.read(clip))) for clip in clips)
@@ -171,7 +200,8 @@ def run(job: Job, codec_folder, clips: list[Clip], workers: int) -> Iterator[lis
         job, encoders=None if job.encoders.on_device else job.encoders, codec=None
     )
     init = (for_worker, None if job.codec.on_device else codec_folder)
-    # Submitted a few at a time: what waits takes memory, the frames of a clip 60 MB.
+    # Few clips are submitted at a time, because results that wait take memory: 60 MB for the
+    # frames of a clip.
     ahead = workers * (2 if job.transforms and job.encoders.on_device else 8)
     spawn = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(workers, spawn, _start_worker, init) as pool:
@@ -186,4 +216,4 @@ def run(job: Job, codec_folder, clips: list[Clip], workers: int) -> Iterator[lis
                 clip, found = waiting.pop(0)
                 yield list(job.finish(clip, found.result()))
         except concurrent.futures.process.BrokenProcessPool:
-            raise WorkerError("a worker process died (killed, or out of memory)") from None
+            raise ExtractError("a worker process died (killed, or out of memory)") from None
