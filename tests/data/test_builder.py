@@ -141,7 +141,7 @@ def test_clotho(tmp_path):
         write_sound(folder / split / name, len(split), seconds=2.0)
     out = build("clotho", folder, tmp_path / "out", **SMALL)
     train = list(RecordSource(out / "train"))
-    assert len(train) == 10, "two pieces of 0.8 s in 2 s, five captions each"
+    assert len(train) == 10, "two segments of 0.8 s in 2 s, five captions each"
     assert train[0]["id"] == "Bäche [1] (rauschen)@0" and train[9]["id"].endswith("@0.8#5")
     assert [r["caption"] for r in train[5:]] == [f"development {i}" for i in range(5)]
     np.testing.assert_array_equal(train[0]["latent_mean"], train[4]["latent_mean"])

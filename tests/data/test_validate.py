@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 from vcm_jax.codec import LinearCodec
-from vcm_jax.data.validate import Survey, check_leaks, validate
+from vcm_jax.data.checks import check_leaks
+from vcm_jax.data.survey import Survey
+from vcm_jax.data.validate import validate
 from vcm_jax.features.extract import extract
 from vcm_jax.media.write import write_mp4
 from vcm_jax.records.schema import serialize, write_shard

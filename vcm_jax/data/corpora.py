@@ -1,7 +1,7 @@
-"""The layouts in which public corpora lie on disk: which file is which clip of which split.
+"""Public corpora as they are published: which file is which clip of which split.
 
-Each reader takes the folder of what was downloaded and gives {split: rows}; a row is (id, caption,
-file inside the folder, start in seconds).
+Each reader takes the folder of the downloaded files and returns {split: rows}; a row is (id,
+caption, file inside the folder, start in seconds).
 """
 
 import csv
@@ -15,7 +15,7 @@ from vcm_jax.media.clips import SOUND_SUFFIXES, VIDEO_SUFFIXES
 from vcm_jax.media.read import MediaError, probe
 
 Row = tuple[str, str, str, float]
-_WAVCAPS = {  # json: (part, words one of which is in the path of its files)
+_WAVCAPS = {  # list: (prefix of its ids, words of which one is in the path of its files)
     "fsd_final.json": ("freesound", ("freesound", "fsd")),
     "bbc_final.json": ("bbc", ("bbc",)),
     "as_final.json": ("audioset", ("audioset", "as_")),
@@ -23,11 +23,11 @@ _WAVCAPS = {  # json: (part, words one of which is in the path of its files)
 
 
 class CorpusError(ValueError):
-    """A folder that does not hold the corpus as it is published; one line."""
+    """A folder that does not hold the corpus as it is published; the message is one line."""
 
 
 class _Files:
-    """The sound and video files of a folder, found by stem or by path."""
+    """The sound and video files of a folder, by stem and by path."""
 
     def __init__(self, folder: Path):
         if not folder.is_dir():
@@ -40,8 +40,11 @@ class _Files:
                 self.by_path[_normal(path)] = path
 
     def named(self, *stems: str, words: tuple[str, ...] = ()) -> str:
-        """Path of the file with one of these stems, one with a word in its path first; else the
-        first stem, which extraction then reports as missing."""
+        """Find the file with one of these stems; a file with one of the `words` in its path wins.
+
+        Returns:
+          Its path, or the first stem if there is no file: extraction then reports it as missing.
+        """
         for stem in stems:
             found = self.by_stem.get(_normal(stem), [])
             fitting = [p for p in found if any(word in p.lower() for word in words)]
@@ -51,12 +54,12 @@ class _Files:
 
 
 def _normal(text: str) -> str:
-    """File systems differ in how they spell letters with accents."""
+    """A name in Unicode's composed form: file systems encode letters with accents differently."""
     return unicodedata.normalize("NFC", text)
 
 
 def _read_csv(path: Path, columns: tuple[str, ...]) -> list[dict]:
-    """Rows of a csv with this header."""
+    """Read the rows of a CSV file that has these columns."""
     if not path.is_file():
         raise CorpusError(f"{path}: no such file")
     try:
@@ -80,12 +83,12 @@ def _read_csv(path: Path, columns: tuple[str, ...]) -> list[dict]:
 def vggsound(
     folder: Path, *, val_list: Path | None = None, val_size: int = 2048
 ) -> dict[str, list[Row]]:
-    """VGGSound: vggsound.csv (id, start, label, split, without header) and ID_SSSSSS.mp4 files
-    anywhere in the folder.
+    """VGGSound: vggsound.csv and files ID_SSSSSS.mp4 anywhere in the folder.
 
-    The csv has no validation split. It is taken out of train: the ids (file stems) in the first
-    column of `val_list`, a TSV with a header such as MMAudio's; without one the `val_size` ids
-    whose SHA-256 is smallest, whatever files are there.
+    vggsound.csv has the columns id, start, label and split, but no header and no validation split.
+    The validation split is taken out of train: the ids (file stems) in the first column of
+    `val_list`, a TSV with a header such as MMAudio's, or else the `val_size` ids whose SHA-256 is
+    smallest, whether or not their files exist.
     """
     path, files = folder / "vggsound.csv", _Files(folder)
     splits = {"train": [], "val": [], "test": []}
@@ -126,10 +129,10 @@ def vggsound(
 
 
 def audiocaps(folder: Path, *, pattern: str | None = None) -> dict[str, list[Row]]:
-    """AudioCaps: {train,val,test}.csv and sounds named YOUTUBEID_START, YOUTUBEID or AUDIOCAP_ID,
-    or as `pattern` says, for example "{youtube_id}_{start_time}".
+    """AudioCaps: {train,val,test}.csv and sounds named YOUTUBEID_START, YOUTUBEID or AUDIOCAP_ID.
 
-    Ids are YOUTUBEID_START; a clip's further captions get #2, #3, ...
+    `pattern` describes other file names, for example "{youtube_id}_{start_time}". Ids are
+    YOUTUBEID_START; #2, #3, ... are appended for further captions of a clip.
     """
     files, splits = _Files(folder), {}
     columns = ("audiocap_id", "youtube_id", "start_time", "caption")
@@ -151,8 +154,8 @@ def audiocaps(folder: Path, *, pattern: str | None = None) -> dict[str, list[Row
 def clotho(folder: Path, *, duration: float = 8.0) -> dict[str, list[Row]]:
     """Clotho: clotho_captions_{development,validation,evaluation}.csv and folders of these names.
 
-    Sounds of 15 to 30 s are cut into pieces of `duration` seconds that do not overlap, a row per
-    piece and caption: ids STEM@SECOND, with #2 ... #5 for the further captions.
+    Sounds of 15 to 30 s are split into consecutive segments of `duration` seconds. Each segment
+    gives a row for every caption: ids are STEM@SECOND, with #2 ... #5 for the further captions.
     """
     files, splits = _Files(folder), {}
     captions = tuple(f"caption_{i}" for i in range(1, 6))
@@ -164,11 +167,11 @@ def clotho(folder: Path, *, duration: float = 8.0) -> dict[str, list[Row]]:
             file = f"{name}/{row['file_name']}"
             file = files.by_path.get(_normal(file), file)
             try:
-                pieces = max(1, int((probe(folder / file).duration + 1e-3) // duration))
+                segments = max(1, int((probe(folder / file).duration + 1e-3) // duration))
             except MediaError:
-                pieces = 1  # extraction reports it
+                segments = 1  # extraction reports the error
             stem = Path(row["file_name"]).stem
-            for start in (piece * duration for piece in range(pieces)):
+            for start in (segment * duration for segment in range(segments)):
                 clip_id = f"{stem}@{start:g}"
                 rows += [(clip_id, row[column], file, start) for column in captions]
         splits[split] = _number(rows)
@@ -176,25 +179,25 @@ def clotho(folder: Path, *, duration: float = 8.0) -> dict[str, list[Row]]:
 
 
 def wavcaps(folder: Path) -> dict[str, list[Row]]:
-    """WavCaps: fsd_final.json, bbc_final.json, as_final.json, as many as there are, and the sounds
-    anywhere in the folder. All of it is for training. Ids are PART/ID.
+    """WavCaps: any of fsd_final.json, bbc_final.json and as_final.json, and sounds anywhere.
 
-    Where two parts have files of one name, the one with freesound (or fsd), bbc or audioset in its
-    path is that part's.
+    All clips are for training. Ids are SUBSET/ID, where SUBSET is freesound, bbc or audioset. If
+    files of several subsets have the same name, the path tells them apart: it contains freesound
+    (or fsd), bbc or audioset.
     """
     files, rows = _Files(folder), []
     found = [path for path in sorted(folder.rglob("*.json")) if path.name in _WAVCAPS]
     if not found:
         raise CorpusError(f"{folder}: none of {', '.join(_WAVCAPS)}")
     for path in found:
-        part, words = _WAVCAPS[path.name]
+        subset, words = _WAVCAPS[path.name]
         try:
             entries = json.loads(path.read_text(encoding="utf-8"))["data"]
             for entry in entries:
                 clip_id = str(entry["id"])
                 stem = clip_id.removesuffix(".wav").removesuffix(".flac")
                 file = files.named(stem, words=words)
-                rows.append((f"{part}/{stem}", entry["caption"], file, 0.0))
+                rows.append((f"{subset}/{stem}", entry["caption"], file, 0.0))
         except (KeyError, TypeError, ValueError) as error:
             reason = f"no field {error}" if isinstance(error, KeyError) else error
             raise CorpusError(f"{path}: not a WavCaps list ({reason})") from error
@@ -202,8 +205,11 @@ def wavcaps(folder: Path) -> dict[str, list[Row]]:
 
 
 def folder(folder: Path) -> dict[str, Path | None]:
-    """Videos or sounds, and {train,val,test}.tsv, or one other TSV for train, or none: columns id
-    (file stem or relative path) and caption. Gives the TSVs in place of rows."""
+    """Videos or sounds with {train,val,test}.tsv, or one other TSV for train, or no TSV.
+
+    The TSVs have the columns id (file stem or relative path) and caption. They are returned in
+    place of rows.
+    """
     lists = {path.stem: path for path in sorted(folder.glob("*.tsv"))}
     splits = {name: lists[name] for name in ("train", "val", "test") if name in lists}
     if not splits and len(lists) > 1:
@@ -214,7 +220,7 @@ def folder(folder: Path) -> dict[str, Path | None]:
 
 
 def _number(rows: list[Row]) -> list[Row]:
-    """Makes the ids of a clip's second, third, ... caption different: #2, #3, ..."""
+    """Append #2, #3, ... to the ids of a clip's second, third, ... caption."""
     seen = defaultdict(int)
     numbered = []
     for clip_id, *rest in rows:

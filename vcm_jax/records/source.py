@@ -1,4 +1,4 @@
-"""Random access to a folder of records, with checks of what it holds."""
+"""Random access to a records folder, with checks of its contents."""
 
 import operator
 
@@ -17,19 +17,19 @@ from vcm_jax.records.schema import (
     read_manifest,
 )
 
-CHECKED_CLIPS = 64  # that the statistics are compared with when training starts
+CHECKED_CLIPS = 64  # training compares the statistics with so many clips when it starts
 
 
 class RecordSource:
-    """Random access to a records folder: picklable, for any number of threads and processes.
+    """Random access to a records folder. Picklable; threads and processes may share it.
 
     Attributes:
-      path: the folder, local or of a remote file system that etils.epath knows (gs://...).
+      path: the folder, local or on a remote file system that etils.epath knows (gs://...).
       manifest: its Manifest.
 
     Raises:
-      RecordError: the folder is not whole: no manifest, a shard that is missing, too many or cut
-        off, no records.
+      RecordError: the folder is not complete: it has no manifest or no records, or a shard is
+        missing, cut off or not in the manifest.
     """
 
     def __init__(self, path):
@@ -60,11 +60,11 @@ class RecordSource:
 
     def _open(self, names: list[str], count: int):
         try:
-            # Picklable itself: each process opens the files when it first reads from them.
+            # It is picklable: each process opens the files when it first reads from them.
             reader = array_record_data_source.ArrayRecordDataSource(
                 [str(self.path / name) for name in names]
             )
-        except Exception as error:  # its C++ code raises what it likes
+        except Exception as error:  # its C++ code raises errors of many types
             raise RecordError(f"{self.path}: unreadable ({error})") from error
         if len(reader) != count:
             raise RecordError(f"{self.path}: {len(reader)} records, the manifest says {count}")
@@ -80,11 +80,11 @@ class RecordSource:
         return self.manifest.num_records
 
     def __getitem__(self, index: int) -> dict:
-        """Record `index`: see `serialize` for its fields; `text` is always there.
+        """Record `index` with the fields that `serialize` names; `text` is always there.
 
         Raises:
           IndexError: no such record.
-          RecordError: damaged, or not as the manifest says; names the folder and the record.
+          RecordError: damaged, or different from the manifest; names the folder and the record.
         """
         index = operator.index(index)
         if not 0 <= index < len(self):
@@ -95,7 +95,7 @@ class RecordSource:
                 row = int(record.pop("text_row"))
                 shape = self.manifest.fields["text"]["shape"]
                 record["text"] = np.frombuffer(self._texts[row], np.float16).reshape(shape)
-        except Exception as error:  # the C++ reader has no class of its own for damaged bytes
+        except Exception as error:  # the C++ reader has no error type for damaged bytes
             raise RecordError(f"{self.path}, record {index}: {error}") from error
         for name, field in self.manifest.fields.items():
             if name not in record or list(record[name].shape) != field["shape"]:
