@@ -17,10 +17,11 @@ def load_codec(folder):
 
     Returns:
       An object with `name`, `sample_rate` (Hz), `hop`, `latent_downsample`, `latent_dim`,
-      `fingerprint`, `on_device`, `encode(audio) -> (mean, std)` and `decode(latents) -> audio`.
+      `fingerprint`, `on_device`, `encode(audio) -> (mean, std)` and `decode(latents) -> audio`;
+      see `LinearCodec`.
 
     Raises:
-      ValueError: no codec there, an unknown kind or version, or damaged files.
+      ValueError: no codec in the folder, an unknown kind or version, or damaged files.
     """
     path = Path(folder) / "codec.json"
     try:
@@ -35,26 +36,26 @@ def load_codec(folder):
 
 
 def copy_codec(source, folder) -> None:
-    """Copy a codec folder; its files, which are never changed, are shared where links can be."""
+    """Copy a codec folder. Hard links share its files, which never change, where possible."""
 
     def copy(path, target):
         try:
             os.link(path, target)
-        except OSError:  # another file system, or one without hard links
+        except OSError:  # another file system, or no hard links
             shutil.copyfile(path, target)
 
     shutil.copytree(source, folder, copy_function=copy)
 
 
 def check_codec(codec, sequence) -> None:
-    """Refuse a codec whose time grid is not the data's.
+    """Refuse a codec whose latents have another rate than the data.
 
     Args:
-      codec: as `load_codec` gives it.
+      codec: of `load_codec`.
       sequence: SequenceConfig of the data.
 
     Raises:
-      ValueError: sample rate, hop or frames per latent differ.
+      ValueError: the sample rate, the hop or the number of frames per latent differs.
     """
     for key in ("sample_rate", "hop", "latent_downsample"):
         if getattr(codec, key) != getattr(sequence, key):
