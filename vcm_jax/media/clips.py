@@ -5,8 +5,8 @@ import dataclasses
 from collections import defaultdict
 from pathlib import Path
 
-VIDEO_SUFFIXES = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".3gp")
-SOUND_SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".m4a", ".aac", ".aif", ".aiff")
+from vcm_jax.media.names import SOUND_SUFFIXES as SOUND_SUFFIXES
+from vcm_jax.media.names import VIDEO_SUFFIXES
 
 
 class ListError(ValueError):
