@@ -1,0 +1,112 @@
+"""Tab-separated tables as pandas, spreadsheets and people write them."""
+
+import codecs
+import csv
+import io
+from collections.abc import Iterator
+from pathlib import Path
+
+_BOMS = {
+    codecs.BOM_UTF8: "utf-8",
+    codecs.BOM_UTF16_LE: "utf-16-le",
+    codecs.BOM_UTF16_BE: "utf-16-be",
+}
+
+
+class TableError(ValueError):
+    """A table that cannot be read without losing something; one line with the line's number."""
+
+
+def read_table(path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
+    """Read a tab-separated table with a header, in either of its two dialects.
+
+    In the dialect of pandas and spreadsheets a field may be in double quotes; it can then contain
+    tabs, line breaks and doubled quotes. In the plain dialect quotes mean nothing. The table is
+    plain if it cannot be read as the other, but the same table must not use both. Encodings are
+    UTF-8 and, with a byte order mark, UTF-16. Bytes that are not UTF-8 become surrogates, as in
+    Python's file names. Blank lines are skipped.
+
+    Returns:
+      The names of the columns, and (number of its first line, {column: field}) of each row. Names
+      and fields have no whitespace around them.
+
+    Raises:
+      TableError: unreadable, or a row that has more or fewer fields than the header, or quotes
+        that do not match: a field would be cut.
+    """
+    text = _decode(path)
+    try:
+        rows = list(_parse(text, csv.QUOTE_MINIMAL))
+    except _RowError as error:
+        rows = _parse_plain(path, text, error)
+    header = [name.strip() for name in rows[0][1]] if rows else []
+    table = []
+    for line, fields in rows[1:]:
+        while len(fields) > len(header) and not fields[-1].strip():
+            fields.pop()
+        if len(fields) != len(header):
+            raise TableError(
+                f"{path}, line {line}: {len(fields)} fields, but the header has {len(header)}: put "
+                "a field that contains a tab or a line break in double quotes"
+            )
+        table.append((line, dict(zip(header, map(str.strip, fields)))))
+    return header, table
+
+
+def _decode(path) -> str:
+    try:
+        data = Path(path).read_bytes()
+        for bom, encoding in _BOMS.items():
+            if data.startswith(bom):
+                return data[len(bom) :].decode(encoding)
+        return data.decode("utf-8", "surrogateescape")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise TableError(f"{path}: unreadable ({reason})") from error
+
+
+class _RowError(Exception):
+    """What the csv module says about the row that begins at `line`."""
+
+    def __init__(self, line: int, reason: str):
+        super().__init__(reason)
+        self.line = line
+
+
+def _parse(text: str, quoting: int) -> Iterator[tuple[int, list[str]]]:
+    """(number of its first line, fields) of each row that is not blank."""
+    lines = io.StringIO(text, newline="")
+    reader = csv.reader(lines, delimiter="\t", quoting=quoting, strict=True)
+    while True:
+        line = reader.line_num + 1
+        try:
+            fields = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            raise _RowError(line, str(error)) from None
+        if len(fields) > 1 or (fields and fields[0].strip()):
+            yield line, fields
+
+
+def _parse_plain(path, text: str, mismatch: _RowError) -> list[tuple[int, list[str]]]:
+    """The rows of a table in which quotes mean nothing; `mismatch`: why they mean nothing."""
+    try:
+        rows = list(_parse(text, csv.QUOTE_NONE))
+    except _RowError as error:
+        raise TableError(f"{path}, line {error.line}: unreadable ({error})") from None
+    if any(_is_ambiguous(field) for _, fields in rows for field in fields):
+        raise TableError(
+            f"{path}, line {mismatch.line}: the double quotes do not match, so that a field would "
+            "be cut: put the field in double quotes and double those inside of it"
+        )
+    return rows
+
+
+def _is_ambiguous(field: str) -> bool:
+    """Whether a field of a plain table could be a field of the other dialect, or cut off."""
+    if not field.startswith('"'):
+        return False
+    inner, last = field[1:-1], field[-1]
+    unclosed = '"' not in field[1:]
+    return unclosed or (last == '"' and '"' not in inner.replace('""', ""))
