@@ -5,8 +5,6 @@ Fitting it on the training sounds takes a few seconds.
 """
 
 import functools
-import hashlib
-import json
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -15,7 +13,9 @@ import librosa
 import numpy as np
 
 from vcm_jax.atomic import atomic_path
+from vcm_jax.codec.folders import check_description, read_description, write_description
 from vcm_jax.codec.mel import MEL_16K, log_mel, mel_filters
+from vcm_jax.hashes import short_hash
 
 _VERSION = 1
 _STACK = 2  # spectrogram frames per latent token: SequenceConfig.latent_downsample
@@ -93,7 +93,7 @@ class LinearCodec:
         self.explained_variance = float(explained_variance)
         self.latent_dim = len(self.components)
         content = self.mean.tobytes() + self.components.tobytes()
-        self.fingerprint = hashlib.sha256(f"linear {_VERSION} ".encode() + content).hexdigest()[:16]
+        self.fingerprint = short_hash(f"linear {_VERSION} ".encode(), content)
 
     def encode(self, audio: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Sound (samples,) in [-1, 1] -> latent mean and std (N, C) float32; the std is 0.
@@ -127,8 +127,7 @@ class LinearCodec:
         fields = ("name", "sample_rate", "hop", "latent_downsample", "latent_dim", "fingerprint")
         meta = {key: getattr(self, key) for key in fields}
         meta |= {"version": _VERSION, "explained_variance": self.explained_variance}
-        with atomic_path(folder / "codec.json") as temporary:
-            temporary.write_text(json.dumps(meta, indent=2) + "\n")
+        write_description(folder, meta)
 
     @classmethod
     def load(cls, folder) -> "LinearCodec":
@@ -138,7 +137,7 @@ class LinearCodec:
           ValueError: another version, or arrays that do not fit codec.json.
         """
         folder = Path(folder)
-        meta = json.loads((folder / "codec.json").read_text())
+        meta = read_description(folder)
         if meta.get("version") != _VERSION:
             raise ValueError(
                 f"{folder}: a linear codec of version {meta.get('version')}, "
@@ -149,8 +148,7 @@ class LinearCodec:
                 codec = cls(arrays["mean"], arrays["components"], meta["explained_variance"])
         except Exception as error:  # np.load raises errors of many types on damaged files
             raise ValueError(f"{folder / 'codec.npz'}: missing or damaged ({error})") from error
-        if codec.fingerprint != meta.get("fingerprint"):
-            raise ValueError(f"{folder / 'codec.npz'}: its contents do not fit codec.json")
+        check_description(codec, meta, folder)
         return codec
 
 

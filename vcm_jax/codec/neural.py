@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import hashlib
-import json
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +13,9 @@ import numpy as np
 
 from vcm_jax.atomic import atomic_path
 from vcm_jax.codec import bigvgan, vae
+from vcm_jax.codec.folders import check_description, read_description, write_description
 from vcm_jax.codec.mel import MEL_16K, MEL_44K, MelConfig, log_mel
+from vcm_jax.hashes import short_hash
 
 _VERSION = 1
 _WINDOW = 512  # spectrogram frames that are vocoded at once
@@ -103,21 +104,26 @@ class NeuralCodec:
         self.sample_rate, self.hop = self._mel.sample_rate, self._mel.hop
         self.latent_dim = int(MODES[mode].latent_dim)
         self.fingerprint = fingerprint or _fingerprint(arrays)
+        self._hashes = {}  # of the arrays as they were saved; earlier versions saved none
+        self._path = ""  # of the arrays, for messages
 
     def _network(self, *prefixes: str, strip: str = "") -> dict[str, jax.Array]:
         """The arrays of one network, on the device, without the prefix `strip`."""
 
-        def cast(array):
+        def read(name):
+            array = self.arrays[name]
+            if self._hashes and _hash(array) != self._hashes[name]:
+                raise ValueError(f"{name} is not the array that was saved")
             return jnp.asarray(array, self.dtype if array.ndim == 3 else jnp.float32)
 
         try:
             return {
-                name.removeprefix(strip): cast(self.arrays[name])
+                name.removeprefix(strip): read(name)
                 for name in self.arrays
                 if name.startswith(prefixes)
             }
         except (zipfile.BadZipFile, OSError, ValueError) as error:
-            raise ValueError(f"the codec's weights are damaged ({error})") from error
+            raise ValueError(f"{self._path}the codec's weights are damaged ({error})") from error
 
     @functools.cached_property
     def _encoder(self):
@@ -195,8 +201,10 @@ class NeuralCodec:
             np.savez(file, **dict(self.arrays) | {"fingerprint": np.array(self.fingerprint)})
         fields = ("name", "mode", "sample_rate", "hop", "latent_downsample", "latent_dim")
         meta = {key: getattr(self, key) for key in (*fields, "fingerprint")}
-        with atomic_path(folder / "codec.json") as temporary:
-            temporary.write_text(json.dumps(meta | {"version": _VERSION}, indent=2) + "\n")
+        names = [name for name in self.arrays if name != "fingerprint"]
+        hashes = {name: _hash(self.arrays[name]) for name in names}
+        meta |= {"version": _VERSION, "hashes": hashes}
+        write_description(folder, meta)
 
     @classmethod
     def load(cls, folder, dtype=jnp.float32) -> "NeuralCodec":
@@ -206,8 +214,8 @@ class NeuralCodec:
           ValueError: another version or mode, or arrays that do not match codec.json.
         """
         folder = Path(folder)
-        meta = json.loads((folder / "codec.json").read_text())
-        if meta.get("version") != _VERSION or meta.get("mode") not in MODES:
+        meta = read_description(folder)
+        if meta.get("version") != _VERSION or meta.get("mode") not in list(MODES):
             raise ValueError(
                 f"{folder}: a neural codec of version {meta.get('version')}, mode "
                 f"{meta.get('mode')!r}; this program reads version {_VERSION}, modes "
@@ -219,9 +227,12 @@ class NeuralCodec:
             found = str(arrays["fingerprint"])
         except Exception as error:  # np.load raises errors of many types on damaged files
             raise ValueError(f"{path}: missing or damaged ({error})") from error
-        if found != meta.get("fingerprint"):
-            raise ValueError(f"{path}: its contents do not fit codec.json")
-        return cls(meta["mode"], arrays, found, dtype)
+        codec = cls(meta["mode"], arrays, found, dtype)
+        check_description(codec, meta, folder)
+        codec._path, codec._hashes = f"{path}: ", meta.get("hashes", {})
+        if codec._hashes and codec._hashes.keys() != set(arrays) - {"fingerprint"}:
+            raise ValueError(f"{path}: its contents do not fit codec.json (names of arrays)")
+        return codec
 
 
 def windows(frames: int, context: int) -> tuple[int, list[int]]:
@@ -241,6 +252,11 @@ def windows(frames: int, context: int) -> tuple[int, list[int]]:
     count = -(-inner // (_WINDOW - 2 * context))
     size = -(-(-(-inner // count) + 2 * context) // _STEP) * _STEP
     return size, [min(i * (size - 2 * context), frames - size) for i in range(count)]
+
+
+def _hash(array: np.ndarray) -> str:
+    """Hash of an array's values, shape and type."""
+    return short_hash(f"{array.dtype.str} {array.shape} ".encode(), np.ascontiguousarray(array))
 
 
 def _fingerprint(arrays: Mapping[str, np.ndarray]) -> str:

@@ -12,15 +12,15 @@ resumes. --shard=0/4 ... --shard=3/4 divide the work between processes.
 
 import inspect
 import os
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from absl import app, flags
+from absl import flags
 
 from vcm_jax.atomic import atomic_path
+from vcm_jax.cli import run
 from vcm_jax.data.corpora import CORPORA, CorpusError
 from vcm_jax.features import extract as extraction
 from vcm_jax.features.shards import shard_paths
@@ -191,7 +191,7 @@ def build(
     return folder
 
 
-def _define_flags():
+def define_flags():
     extraction.define_flags(sources=False)
     flags.DEFINE_string("manual_dir", None, "Folder of the downloaded files.", required=True)
     flags.DEFINE_list("splits", None, "Some of train, val, test. By default all that exist.")
@@ -200,30 +200,20 @@ def _define_flags():
     flags.DEFINE_string("pattern", None, "audiocaps: file names, e.g. {youtube_id}_{start_time}.")
 
 
-def main(argv):
-    if len(argv) != 2:
-        raise app.UsageError(f"name one corpus: {', '.join(CORPORA)}")
-    values = flags.FLAGS.flag_values_dict()
-    try:
-        folder = build(
-            argv[1],
-            values["manual_dir"],
-            values["out"],
-            splits=values["splits"],
-            options={name: values[name] for name in ("val_list", "val_size", "pattern")},
-            **extraction.settings_from_flags(),
-        )
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    for split in SPLITS:
-        if (folder / split / MANIFEST).exists():
-            manifest = read_manifest(folder / split)
-            print(
-                f"{folder / split}: {manifest.num_records} records, "
-                f"{manifest.num_failures} clips left out"
-            )
+def main(args, rest):
+    if len(rest) != 1:
+        raise CorpusError(f"name one corpus: {', '.join(CORPORA)}")
+    folder = build(
+        rest[0],
+        args.manual_dir,
+        args.out,
+        splits=args.splits,
+        options={name: args[name].value for name in ("val_list", "val_size", "pattern")},
+        **extraction.settings_from_flags(),
+    )
+    built = [folder / split for split in SPLITS if (folder / split / MANIFEST).exists()]
+    return max((extraction.report(path, read_manifest(path)) for path in built), default=0)
 
 
 if __name__ == "__main__":
-    _define_flags()
-    app.run(main)
+    run(main, define_flags, positional="the corpus", memory_hint=extraction.MEMORY_HINT)

@@ -9,11 +9,11 @@ leaks. The exit code is 0 if the records are fit and 1 if they are not; each err
 Warnings alone do not make records unfit.
 """
 
-import sys
 from pathlib import Path
 
-from absl import app, flags
+from absl import flags
 
+from vcm_jax.cli import run
 from vcm_jax.data.checks import (
     Finding,
     check_captions,
@@ -71,7 +71,7 @@ def validate(
         clips |= {clip.id: clip for clip in listed}
         findings += check_media(source, clips, media_clips)
     if captions:
-        rows = [(row[0], row[1]) for row in read_captions(captions)]
+        rows = [(row.id, row.caption) for row in read_captions(captions)]
         findings += check_captions(Path(folder), found, rows)
     if other:
         findings += check_leaks(found, survey(other))
@@ -81,7 +81,7 @@ def validate(
     return findings
 
 
-def _define_flags():
+def define_flags():
     flags.DEFINE_string("videos", None, "Folder of the videos.")
     flags.DEFINE_string("sounds", None, "Folder of the sounds, for records without pictures.")
     flags.DEFINE_string("captions", None, "TSV that the records were made from.")
@@ -90,24 +90,21 @@ def _define_flags():
     flags.DEFINE_string("page", None, "HTML page to write (RECORDS/validate.html).")
 
 
-def main(argv):
-    if len(argv) != 2:
-        raise app.UsageError("name one records folder")
+def main(args, rest):
+    if len(rest) != 1:
+        raise ValueError("name one records folder")
+    folder = Path(rest[0])
+    page = Path(args.page or folder / "validate.html")
     names = ("videos", "sounds", "captions", "against", "media_clips")
-    page = flags.FLAGS["page"].value or Path(argv[1], "validate.html")
-    try:
-        findings = validate(argv[1], page=page, **{n: flags.FLAGS[n].value for n in names})
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    findings = validate(folder, page=page, **{name: args[name].value for name in names})
     for finding in findings:
         print(finding)
     fit = not any(finding.level == "error" for finding in findings)
-    if Path(page).exists():
+    if page.exists():
         print(f"{page}: a page with the findings, histograms and examples")
-    print(f"{argv[1]}: {'fit' if fit else 'NOT fit'} to train on")
-    sys.exit(0 if fit else 1)
+    print(f"{folder}: {'fit' if fit else 'NOT fit'} to train on")
+    return 0 if fit else 1
 
 
 if __name__ == "__main__":
-    _define_flags()
-    app.run(main)
+    run(main, define_flags, positional="the records folder")

@@ -10,8 +10,8 @@ long sounds into segments of that length, ID_0, ID_1, ..., and leaves out silent
 The TSV has a header with the columns `id` (a file's stem, or its path inside DIR) and `caption`.
 Without --captions every file of the folder is used, with an empty caption; without --codec the
 linear codec is fitted on these sounds. Clips that cannot be used are listed in
-RECORDS/failures.tsv. If interrupted, rerun the same command: it resumes. --shard=0/4 ...
---shard=3/4 divide the work between processes.
+RECORDS/failures.tsv, and the exit code is then 3. If interrupted, rerun the same command: it
+resumes. --shard=0/4 ... --shard=3/4 divide the work between processes.
 """
 
 import dataclasses
@@ -20,15 +20,15 @@ import inspect
 import json
 import os
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
-from absl import app, flags
+from absl import flags
 from tqdm import tqdm
 
-from vcm_jax.atomic import atomic_path
-from vcm_jax.cli import show_ours
+from vcm_jax.atomic import read_json, write_json
+from vcm_jax.claim import claim, hold
+from vcm_jax.cli import LEFT_OUT, run
 from vcm_jax.codec import check_codec, load_codec
 from vcm_jax.features import work
 from vcm_jax.features.encoders import Encoders, WeightsFreeEncoders, load_encoders
@@ -42,6 +42,7 @@ from vcm_jax.records.schema import MANIFEST, VERSION, Manifest, read_manifest
 from vcm_jax.records.sequence import SequenceConfig
 
 CLIPS_PER_SHARD = 256
+MEMORY_HINT = "lower --encoder_batch or --workers"
 _SETTINGS = "settings.json"  # in the records folder: what its shards were made with
 # Names of settings in folders that earlier versions began: {then: now}.
 _FORMER_SETTINGS = {"pieces": "segments", "chunk": "clips_per_shard"}
@@ -63,22 +64,21 @@ def _claim(out: Path, settings: dict) -> None:
     """Note the settings in the records folder, or compare them with those that are there.
 
     Raises:
-      ExtractError: the folder holds records that were made with other settings.
+      ClaimError: the folder holds records that were made with other settings.
     """
     path = out / _SETTINGS
-    there = json.loads(path.read_text()) if path.exists() else {}
-    there = {_FORMER_SETTINGS.get(key, key): value for key, value in there.items()}
-    if there == settings:
-        return
-    differing = [key for key in settings if there.get(key) != settings[key]]
-    if any(out.glob("part-*")) or (out / MANIFEST).exists():
-        raise ExtractError(
-            f"{out}: holds records made with other settings (different: {', '.join(differing)}); "
-            "use another --out"
-        )
-    shutil.rmtree(out / "codec", ignore_errors=True)  # left by a run that made no shard
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(settings, indent=1) + "\n")
+    begun = path.exists()
+    if begun:
+        there = read_json(path)
+        if there.keys() & _FORMER_SETTINGS.keys():
+            there = {_FORMER_SETTINGS.get(key, key): value for key, value in there.items()}
+            write_json(path, there)
+
+    def has_records():
+        return any(out.glob("part-*")) or (out / MANIFEST).exists()
+
+    if not claim(out, settings, _SETTINGS, is_begun=has_records) and begun:
+        shutil.rmtree(out / "codec", ignore_errors=True)  # of a run that made no shard
 
 
 def _sequence(duration: float, codec) -> SequenceConfig:
@@ -164,7 +164,8 @@ def extract(
       The manifest, or None while the shards of other processes are not done.
 
     Raises:
-      ExtractError: nothing can be used, or `out` holds something else.
+      ExtractError: no clip can be used.
+      ClaimError: `out` has records made with other settings, or another process works in it.
       ValueError: other bad arguments.
     """
     if (videos is None) == (sounds is None):
@@ -183,35 +184,42 @@ def extract(
     widths = {"clip_dim": clip_dim, "sync_dim": sync_dim, "text_dim": text_dim}
     encoders = _make_encoders(encoders, encoder_dtype, encoder_batch, widths)
 
-    names = [[clip.id, clip.caption, clip.start] for clip in clips]
-    names += [clip_id for clip_id, _ in failures]
     settings = {
         "version": VERSION,
         "kind": "videos" if video else "sounds",
         "sequence": dataclasses.asdict(sequence),
         "encoders": encoders.spec(),
-        "clips": hashlib.sha256(json.dumps(names).encode()).hexdigest()[:16],
+        "clips": _hash_clips(clips, failures),
         "segments": segments,
         "clips_per_shard": CLIPS_PER_SHARD,
     }
-    out.mkdir(parents=True, exist_ok=True)
-    _claim(out, settings)
-    used = prepare_codec(out, codec, clips, sequence)
-    check_codec(used, sequence)
-    if (out / MANIFEST).exists():
-        print(f"{out}: already complete")
-        return read_manifest(out)
+    with hold(out, shard):
+        _claim(out, settings)
+        used = prepare_codec(out, codec, clips, sequence)
+        check_codec(used, sequence)
+        if (out / MANIFEST).exists():
+            print(f"{out}: already complete")
+            return read_manifest(out)
+        transforms = encoders.frame_transforms(sequence) if video else None
+        job = work.Job(sequence, transforms, segments, _number_texts(clips), encoders, used)
+        number = _process_shards(out, clips, job, workers, shard)
+        missing = sum(not shard_paths(out, n)[1].exists() for n in range(number))
+        if missing:
+            print(f"{out}: share {index}/{count} is done, {missing} of {number} shards are not")
+            return None
+        return merge(out, number, failures, job)
 
-    transforms = encoders.frame_transforms(sequence) if video else None
-    # All processes number the captions alike. A caption that repeats is encoded and stored once.
-    text_rows = {text: row for row, text in enumerate(sorted({clip.caption for clip in clips}))}
-    job = work.Job(sequence, transforms, segments, text_rows, encoders, used)
-    number = _process_shards(out, clips, job, workers, shard)
-    missing = sum(not shard_paths(out, n)[1].exists() for n in range(number))
-    if missing:
-        print(f"{out}: share {index}/{count} is done, {missing} of {number} shards are not")
-        return None
-    return merge(out, number, failures, job)
+
+def _hash_clips(clips: list[Clip], failures: list[tuple[str, str]]) -> str:
+    """Hash of the list of clips, to tell whether an extraction resumes with the same one."""
+    names = [[clip.id, clip.caption, clip.start] for clip in clips]
+    names += [clip_id for clip_id, _ in failures]
+    return hashlib.sha256(json.dumps(names).encode()).hexdigest()[:16]
+
+
+def _number_texts(clips: list[Clip]) -> dict[str, int]:
+    """{caption: row of the text table}, alike in all processes; repeated captions share a row."""
+    return {text: row for row, text in enumerate(sorted({clip.caption for clip in clips}))}
 
 
 def define_flags(sources: bool = True):
@@ -260,22 +268,19 @@ def settings_from_flags() -> dict:
     return settings | {"shard": (int(index), int(count))}
 
 
-def main(argv):
-    if argv[1:]:
-        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
-    show_ours()
-    out = flags.FLAGS["out"].value
-    try:
-        manifest = extract(out, **settings_from_flags())
-    except (ValueError, MemoryError) as error:
-        sys.exit(f"error: {error}")
-    if manifest:
-        print(
-            f"{out}: {manifest.num_records} records, {manifest.num_failures} clips left out"
-            + (" (listed in failures.tsv)" if manifest.num_failures else "")
-        )
+def report(out, manifest: Manifest) -> int:
+    """Print how many records there are; returns the exit code of a command that made them."""
+    print(
+        f"{out}: {manifest.num_records} records, {manifest.num_failures} clips left out"
+        + (" (listed in failures.tsv)" if manifest.num_failures else "")
+    )
+    return LEFT_OUT if manifest.num_failures else 0
+
+
+def main(args):
+    manifest = extract(args.out, **settings_from_flags())
+    return report(args.out, manifest) if manifest else 0
 
 
 if __name__ == "__main__":
-    define_flags()
-    app.run(main)
+    run(main, define_flags, memory_hint=MEMORY_HINT)

@@ -1,17 +1,15 @@
 """The codec of a records folder: copied from another folder, or fitted on the sounds."""
 
-import secrets
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
+from vcm_jax.atomic import atomic_folder
 from vcm_jax.codec import copy_codec, fit_linear_codec, load_codec
-from vcm_jax.features.work import ExtractError, read_sound
+from vcm_jax.features.work import ExtractError, failure_reason, read_sound
 from vcm_jax.media.clips import Clip
-from vcm_jax.media.read import MediaError
 from vcm_jax.records.sequence import SequenceConfig
 
 _FIT_CLIPS = 400  # number of sounds that the linear codec is fitted on
@@ -27,8 +25,8 @@ def _usable_sounds(
             clip = clips[index]
             try:
                 sound = read_sound(clip.path, sequence, 0.0, clip.start)
-            except MediaError as error:
-                reasons.append(str(error))
+            except Exception as error:
+                reasons.append(failure_reason(clip, error))
                 continue
             yield sound
             used += 1
@@ -68,19 +66,11 @@ def prepare_codec(out: Path, source, clips: list[Clip], sequence: SequenceConfig
     """
     folder = out / "codec"
     if not folder.exists():
-        temporary = out / f".codec.{secrets.token_hex(4)}.tmp"
-        try:
-            if source is None:
+        if source is None:
+            with atomic_folder(folder) as temporary:
                 fit_codec(clips, sequence).save(temporary)
-            else:
-                copy_codec(source, temporary)
-            try:
-                temporary.rename(folder)
-            except OSError:  # another process was faster: this one uses its codec
-                if not folder.exists():
-                    raise
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            copy_codec(source, folder)
     codec = load_codec(folder)
     if source is not None and codec.fingerprint != load_codec(source).fingerprint:
         raise ExtractError(f"{folder} is not the codec in {source}: use another --out")

@@ -1,11 +1,13 @@
 """What extraction does with each clip, in this process and in worker processes."""
 
+import collections
 import concurrent.futures
 import dataclasses
 import multiprocessing
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures.process import BrokenProcessPool
 
 import jax
 import numpy as np
@@ -13,13 +15,12 @@ from threadpoolctl import threadpool_limits
 
 from vcm_jax.codec import load_codec
 from vcm_jax.features.encoders import Encoders
-from vcm_jax.media.clips import Clip
+from vcm_jax.media.clips import Clip, printable
 from vcm_jax.media.read import MediaError, is_silent, read_audio, read_frames
 from vcm_jax.records.schema import RecordError, latent_sums, serialize
 from vcm_jax.records.sequence import SequenceConfig
 
-# What a bad file may raise: it must not end a run that takes days.
-_EXPECTED = (ValueError, ArithmeticError, OSError)
+_DEATHS = 10  # clips in a row whose workers died: then the clips are not to blame
 _SHORTEST_REMAINDER = 0.1  # s that the last segment of a long sound may lack
 
 
@@ -42,9 +43,7 @@ def read_sound(path, sequence: SequenceConfig, shortest: float, start: float = 0
     Raises:
       MediaError: unreadable, no sound, shorter than `shortest`, or digital silence.
     """
-    skipped = round(start * sequence.sample_rate)
-    num_samples = skipped + sequence.num_samples
-    audio = read_audio(path, sequence.sample_rate, num_samples, shortest)[skipped:]
+    audio = read_audio(path, sequence.sample_rate, sequence.num_samples, shortest, start=start)
     if is_silent(audio):
         raise MediaError(f"{path}: digital silence")
     return audio
@@ -62,7 +61,7 @@ def read_segments(path, sequence: SequenceConfig, start: float = 0.0) -> Iterato
     Raises:
       MediaError: unreadable, or no sound.
     """
-    audio = read_audio(path, sequence.sample_rate)[round(start * sequence.sample_rate) :]
+    audio = read_audio(path, sequence.sample_rate, start=start)
     step = sequence.duration * sequence.sample_rate
     tolerance = _SHORTEST_REMAINDER * sequence.sample_rate
     for i in range(max(1, int((len(audio) + tolerance) // step))):
@@ -104,7 +103,8 @@ class Job:
         entry = {"id": clip.id} | common
         entry["sound"] = read_sound(clip.path, self.sequence, shortest, clip.start)
         if self.transforms:
-            entry["frames"] = read_frames(clip.path, self.transforms, self.sequence.duration)
+            duration = self.sequence.duration
+            entry["frames"] = read_frames(clip.path, self.transforms, duration, start=clip.start)
         yield entry
 
     def _encode(self, clip: Clip, entry: dict) -> dict:
@@ -116,9 +116,16 @@ class Job:
             if self.codec and "sound" in entry:
                 mean, std = self.codec.encode(entry.pop("sound"))
                 entry |= {"latent_mean": mean, "latent_std": std}
-        except _EXPECTED as error:
-            return {"id": entry["id"], "failure": _reason(clip, error)}
+        except Exception as error:
+            if self._is_device_full(error):
+                raise
+            return {"id": entry["id"], "failure": failure_reason(clip, error)}
         return entry
+
+    def _is_device_full(self, error: Exception) -> bool:
+        """Whether a batch does not fit the device: then no clip can be encoded."""
+        encoding = self.encoders is not None and self.encoders.on_device
+        return "RESOURCE_EXHAUSTED" in str(error) or (encoding and isinstance(error, MemoryError))
 
     def read(self, clip: Clip) -> list[dict]:
         """Read a clip and encode what this process can encode.
@@ -129,8 +136,10 @@ class Job:
         """
         try:
             return [self._encode(clip, entry) for entry in self._read(clip)]
-        except _EXPECTED as error:
-            return [{"id": clip.id, "failure": _reason(clip, error)}]
+        except Exception as error:
+            if self._is_device_full(error):
+                raise
+            return [{"id": clip.id, "failure": failure_reason(clip, error)}]
 
     def finish(self, clip: Clip, entries: list[dict]) -> Iterator[tuple]:
         """Turn the entries of `read` into records.
@@ -146,14 +155,15 @@ class Job:
             try:
                 sums = latent_sums(entry["latent_mean"], entry["latent_std"])
                 yield entry["id"], serialize(entry), sums
-            except _EXPECTED as error:
-                yield entry["id"], None, _reason(clip, error)
+            except Exception as error:
+                yield entry["id"], None, failure_reason(clip, error)
 
 
-def _reason(clip: Clip, error: Exception) -> str:
+def failure_reason(clip: Clip, error: Exception) -> str:
+    """One line that says why a clip was left out: it names the file, and errors of other types."""
     if isinstance(error, (MediaError, RecordError)):
-        return str(error)
-    return f"{clip.path}: {type(error).__name__}: {error}"
+        return printable(str(error))
+    return printable(f"{clip.path}: {type(error).__name__}: {error}")
 
 
 _worker_job = None
@@ -182,38 +192,66 @@ def _work(clip: Clip) -> list[dict]:
     return _worker_job.read(clip)
 
 
+def _run_pool(
+    job: Job, codec_folder, clips: list[Clip], workers: int, ahead: int
+) -> Iterator[list[tuple]]:
+    """`run` in one pool of workers, to which up to `ahead` clips are submitted at a time.
+
+    Raises:
+      BrokenProcessPool: a worker died.
+    """
+    for_worker = dataclasses.replace(
+        job, encoders=None if job.encoders.on_device else job.encoders, codec=None
+    )
+    init = (for_worker, None if job.codec.on_device else codec_folder)
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(workers, spawn, _start_worker, init) as pool:
+        waiting = collections.deque()
+        for clip in clips:
+            waiting.append((clip, pool.submit(_work, clip)))
+            if len(waiting) >= ahead:
+                clip, found = waiting.popleft()
+                yield list(job.finish(clip, found.result()))
+        for clip, found in waiting:
+            yield list(job.finish(clip, found.result()))
+
+
 def run(job: Job, codec_folder, clips: list[Clip], workers: int) -> Iterator[list[tuple]]:
     """Process clips with `workers` processes.
 
-    Encoders and a codec that use an accelerator or all cores run in this process alone.
+    Encoders and a codec that use an accelerator or all cores run in this process alone. If a
+    worker dies, the clips that it may have been reading are read again one at a time, and one at
+    which a worker dies again is left out.
 
     Yields:
       The results of `Job.finish` for each clip, in order.
 
     Raises:
-      ExtractError: a worker process died.
+      ExtractError: workers die whatever they read.
     """
     if workers <= 1:
         yield from (list(job.finish(clip, job.read(clip))) for clip in clips)
         return
-    for_worker = dataclasses.replace(
-        job, encoders=None if job.encoders.on_device else job.encoders, codec=None
-    )
-    init = (for_worker, None if job.codec.on_device else codec_folder)
     # Few clips are submitted at a time, because results that wait take memory: 60 MB for the
     # frames of a clip.
     ahead = workers * (2 if job.transforms and job.encoders.on_device else 8)
-    spawn = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(workers, spawn, _start_worker, init) as pool:
-        waiting = []
+    done = suspects = deaths = 0  # the clips from `done` to `suspects` are read one at a time
+    while done < len(clips):
+        alone = done < suspects
+        group = clips[done:suspects] if alone else clips[done:]
+        pool = (1, 1) if alone else (workers, ahead)
         try:
-            for clip in clips:
-                waiting.append((clip, pool.submit(_work, clip)))
-                if len(waiting) >= ahead:
-                    clip, found = waiting.pop(0)
-                    yield list(job.finish(clip, found.result()))
-            while waiting:
-                clip, found = waiting.pop(0)
-                yield list(job.finish(clip, found.result()))
-        except concurrent.futures.process.BrokenProcessPool:
-            raise ExtractError("a worker process died (killed, or out of memory)") from None
+            for results in _run_pool(job, codec_folder, group, *pool):
+                done, deaths = done + 1, 0
+                yield results
+        except BrokenProcessPool:
+            if not alone:
+                suspects = done + ahead
+                continue
+            deaths += 1
+            if deaths == _DEATHS:
+                raise ExtractError(
+                    f"{_DEATHS} worker processes in a row died (killed, or out of memory)"
+                ) from None
+            clip, done = clips[done], done + 1
+            yield [(clip.id, None, f"{printable(str(clip.path))}: its worker process died")]

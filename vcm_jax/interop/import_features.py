@@ -344,10 +344,7 @@ def _finish(out, paths, codec_folder, empty_text, sequence, encoders, codec) -> 
         lines = ["\t".join(" ".join(text.split()) for text in row) for row in failures]
         temporary.write_text("\n".join(["id\treason", *lines]) + "\n", encoding="utf-8")
     if not (out / "codec").exists():
-        temporary = out / ".codec.tmp"
-        shutil.rmtree(temporary, ignore_errors=True)
-        copy_codec(codec_folder, temporary)
-        temporary.rename(out / "codec")
+        copy_codec(codec_folder, out / "codec")
     with atomic_path(out / EMPTY_TEXT) as temporary, open(temporary, "wb") as file:
         np.save(file, empty_text)
     mean, std = latent_statistics(np.sum([part["sums"] for _, part in used], axis=0))

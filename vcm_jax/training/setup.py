@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import json
-import shutil
 from pathlib import Path
 
 import jax
@@ -152,10 +151,7 @@ def describe_run(workdir: Path, config: ConfigDict, model: ModelConfig, source) 
     with atomic_path(workdir / "run.json") as path:
         path.write_text(json.dumps(run, indent=1))
     if not (workdir / "codec").exists():
-        temporary = workdir / ".codec.tmp"
-        shutil.rmtree(temporary, ignore_errors=True)
-        copy_codec(source.path / "codec", temporary)
-        temporary.rename(workdir / "codec")
+        copy_codec(source.path / "codec", workdir / "codec")
 
 
 @dataclasses.dataclass(frozen=True)
