@@ -1,6 +1,6 @@
 """The validator on good records, and on each kind of bad ones."""
 
-import json
+import dataclasses
 import shutil
 import subprocess
 import sys
@@ -14,6 +14,7 @@ from vcm_jax.data.survey import Survey
 from vcm_jax.data.validate import validate
 from vcm_jax.features.extract import extract
 from vcm_jax.media.write import write_mp4
+from vcm_jax.records.manifest import read_manifest, write_manifest
 from vcm_jax.records.schema import serialize, write_shard
 from vcm_jax.records.source import RecordSource
 
@@ -56,9 +57,8 @@ def rewrite(source_folder, folder, change):
     path.unlink()
     write_shard(path, packed)
     shard = {"name": path.name, "records": len(packed), "bytes": path.stat().st_size}
-    content = json.loads((folder / "manifest.json").read_text())
-    content |= {"shards": [shard], "num_records": len(packed), "text_table": None}
-    (folder / "manifest.json").write_text(json.dumps(content))
+    changes = {"shards": [shard], "num_records": len(packed), "text_table": None}
+    write_manifest(folder, dataclasses.replace(read_manifest(folder), **changes))
     return folder
 
 

@@ -7,18 +7,16 @@ import numpy as np
 import pytest
 
 from vcm_jax.records import schema as records
+from vcm_jax.records.manifest import MANIFEST, Manifest, write_manifest
 from vcm_jax.records.schema import (
     EMPTY_TEXT,
-    MANIFEST,
     TEXT_TABLE,
-    Manifest,
     RecordError,
     describe_fields,
     deserialize,
     latent_statistics,
     latent_sums,
     serialize,
-    write_manifest,
     write_shard,
     write_text_table,
 )

@@ -19,28 +19,26 @@ from pathlib import Path
 import numpy as np
 from absl import flags
 
-from vcm_jax.atomic import atomic_path
 from vcm_jax.cli import run
 from vcm_jax.data.corpora import CORPORA, CorpusError
 from vcm_jax.features import extract as extraction
 from vcm_jax.features.shards import shard_paths
-from vcm_jax.media.clips import VIDEO_SUFFIXES
-from vcm_jax.records.schema import MANIFEST, VERSION, Manifest, read_manifest
+from vcm_jax.media.clips import VIDEO_SUFFIXES, list_files
+from vcm_jax.media.tables import write_table
+from vcm_jax.records.manifest import MANIFEST, Manifest, read_manifest
+from vcm_jax.records.schema import VERSION
 
 SPLITS = ("train", "val", "test")
 TFDS_VERSION = f"{VERSION}.0.0"
 
 
 def _write_list(path: Path, rows) -> None:
-    """Write the TSV that extraction reads, unless the file has this content already."""
-    lines = ["id\tcaption\tfile\tstart"]
-    for clip_id, caption, file, start in rows:
-        fields = (clip_id, " ".join(caption.split()), file, f"{start:g}")
-        lines.append("\t".join(fields))
-    text = "\n".join(lines) + "\n"
-    if not path.exists() or path.read_text(encoding="utf-8") != text:
-        with atomic_path(path) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+    """Write the TSV that extraction reads."""
+    table = [
+        (clip_id, " ".join(caption.split()), file, f"{start:g}")
+        for clip_id, caption, file, start in rows
+    ]
+    write_table(path, ("id", "caption", "file", "start"), table)
 
 
 def tfds_features(manifest: Manifest):
@@ -167,8 +165,7 @@ def build(
     options["duration"] = settings.get("duration")
     lists = _read_lists(corpus, manual_dir, splits, options)
     videos = corpus == "vggsound" or (
-        corpus == "folder"
-        and any(f.suffix.lower() in VIDEO_SUFFIXES for f in manual_dir.rglob("*"))
+        corpus == "folder" and bool(list_files(manual_dir, VIDEO_SUFFIXES))
     )
     train_codec = folder / "train" / "codec"
     if codec is None and "train" not in lists and not train_codec.exists():

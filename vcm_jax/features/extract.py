@@ -38,7 +38,8 @@ from vcm_jax.features.shards import Journal, shard_paths
 from vcm_jax.features.work import ExtractError
 from vcm_jax.media.clips import SOUND_SUFFIXES, VIDEO_SUFFIXES, Clip, list_clips
 from vcm_jax.media.read import read_frames
-from vcm_jax.records.schema import MANIFEST, VERSION, Manifest, read_manifest
+from vcm_jax.records.manifest import MANIFEST, Manifest, read_manifest
+from vcm_jax.records.schema import VERSION
 from vcm_jax.records.sequence import SequenceConfig
 
 CLIPS_PER_SHARD = 256

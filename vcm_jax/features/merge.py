@@ -6,37 +6,32 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from vcm_jax.atomic import atomic_path
 from vcm_jax.features.shards import read_summary, shard_paths
 from vcm_jax.features.work import ExtractError, Job
-from vcm_jax.records.schema import (
-    EMPTY_TEXT,
-    Manifest,
-    latent_statistics,
-    write_manifest,
-    write_text_table,
-)
+from vcm_jax.media.tables import write_table
+from vcm_jax.records.manifest import Manifest, write_empty_text, write_manifest
+from vcm_jax.records.schema import latent_statistics, write_text_table
 
 
 def write_failures(out: Path, failures: list[tuple[str, str]]) -> None:
     """Write OUT/failures.tsv: the (id, reason) of every clip that was left out."""
-    with atomic_path(out / "failures.tsv") as temporary:
-        lines = ["\t".join(" ".join(text.split()) for text in row) for row in failures]
-        temporary.write_text("\n".join(["id\treason", *lines]) + "\n", encoding="utf-8")
+    write_table(out / "failures.tsv", ("id", "reason"), failures)
 
 
-def _write_texts(out: Path, job: Job) -> tuple[dict, dict]:
+def _write_texts(out: Path, job: Job) -> dict:
     """Write the features of the empty text and of all captions.
 
     Returns:
-      Manifest.text_table and the manifest's description of the field `text`.
+      {"text_table", "empty_text", "text"}: the manifest's entries, and its field `text`.
     """
-    empty_text = job.encoders.encode_text("", job.sequence).astype(np.float32)
-    with atomic_path(out / EMPTY_TEXT) as temporary, open(temporary, "wb") as file:
-        np.save(file, empty_text)
+    empty_text = job.encoders.encode_text("", job.sequence)
     captions = tqdm(job.text_rows, desc="Captions", unit="caption")
     table = write_text_table(out, job.encoders.encode_texts(captions, job.sequence))
-    return table, {"shape": list(empty_text.shape), "dtype": "float16"}
+    return {
+        "text_table": table,
+        "empty_text": write_empty_text(out, empty_text),
+        "text": {"shape": list(empty_text.shape), "dtype": "float16"},
+    }
 
 
 def merge(out: Path, count: int, failures: list[tuple[str, str]], job: Job) -> Manifest:
@@ -61,7 +56,7 @@ def merge(out: Path, count: int, failures: list[tuple[str, str]], job: Job) -> M
         raise ExtractError(
             f"none of {len(failures)} clips could be used, the first: {failures[0][1]}"
         )
-    text_table, text_field = _write_texts(out, job)
+    texts = _write_texts(out, job)
     fields = {k: v for k, v in used[0][1]["fields"].items() if k != "text_row"}
     mean, std = latent_statistics(np.sum([summary["sums"] for _, summary in used], axis=0))
     hashes = "".join(summary["hash"] for summary in summaries)
@@ -72,7 +67,7 @@ def merge(out: Path, count: int, failures: list[tuple[str, str]], job: Job) -> M
         has_video=job.transforms is not None,
         num_records=sum(summary["records"] for _, summary in used),
         num_failures=len(failures),
-        fields=fields | {"text": text_field},
+        fields=fields | {"text": texts.pop("text")},
         latent_mean=mean.tolist(),
         latent_std=std.tolist(),
         shards=[
@@ -84,7 +79,7 @@ def merge(out: Path, count: int, failures: list[tuple[str, str]], job: Job) -> M
             for number, summary in used
         ],
         fingerprint=hashlib.sha256(hashes.encode()).hexdigest()[:16],
-        text_table=text_table,
+        **texts,
     )
     write_manifest(out, manifest)
     return manifest

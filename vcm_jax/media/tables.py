@@ -3,8 +3,10 @@
 import codecs
 import csv
 import io
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+
+from vcm_jax.atomic import atomic_path
 
 _BOMS = {
     codecs.BOM_UTF8: "utf-8",
@@ -51,6 +53,14 @@ def read_table(path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
             )
         table.append((line, dict(zip(header, map(str.strip, fields)))))
     return header, table
+
+
+def write_table(path, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Write a table that `read_table` reads back, in the dialect of pandas."""
+    with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, delimiter="\t", lineterminator="\n")
+        writer.writerow(header)
+        writer.writerows(rows)
 
 
 def _decode(path) -> str:

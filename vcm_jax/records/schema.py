@@ -1,14 +1,18 @@
-"""Records: the schema of extracted clips, their files, and the manifest that describes them.
+"""Records: the schema of extracted clips and their files.
 
 A records folder holds shards (NAME.array_record), manifest.json (written last), empty_text.npy
 (the text encoder's features of ""), codec/ (the codec that turns the latents into sound) and
 text_table (an ArrayRecord file with the text features of each caption, stored once). A record is a
 tf.train.Example whose arrays are bytes, as TensorFlow Datasets writes them, so that
 `tfds.data_source` reads the same files. Nothing here needs TensorFlow.
+
+ArrayRecord files carry a checksum of every record, and their reader checks it.
 """
 
-import dataclasses
+import base64
+import errno
 import functools
+import hashlib
 import json
 from collections.abc import Iterable, Mapping
 
@@ -17,11 +21,12 @@ from array_record.python import array_record_module
 from etils import epath
 
 from vcm_jax.atomic import atomic_path
+from vcm_jax.media.names import IdError, check_id
 from vcm_jax.records import example
-from vcm_jax.records.sequence import SequenceConfig
 
 VERSION = 2
-MANIFEST, EMPTY_TEXT, TEXT_TABLE = "manifest.json", "empty_text.npy", "text_table"
+EMPTY_TEXT, TEXT_TABLE = "empty_text.npy", "text_table"
+ROW_HASH = 8  # bytes
 # Larger groups make random access slow; float16 features hardly compress.
 _WRITER_OPTIONS = "group_size:1,uncompressed"
 _DTYPES = {
@@ -47,8 +52,13 @@ def serialize(record: Mapping) -> bytes:
         (Tc, Dc) and sync (Ts, Ds). Latents become float32, features float16.
 
     Raises:
-      RecordError: a value that is not finite, or too large for float16.
+      RecordError: a value that is not finite or too large for float16, or an id that leads out of
+        a folder.
     """
+    try:
+        check_id(record["id"])
+    except IdError as error:
+        raise RecordError(str(error)) from None
     values, shapes = {}, {}
     for name, dtype in _DTYPES.items():
         if name in record:
@@ -77,7 +87,8 @@ def deserialize(data: bytes) -> dict:
     """Unpack what `serialize` packed. The arrays are read-only views and not aligned.
 
     Raises:
-      RecordError: not a record, or one of another version.
+      RecordError: not a record, or one of another version, or with an id that leads out of a
+        folder, as earlier versions allowed.
     """
     record = {}
     try:
@@ -94,6 +105,8 @@ def deserialize(data: bytes) -> dict:
         raise
     except Exception as error:  # damaged bytes can raise any error above
         raise RecordError(f"not a record: {type(error).__name__}: {error}") from error
+    if record["id"].startswith("/") or ".." in record["id"].split("/"):
+        raise RecordError(f"its id {record['id']!r} leads out of a folder")
     return record
 
 
@@ -109,7 +122,8 @@ def write_shard(path, records: Iterable[bytes]) -> None:
         finally:
             writer.close()
         if temporary.stat().st_size < size:
-            raise OSError(f"{path}: could not be written completely (is the disk full?)")
+            reason = "could not be written completely (is the disk full?)"
+            raise OSError(errno.ENOSPC, reason, str(path))
 
 
 def write_text_table(folder, features: Iterable[np.ndarray]) -> dict:
@@ -125,20 +139,25 @@ def write_text_table(folder, features: Iterable[np.ndarray]) -> dict:
     Raises:
       RecordError: features that are not finite as float16.
     """
-    path, rows = epath.Path(folder) / TEXT_TABLE, 0
+    path, hashes = epath.Path(folder) / TEXT_TABLE, []
 
     def packed():
-        nonlocal rows
-        for array in features:
+        for row, array in enumerate(features):
             with np.errstate(over="ignore"):
                 array = np.asarray(array).astype(np.float16)
             if not np.isfinite(array).all():
-                raise RecordError(f"{path}: text features of row {rows} are not finite as float16")
-            rows += 1
+                raise RecordError(f"{path}: text features of row {row} are not finite as float16")
+            hashes.append(hash_row(array.tobytes()))
             yield array.tobytes()
 
     write_shard(path, packed())
-    return {"rows": rows, "bytes": path.stat().length}
+    encoded = base64.b64encode(b"".join(hashes)).decode()
+    return {"rows": len(hashes), "bytes": path.stat().length, "hashes": encoded}
+
+
+def hash_row(data: bytes) -> bytes:
+    """Hash (ROW_HASH bytes) of a row of the text table."""
+    return hashlib.sha256(data).digest()[:ROW_HASH]
 
 
 def latent_sums(mean: np.ndarray, std: np.ndarray) -> np.ndarray:
@@ -162,45 +181,6 @@ def latent_statistics(sums: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return mean, np.sqrt(np.maximum(mean_square - mean**2, 0) + variance)
 
 
-@dataclasses.dataclass(frozen=True)
-class Manifest:
-    """Describes a records folder.
-
-    Attributes:
-      sequence: lengths of every clip.
-      encoders: `Encoders.spec()` of the encoders that made the features.
-      codec: {name, fingerprint, latent_dim} of the codec that made the latents.
-      has_video: whether records have clip and sync features.
-      num_records: number of records.
-      num_failures: number of clips that were left out.
-      fields: {name: {"shape": [...], "dtype": str}} of the arrays in each record as it is read.
-      latent_mean, latent_std: (C,), statistics of the drawn latents.
-      shards: [{"name", "records", "bytes"}] in reading order.
-      fingerprint: hash of the records.
-      text_table: {"rows", "bytes"} of the text table; None if the records hold text features.
-      version: of the schema.
-    """
-
-    sequence: SequenceConfig
-    encoders: dict
-    codec: dict
-    has_video: bool
-    num_records: int
-    num_failures: int
-    fields: dict
-    latent_mean: list[float]
-    latent_std: list[float]
-    shards: list[dict]
-    fingerprint: str
-    text_table: dict | None = None
-    version: int = VERSION
-
-    @property
-    def latent_dim(self) -> int:
-        """C, the channels of the latents."""
-        return self.codec["latent_dim"]
-
-
 def describe_fields(record: Mapping) -> dict:
     """`Manifest.fields` for a record."""
     return {
@@ -208,40 +188,3 @@ def describe_fields(record: Mapping) -> dict:
         for name in _DTYPES
         if name in record
     }
-
-
-def write_manifest(folder, manifest: Manifest) -> None:
-    """Write manifest.json atomically; with it the folder is complete."""
-    with atomic_path(epath.Path(folder) / MANIFEST) as temporary:
-        temporary.write_text(json.dumps(dataclasses.asdict(manifest), indent=1) + "\n")
-
-
-def read_manifest(folder) -> Manifest:
-    """Read manifest.json.
-
-    Raises:
-      RecordError: no such folder, no manifest, a damaged manifest, or one of another version.
-    """
-    folder = epath.Path(folder)
-    path = folder / MANIFEST
-    try:
-        there = folder.is_dir()
-    except ImportError as error:  # epath imports the client of a remote file system when it is used
-        raise RecordError(f"{folder}: {error}") from error
-    if not there:
-        raise RecordError(f"{folder}: no such records folder")
-    if not path.exists():
-        raise RecordError(
-            f"{folder}: no {MANIFEST}: not a records folder, or the extraction is not finished "
-            "(rerun its command)"
-        )
-    try:
-        content = json.loads(path.read_text())
-        if content["version"] != VERSION:
-            raise RecordError(
-                f"{folder}: records of version {content['version']}, this program reads "
-                f"version {VERSION}: extract them again"
-            )
-        return Manifest(**content | {"sequence": SequenceConfig(**content["sequence"])})
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise RecordError(f"{path}: damaged ({error})") from error

@@ -6,15 +6,15 @@ import numpy as np
 from array_record.python import array_record_data_source
 from etils import epath
 
+from vcm_jax.records.manifest import MANIFEST, hash_empty_text, read_manifest, row_hashes
 from vcm_jax.records.schema import (
     EMPTY_TEXT,
-    MANIFEST,
     TEXT_TABLE,
     RecordError,
     deserialize,
+    hash_row,
     latent_statistics,
     latent_sums,
-    read_manifest,
 )
 
 CHECKED_CLIPS = 64  # training compares the statistics with so many clips when it starts
@@ -57,6 +57,8 @@ class RecordSource:
         self._texts = None
         if self.manifest.text_table:
             self._texts = self._open([TEXT_TABLE], self.manifest.text_table["rows"])
+            # A row is compared with its hash when it is first read, then the entry becomes None.
+            self._row_hashes = row_hashes(self.manifest) or [None] * len(self._texts)
 
     def _open(self, names: list[str], count: int):
         try:
@@ -72,9 +74,27 @@ class RecordSource:
 
     @property
     def empty_text(self) -> np.ndarray:
-        """The text encoder's features of the empty text, (Tt, Dt) float32."""
-        with (self.path / EMPTY_TEXT).open("rb") as file:
-            return np.load(file)
+        """The text encoder's features of the empty text, (Tt, Dt) float32.
+
+        Raises:
+          RecordError: they are missing, damaged, or of another shape than the text features.
+        """
+        path = self.path / EMPTY_TEXT
+        try:
+            with path.open("rb") as file:
+                features = np.load(file)
+        except Exception as error:  # np.load raises errors of many types on damaged files
+            raise RecordError(f"{path}: missing or damaged ({error})") from error
+        wanted = self.manifest.fields.get("text", {}).get("shape", list(features.shape))
+        if features.dtype != np.float32 or list(features.shape) != wanted:
+            raise RecordError(
+                f"{path}: {features.dtype} {features.shape}, needed is float32 {tuple(wanted)}"
+            )
+        if not np.isfinite(features).all():
+            raise RecordError(f"{path}: the features are not finite")
+        if self.manifest.empty_text not in (None, hash_empty_text(features)):
+            raise RecordError(f"{path}: not the features that were written")
+        return features
 
     def __len__(self) -> int:
         return self.manifest.num_records
@@ -92,9 +112,9 @@ class RecordSource:
         try:
             record = deserialize(self._reader[index])
             if self._texts is not None:
-                row = int(record.pop("text_row"))
                 shape = self.manifest.fields["text"]["shape"]
-                record["text"] = np.frombuffer(self._texts[row], np.float16).reshape(shape)
+                data = self._read_text(int(record.pop("text_row")))
+                record["text"] = np.frombuffer(data, np.float16).reshape(shape)
         except Exception as error:  # the C++ reader has no error type for damaged bytes
             raise RecordError(f"{self.path}, record {index}: {error}") from error
         for name, field in self.manifest.fields.items():
@@ -105,6 +125,13 @@ class RecordSource:
                     f"{tuple(field['shape'])}"
                 )
         return record
+
+    def _read_text(self, row: int) -> bytes:
+        data = self._texts[row]
+        if self._row_hashes[row] not in (None, hash_row(data)):
+            raise RecordError(f"row {row} of {TEXT_TABLE} is not the one that was written")
+        self._row_hashes[row] = None
+        return data
 
     def check_statistics(self, count: int = CHECKED_CLIPS) -> None:
         """Compare the manifest's latent statistics with those of some clips, evenly chosen.
