@@ -4,30 +4,37 @@ Time zero of a file is the start of its picture, for the picture and for the sou
 file starts with its first sample). Everything goes through FFmpeg's libraries (PyAV).
 """
 
-import contextlib
 import dataclasses
-import itertools
 import math
 import os
-import sys
 from collections.abc import Callable
 from fractions import Fraction
 
 import av
 import numpy as np
-from av.stream import Disposition
 
-_GAP = 0.1  # s; FFmpeg's own limit (min_hard_comp) between jittering time stamps and a real gap
-_CODEC_FRAME = 2048  # samples in the longest frame of AAC
+from vcm_jax.media.sound import check_start, is_silent, read_audio
+from vcm_jax.media.streams import MediaError, Source, opened, shown, whole_frames
 
+__all__ = [
+    "MediaError",
+    "MediaInfo",
+    "is_silent",
+    "num_frames",
+    "probe",
+    "read_audio",
+    "read_frames",
+    "stream_offset",
+]
 
-class MediaError(ValueError):
-    """A media file that cannot be used; the one-line message names the file and says why."""
+# Formats whose headers say exactly how long a stream is. Others give the length of the longest
+# stream, an estimate from the bit rate, or, for live recordings, nothing.
+_EXACT = {"mov", "avi", "wav", "flac", "aiff"}
 
 
 @dataclasses.dataclass(frozen=True)
 class MediaInfo:
-    """What a file's headers say.
+    """What a file holds.
 
     Attributes:
       duration: seconds of the picture, or of the sound when there is no picture.
@@ -44,62 +51,51 @@ class MediaInfo:
     has_audio: bool
 
 
-@contextlib.contextmanager
-def _opened(path):
-    """An open input container; whatever FFmpeg has to complain about becomes a MediaError."""
-    if not os.path.isfile(path):
-        raise MediaError(f"{path}: no such file")
-    try:
-        with av.open(str(path), metadata_errors="ignore") as container:
-            yield container
-    except (av.error.FFmpegError, OSError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise MediaError(f"{path}: unreadable ({reason})") from error
+def _is_whole(source: Source, stream) -> bool:
+    """Whether the file holds all that its index speaks of, which a download cut short does not."""
+    count = len(stream.index_entries)
+    if not count:
+        return "mov" not in source.formats  # the index of a fragmented mp4 comes bit by bit
+    last = stream.index_entries[count - 1]
+    return last.pos + last.size <= os.path.getsize(source.file)
 
 
-def _picture(container):
-    """The first video stream that is not cover art, or None."""
-    for stream in container.streams.video:
-        if not stream.disposition & Disposition.attached_pic:
-            return stream
-    return None
-
-
-def _video_stream(container, path):
-    stream = _picture(container)
-    if stream is None:
-        raise MediaError(f"{path}: no video stream")
-    return stream
-
-
-def _start(stream) -> float:
-    return float((stream.start_time or 0) * stream.time_base)
+def _duration(source: Source, stream) -> float:
+    """Seconds from the start of a stream to its own end, from its packets where headers fail."""
+    fragmented = "mov" in source.formats and not stream.frames
+    if stream.duration and _EXACT & source.formats and not fragmented and _is_whole(source, stream):
+        return float(stream.duration * stream.time_base)
+    start = source.zero if source.picture is not None else None
+    for packet in source.packets(stream):
+        if start is None:
+            start = packet.pts if packet.pts is not None else packet.dts
+    end = source.lines[stream.index].end
+    if end is None:
+        return 0.0
+    return whole_frames(float((end - (start or 0)) * stream.time_base), stream)
 
 
 def probe(path) -> MediaInfo:
-    """Read a file's headers, decoding nothing.
+    """Find out what a file holds, decoding nothing.
 
     Raises:
       MediaError: the file is missing, unreadable, or has neither picture nor sound.
     """
-    with _opened(path) as container:
-        video = _picture(container)
-        audio = container.streams.audio[0] if container.streams.audio else None
-        stream = video or audio
+    with opened(path) as source:
+        video = source.picture
+        stream = video or next(iter(source.sounds), None)
         if stream is None:
-            raise MediaError(f"{path}: neither a video nor an audio stream")
-        if stream.duration is not None:
-            duration = float(stream.duration * stream.time_base)
-        else:
-            duration = (container.duration or 0) / av.time_base
+            raise MediaError(f"{source.path}: neither a video nor an audio stream")
+        if video is not None:
+            source.need_picture()
         rate = (video.average_rate or video.guessed_rate or 0) if video else 0
         return MediaInfo(
-            duration=duration,
+            duration=_duration(source, stream),
             fps=float(rate),
             width=video.width if video else 0,
             height=video.height if video else 0,
             has_video=video is not None,
-            has_audio=audio is not None,
+            has_audio=bool(source.sounds),
         )
 
 
@@ -110,25 +106,47 @@ def stream_offset(path) -> float:
     Raises:
       MediaError: the file is missing or unreadable.
     """
-    with _opened(path) as container:
-        video = _picture(container)
-        if video is None or not container.streams.audio:
+    with opened(path) as source:
+        if source.picture is None or not source.sounds:
             return 0.0
-        return _start(container.streams.audio[0]) - _start(video)
+        sound = source.sounds[0]
+        start = float((sound.start_time or 0) * sound.time_base)
+        return start - float(source.zero * source.picture.time_base)
+
+
+def upright(array: np.ndarray, frame) -> np.ndarray:
+    """An image (H, W, C) turned and mirrored as the frame's display matrix says.
+
+    The matrix (ISO 14496-12, 8.3.2) maps stored x, y to shown a x + c y, b x + d y; a multiple of
+    a quarter turn is assumed.
+    """
+    matrix = display_matrix(frame)
+    if matrix is None:
+        return array
+    a, b, _, c, d = matrix[:5]
+    if abs(b) > abs(a):
+        array, a, d = array.swapaxes(0, 1), c, b
+    if a < 0:
+        array = array[:, ::-1]
+    return array[::-1] if d < 0 else array
+
+
+def display_matrix(frame) -> list[int] | None:
+    """The nine numbers of a frame's display matrix, or None where it is shown as it is stored."""
+    data = frame.side_data.get("DISPLAYMATRIX")
+    return None if data is None else np.frombuffer(bytes(data), np.int32).tolist()
 
 
 class _FrameRate:
     """FFmpeg's fps filter at one rate, followed by a transform of each frame."""
 
     def __init__(self, fps, transform, frame, time_base):
-        self.transform, self.outputs = transform, []
-        self.turns = round(frame.rotation / 90) % 4
+        self.transform, self.outputs, self.first = transform, [], frame
+        self.size = {"width": frame.width, "height": frame.height}
         self.graph = av.filter.Graph()
-        self.graph.threads = 1  # nothing to share out here
+        self.graph.threads = 1  # there is nothing to share between threads
         nodes = [
-            self.graph.add_buffer(
-                width=frame.width, height=frame.height, format=frame.format, time_base=time_base
-            ),
+            self.graph.add_buffer(**self.size, format=frame.format, time_base=time_base),
             self.graph.add("fps", f"fps={Fraction(fps).limit_denominator(100_000)}:start_time=0"),
             self.graph.add("buffersink"),
         ]
@@ -142,8 +160,9 @@ class _FrameRate:
                 out = self.graph.vpull()
             except (av.error.BlockingIOError, av.error.EOFError):
                 return
-            picture = out.to_ndarray(format="rgb24", threads=1)
-            self.outputs.append(self.transform(np.rot90(picture, self.turns)))
+            # A video whose size changes keeps its first size.
+            picture = out.to_ndarray(format="rgb24", threads=1, **self.size)
+            self.outputs.append(self.transform(upright(picture, self.first)))
 
 
 def num_frames(duration: float, fps: float) -> int:
@@ -151,8 +170,36 @@ def num_frames(duration: float, fps: float) -> int:
     return math.floor(round(duration * fps, 6))
 
 
+def _sample(source: Source, transforms, limits, start: float) -> tuple[dict, float, float]:
+    """({fps: transformed frames}, seconds of picture after `start`, seconds of its last frame)."""
+    stream = source.need_picture()
+    # Ticks fine enough to shift the frames by any time.
+    parts = 1000 if start and stream.time_base.denominator * 1000 < 2**31 else 1
+    base = Fraction(stream.time_base) / parts
+    begin = round(start / base)
+    rates, end, step, count = {}, 0.0, 0.0, 0
+    for frame in source.frames(start):
+        if not rates:
+            rates = {fps: _FrameRate(fps, f, frame, base) for fps, f in transforms.items()}
+        frame.pts = frame.pts * parts - begin
+        step = float((frame.duration or 0) * stream.time_base)
+        step = step or 1 / float(stream.average_rate or stream.guessed_rate or 25)
+        end, count = max(end, float(frame.pts * base) + step), count + 1
+        for fps, rate in rates.items():
+            rate.push(frame, limits[fps])
+        if all(len(rate.outputs) >= limits[fps] for fps, rate in rates.items()):
+            break
+    else:
+        for fps, rate in rates.items():
+            rate.push(None, limits[fps])
+    end = whole_frames(start + end, stream) - start if rates else end
+    usual = float(stream.average_rate or 0) * (start + end)
+    source.check_damage("picture", count / usual if usual > 0 else None)
+    return {fps: rate.outputs for fps, rate in rates.items()}, end, step
+
+
 def read_frames(
-    path, transforms: dict[float, Callable], duration: float | None = None
+    path, transforms: dict[float, Callable], duration: float | None = None, start: float = 0.0
 ) -> dict[float, np.ndarray]:
     """Decode a video once and sample it at several frame rates with FFmpeg's fps filter.
 
@@ -160,122 +207,40 @@ def read_frames(
       path: video file.
       transforms: {fps: f}, f takes a frame (H, W, 3) uint8, upright, and returns an array of a
         fixed shape; it runs on each frame as it arrives, so that no full-size video is held.
-      duration: seconds to read from the start of the picture; None reads all.
+        All frames have the size of the first one.
+      duration: seconds to read from `start` on; None reads all.
+      start: seconds from the start of the picture.
 
     Returns:
       {fps: array of floor(duration * fps) transformed frames}. The last frame is repeated where
       the source ends up to one of its frames early.
 
     Raises:
-      MediaError: unreadable, no video stream, or shorter than `duration` by more than a frame.
+      MediaError: unreadable, mostly damaged, no video stream, shorter than `start + duration` by
+        more than a frame, or a `start` that is not inside the picture.
     """
-    with _opened(path) as container:
-        stream = _video_stream(container, path)
-        stream.thread_type = "AUTO"
-        start = stream.start_time or 0
-        limits = {
-            fps: math.inf if duration is None else num_frames(duration, fps) for fps in transforms
-        }
-        rates, end, step = {}, 0.0, 0.0
-        for frame in container.decode(stream):
-            if frame.pts is None:
-                continue
-            frame.pts -= start
-            if not rates:
-                rates = {
-                    fps: _FrameRate(fps, f, frame, stream.time_base)
-                    for fps, f in transforms.items()
-                }
-            step = float((frame.duration or 0) * stream.time_base)
-            step = step or 1 / float(stream.average_rate or stream.guessed_rate or 25)
-            end = max(end, float(frame.pts * stream.time_base) + step)
-            for fps, rate in rates.items():
-                rate.push(frame, limits[fps])
-            if all(len(rate.outputs) >= limits[fps] for fps, rate in rates.items()):
-                break
-        else:
-            for fps, rate in rates.items():
-                rate.push(None, limits[fps])
-    if not rates:
+    check_start(path, start)
+    limits = {
+        fps: math.inf if duration is None else num_frames(duration, fps) for fps in transforms
+    }
+    with opened(path) as source:
+        outputs, end, step = _sample(source, transforms, limits, start)
+    path = shown(path)
+    if not outputs:
         raise MediaError(f"{path}: no frame could be decoded")
+    if start and end <= 0:
+        raise MediaError(f"{path}: start {start:g} s is past the end of the picture")
     if duration is not None and end < duration - 1.01 * step:
-        raise MediaError(f"{path}: {end:.2f} s of picture, shorter than the {duration:g} s needed")
+        after = f" after {start:g} s" if start else ""
+        raise MediaError(
+            f"{path}: {end:.2f} s of picture{after}, shorter than the {duration:g} s needed"
+        )
     result = {}
-    for fps, rate in rates.items():
+    for fps, frames in outputs.items():
         count = num_frames(end if duration is None else duration, fps)
-        frames = rate.outputs[:count]
+        frames = frames[:count]
         if not frames:
             raise MediaError(f"{path}: {end:.3f} s of picture, less than one frame at {fps} fps")
         frames += frames[-1:] * (count - len(frames))
         result[fps] = np.stack(frames)
     return result
-
-
-def _pieces(container, stream, sample_rate: int):
-    """(time stamp in seconds or None, mono samples) of a decoded and resampled sound."""
-    resampler = av.AudioResampler(format="fltp", rate=sample_rate)
-    for frame in itertools.chain(container.decode(stream), [None]):
-        for piece in resampler.resample(frame):
-            time = None if piece.pts is None else float(piece.pts * piece.time_base)
-            yield time, piece.to_ndarray().mean(axis=0, dtype=np.float32)
-
-
-def read_audio(
-    path, sample_rate: int, num_samples: int | None = None, shortest: float = 0.0
-) -> np.ndarray:
-    """Decode a file's sound, in step with its picture.
-
-    Args:
-      path: video or sound file.
-      sample_rate: Hz, of the result.
-      num_samples: cut or zero-pad to so many samples; None gives what there is.
-      shortest: seconds of sound that must be there, to a tolerance of 0.1 s.
-
-    Returns:
-      float32, mono (the mean of the channels), nominally in [-1, 1]: peaks can exceed it. Sample 0
-      sounds when the picture starts; where the time stamps leave a gap there are zeros.
-
-    Raises:
-      MediaError: unreadable, no audio stream, or shorter than `shortest`.
-    """
-    limit = sys.maxsize if num_samples is None else num_samples
-    chunks, cursor, end = [], 0, limit
-    with _opened(path) as container:
-        if not container.streams.audio:
-            raise MediaError(f"{path}: no audio stream")
-        stream, video = container.streams.audio[0], _picture(container)
-        start = _start(video) if video else None
-        for time, sound in _pieces(container, stream, sample_rate):
-            if time is not None:
-                start = time if start is None else start
-                gap = round((time - start) * sample_rate) - cursor
-                if not chunks and gap < 0:
-                    cursor = gap  # begins before the picture: cut off below
-                elif gap > 0 and (not chunks or gap > _GAP * sample_rate):
-                    chunks.append(np.zeros(min(gap, limit - cursor), np.float32))
-                    cursor += len(chunks[-1])
-            chunks.append(sound)
-            cursor += len(sound)
-            if cursor >= limit:
-                break
-        if stream.duration is not None and start is not None:
-            # mp4 says where the sound ends; the decoder gives the last AAC frame whole.
-            seconds = _start(stream) + float(stream.duration * stream.time_base) - start
-            declared = round(seconds * sample_rate)
-            if 0 < cursor - declared <= sample_rate * _CODEC_FRAME / stream.rate:
-                end = declared
-    audio = np.concatenate(chunks) if chunks else np.zeros(0, np.float32)
-    audio = audio[max(0, len(audio) - cursor) :][: min(limit, end)]
-    if not len(audio):
-        raise MediaError(f"{path}: the audio stream is empty")
-    if len(audio) < min(limit, (shortest - _GAP) * sample_rate):
-        raise MediaError(
-            f"{path}: {len(audio) / sample_rate:.2f} s of sound, shorter than the {shortest:g} s "
-            "needed"
-        )
-    return audio if num_samples is None else np.pad(audio, (0, num_samples - len(audio)))
-
-
-def is_silent(audio: np.ndarray) -> bool:
-    """Digital silence: the peak stays below half a step of 16 bits."""
-    return not np.abs(audio).max(initial=0.0) >= 0.5**16

@@ -1,0 +1,115 @@
+"""Encoding of a video's picture anew, as H.264, with the look and the times that it has."""
+
+import itertools
+from fractions import Fraction
+
+import av
+import numpy as np
+
+from vcm_jax.media.remux import decoding_times
+from vcm_jax.media.streams import MediaError, Source, whole_frames
+
+X264 = {"preset": "veryfast", "crf": "18"}
+_VP9 = {"deadline": "realtime", "cpu-used": "8", "crf": "20", "lag-in-frames": "0"}
+_TICKS = 90_000  # Hz; as fine as any time that matters
+_BT709, _LIMITED, _UNSPECIFIED = 1, 1, 2  # numbers of ITU-T H.273, and FFmpeg's range
+
+
+def increasing(times: list, step) -> list:
+    """Times, with those that repeat or step back spread evenly up to the next one that does not.
+
+    Args:
+      times: seconds, of frames in the order in which they are shown.
+      step: seconds between frames, for those at the end.
+    """
+    result = list(times[:1])
+    i = 1
+    while i < len(times):
+        j = i
+        while j < len(times) and times[j] <= result[-1]:
+            j += 1
+        low = result[-1]
+        high = times[j] if j < len(times) else low + step * (j - i + 1)
+        result += [low + (high - low) * k / (j - i + 1) for k in range(1, j - i + 1)]
+        result += times[j : j + 1]
+        i = j + 1
+    return result
+
+
+def _encoder(output, video, frame):
+    """A new stream of `output` that looks like `video`, whose first frame is `frame`."""
+    rate = Fraction(video.average_rate or video.guessed_rate or 25)
+    rate = min(max(rate, Fraction(1, 100)), Fraction(1000)).limit_denominator(100_000)
+    odd = frame.width % 2 or frame.height % 2
+    if odd and "libvpx-vp9" in output.supported_codecs:
+        # H.264 with halved colours has even sizes only; VP9 has any, and browsers play both.
+        stream = output.add_stream("libvpx-vp9", rate=rate, options=_VP9)
+        stream.width, stream.height = frame.width, frame.height
+    else:
+        stream = output.add_stream("libx264", rate=rate, options=X264)
+        stream.width, stream.height = max(2, frame.width // 2 * 2), max(2, frame.height // 2 * 2)
+    context = stream.codec_context
+    context.pix_fmt, context.time_base = "yuv420p", 1 / rate
+    context.sample_aspect_ratio = video.sample_aspect_ratio or 1
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is not None:
+        stream.set_display_matrix(np.frombuffer(bytes(matrix), np.int32).tolist())
+    if frame.format.is_rgb or "pal" in frame.format.name:
+        context.colorspace = context.color_primaries = context.color_trc = _BT709
+        context.color_range = _LIMITED
+    else:
+        context.colorspace, context.color_range = frame.colorspace, frame.color_range
+        context.color_primaries, context.color_trc = frame.color_primaries, frame.color_trc
+    return stream
+
+
+def encoded_picture(source: Source, output, duration: float | None) -> tuple[list, float]:
+    """Decode the picture and encode it as H.264 (VP9 where a side is odd) for `output`.
+
+    Returns:
+      packets, and the seconds of picture that they hold.
+
+    Raises:
+      MediaError: most of the picture is damaged, or no frame can be decoded.
+    """
+    video, base = source.picture, Fraction(source.picture.time_base)
+    step = 1 / Fraction(video.average_rate or video.guessed_rate or 25)
+    stream, packets, times, length = None, [], [], step
+    for frame in source.frames():
+        time = frame.pts * base
+        if time < 0:
+            continue  # hidden by an edit list
+        if duration is not None and time > duration - 1e-6:
+            break
+        length = (frame.duration or 0) * base or step
+        if stream is None:
+            stream = _encoder(output, video, frame)
+            context = stream.codec_context
+        # Without a destination FFmpeg takes the range of the source: nothing changes.
+        frame = frame.reformat(
+            context.width, context.height, "yuv420p",
+            dst_colorspace=_BT709 if frame.format.is_rgb else None,
+            src_color_range=frame.color_range, dst_color_range=context.color_range,
+        )  # fmt: skip
+        frame.pts, frame.time_base = len(times), context.time_base
+        frame.pict_type = av.video.frame.PictureType.NONE  # the encoder places its own key frames
+        times.append(time)
+        packets += stream.encode(frame)
+    source.check_damage("picture", None)
+    if stream is None:
+        raise MediaError(f"{source.path}: no frame could be decoded")
+    packets += stream.encode(None)
+    times = increasing(times, step)
+    ticks = max(_TICKS, base.denominator) if base.denominator <= 1_000_000 else _TICKS
+    ticks = ticks - ticks % base.denominator or ticks
+    shown = [round(time * ticks) for time in times]
+    for i, (a, b) in enumerate(itertools.pairwise(shown)):
+        shown[i + 1] = max(b, a + 1)
+    end = round((max(times[-1], 0) + length) * ticks)
+    lengths = np.diff([*shown, max(end, shown[-1] + 1)]).tolist()
+    decoded = decoding_times([shown[packet.pts] for packet in packets]).tolist()
+    stream.time_base = Fraction(1, ticks)
+    for packet, dts in zip(packets, decoded):
+        packet.duration, packet.pts, packet.dts = lengths[packet.pts], shown[packet.pts], dts
+        packet.time_base = Fraction(1, ticks)
+    return packets, whole_frames(float(times[-1] + length), video)
