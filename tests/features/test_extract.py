@@ -9,12 +9,12 @@ import time
 import numpy as np
 import pytest
 
+from vcm_jax.claim import ClaimError
 from vcm_jax.codec import fit_linear_codec, load_codec
 from vcm_jax.features import extract as extraction
 from vcm_jax.features import shards
 from vcm_jax.features.encoders import WeightsFreeEncoders
 from vcm_jax.features.extract import ExtractError, encode_video, extract
-from vcm_jax.media.clips import ListError, list_clips
 from vcm_jax.media.read import read_audio
 from vcm_jax.media.write import write_mp4, write_sound
 from vcm_jax.records.schema import RecordError
@@ -171,7 +171,7 @@ def test_complete_or_other_records_are_not_touched(videos, whole, tmp_path, caps
         ({"sync_dim": 13}, "encoders"),
         ({"captions": None}, "clips"),
     ):
-        with pytest.raises(ExtractError, match=f"other settings .*{reason}"):
+        with pytest.raises(ClaimError, match=f"other settings .*{reason}"):
             extract(out, **dict(videos=videos, captions=captions, **SMALL) | change)
     fit_linear_codec([noise(9)]).save(tmp_path / "codec")
     with pytest.raises(ExtractError, match="is not the codec in"):
@@ -202,48 +202,6 @@ def test_sounds_make_text_audio_records(tmp_path, whole):
     padded[: len(sound)] = sound
     np.testing.assert_array_equal(source[0]["latent_mean"], load_codec(codec).encode(padded)[0])
     assert load_codec(tmp_path / "r" / "codec").fingerprint == load_codec(codec).fingerprint
-
-
-def test_without_captions_all_files_are_taken(videos):
-    clips, failures = list_clips(videos)
-    assert not failures and {clip.caption for clip in clips} == {""}
-    assert "sub dir/d" in [clip.id for clip in clips] and len(clips) == 10
-
-
-def test_ids_that_fit_several_files(tmp_path):
-    for name in ("x/clip.mp4", "y/clip.mp4", "y/clip.mov", "z.mp4", "z/z.mp4"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).touch()
-    (tmp_path / "t.tsv").write_text(
-        "id\tcaption\nclip\t\nx/clip\t\ny/clip\t\ny/clip.mov\t\nz\t\n\n../z\t\n\t\n"
-    )
-    clips, failures = list_clips(tmp_path, tmp_path / "t.tsv")
-    found = {clip.id: clip.path.relative_to(tmp_path).as_posix() for clip in clips}
-    assert found == {"x/clip": "x/clip.mp4", "y/clip.mov": "y/clip.mov", "z": "z.mp4"}
-    assert [clip_id for clip_id, _ in failures] == ["clip", "y/clip", "../z", ""]
-    assert failures[0][1] == "several files: x/clip.mp4, y/clip.mov, y/clip.mp4"
-
-
-def test_lists_that_cannot_be_used(tmp_path, videos):
-    with pytest.raises(ListError, match="nothing: no such folder"):
-        list_clips(tmp_path / "nothing")
-    with pytest.raises(ListError, match="no files that end in .mp4"):
-        list_clips(tmp_path)
-    table = tmp_path / "list.tsv"
-    for text, reason in (
-        (
-            "package\taudio\ttext\r\nx\ty\tz\r\n",
-            "its columns are 'package', 'audio', 'text'; needed",
-        ),
-        ("id,caption\na,b\n", "its columns are 'id,caption'"),
-        ("id\tcaption\n", "no rows"),
-        ("", "its columns are"),
-    ):
-        table.write_text(text)
-        with pytest.raises(ListError, match=reason):
-            list_clips(videos, table)
-    with pytest.raises(ListError, match="none.tsv: unreadable"):
-        list_clips(videos, tmp_path / "none.tsv")
 
 
 def test_nothing_usable_leaves_nothing_that_looks_whole(videos, whole, tmp_path):

@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 from small_runs import save_run
 
+from vcm_jax.claim import ClaimError
 from vcm_jax.codec import fit_linear_codec
 from vcm_jax.features import extract as extraction
 from vcm_jax.features import shards, work
@@ -211,7 +212,7 @@ def test_extraction(folder, videos, codec, tmp_path):
     reasons = (out / "failures.tsv").read_text()
     assert "mute.mp4: no audio stream" in reasons and "garbage.mp4: unreadable" in reasons
     again = {"videos": videos, "captions": videos / "captions.tsv", "codec": codec}
-    with pytest.raises(ExtractError, match="other settings .*encoders"):
+    with pytest.raises(ClaimError, match="other settings .*encoders"):
         extract(out, **again, duration=1.28)
 
 
@@ -250,7 +251,7 @@ def test_segments_of_sounds(codec, tmp_path):
     used = extraction.load_codec(codec)
     mean, _ = used.encode(whole[2 * RATE :][: sequence.num_samples])
     np.testing.assert_array_equal(source[1]["latent_mean"], mean)
-    with pytest.raises(ExtractError, match="other settings .*segments"):
+    with pytest.raises(ClaimError, match="other settings .*segments"):
         run(tmp_path / "r")
 
 
@@ -296,7 +297,7 @@ def test_a_stopped_run_encodes_no_clip_twice(folder, videos, codec, tmp_path, mo
     with pytest.raises(KeyboardInterrupt):
         run(duration=1.28)
     assert [file.name for file in (tmp_path / "r").glob("part-*")] == ["part-00000.journal"]
-    with pytest.raises(ExtractError, match="other settings .*sequence"):
+    with pytest.raises(ClaimError, match="other settings .*sequence"):
         run(duration=0.8)
     assert run(duration=1.28).num_records == 3 and count == 4
     assert [record["id"] for record in RecordSource(tmp_path / "r")] == ["a", "b", "c"]

@@ -57,10 +57,12 @@ def read_table(path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
 
 def write_table(path, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Write a table that `read_table` reads back, in the dialect of pandas."""
+    rows = [header, *rows]
+    # The csv module does not know that a carriage return needs quotes.
+    returns = any("\r" in field for row in rows for field in row)
+    quoting = csv.QUOTE_ALL if returns else csv.QUOTE_MINIMAL
     with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, delimiter="\t", lineterminator="\n")
-        writer.writerow(header)
-        writer.writerows(rows)
+        csv.writer(file, delimiter="\t", lineterminator="\n", quoting=quoting).writerows(rows)
 
 
 def _decode(path) -> str:
