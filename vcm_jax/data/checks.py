@@ -11,9 +11,10 @@ from tqdm import tqdm
 from vcm_jax.codec import load_codec
 from vcm_jax.data.survey import Survey
 from vcm_jax.features.encoders import encoders_from_spec
-from vcm_jax.features.work import read_sound
-from vcm_jax.media.clips import Clip
-from vcm_jax.media.read import MediaError, read_frames, stream_offset
+from vcm_jax.features.work import failure_reason, read_sound
+from vcm_jax.media.clips import Clip, composed
+from vcm_jax.media.read import read_frames, stream_offset
+from vcm_jax.media.tables import read_table
 from vcm_jax.records.schema import RecordError, latent_statistics
 from vcm_jax.records.source import RecordSource
 
@@ -98,8 +99,27 @@ def _check_statistics(source: RecordSource, found: Survey) -> list[Finding]:
     return [Finding("error", f"latent statistics in the manifest are off by {off:.2g} std")]
 
 
+def check_files(source: RecordSource) -> list[Finding]:
+    """Check what training reads besides the records: the codec and the empty text's features."""
+    findings = []
+    try:
+        codec = load_codec(source.path / "codec")
+        wanted = source.manifest.codec
+        wrong = [key for key in wanted if getattr(codec, key, None) != wanted[key]]
+        if wrong:
+            what = f"{source.path / 'codec'}: not the codec of the manifest ({', '.join(wrong)})"
+            findings.append(Finding("error", what))
+    except (ValueError, OSError) as error:
+        findings.append(Finding("error", str(error)))
+    try:
+        _ = source.empty_text
+    except RecordError as error:
+        findings.append(Finding("error", str(error)))
+    return findings
+
+
 def check_text(source: RecordSource, count: int = 64) -> list[Finding]:
-    """Encode some captions again and compare the text features."""
+    """Encode some captions again and compare the text features, those of the empty text too."""
     try:
         encoders = encoders_from_spec(source.manifest.encoders)
     except (ValueError, KeyError):
@@ -113,6 +133,12 @@ def check_text(source: RecordSource, count: int = 64) -> list[Finding]:
         text = encoders.encode_text(record["caption"], source.manifest.sequence)
         if not np.allclose(record["text"], text, atol=1e-2, rtol=1e-2):
             wrong.append(record["id"])
+    try:
+        empty = encoders.encode_text("", source.manifest.sequence)
+        if not np.allclose(source.empty_text, empty, atol=1e-2, rtol=1e-2):
+            wrong.append("(the empty text)")
+    except RecordError:
+        pass  # `check_files` reports it
     return _finding("error", "text features are not those of the caption", wrong)
 
 
@@ -129,11 +155,10 @@ def check_captions(folder: Path, found: Survey, rows: list[tuple[str, str]]) -> 
         shift = _find_shift(found, rows)
         note = f"; most are those of the row {shift:+d} from theirs" if shift else ""
         findings += _finding("error", f"captions differ from the list{note}", wrong)
-    failures = folder / "failures.tsv"
     excused = set()
-    if failures.exists():
-        lines = failures.read_text(encoding="utf-8").splitlines()[1:]
-        excused = {line.split("\t")[0] for line in lines}
+    if (folder / "failures.tsv").exists():
+        _, failures = read_table(folder / "failures.tsv")
+        excused = {row.get("id") for _, row in failures}
     here = set(found.ids)
     lost = [i for i in listed if i not in excused and i not in here]
     return findings + _finding("error", "rows of the list neither here nor in failures.tsv", lost)
@@ -187,7 +212,7 @@ def _shrink(frame: np.ndarray) -> np.ndarray:
 def _is_still(clip: Clip, sequence) -> bool:
     """Whether nothing in the picture changes within half a second."""
     fps = sequence.sync_fps
-    frames = read_frames(clip.path, {fps: _shrink}, sequence.duration)[fps]
+    frames = read_frames(clip.path, {fps: _shrink}, sequence.duration, start=clip.start)[fps]
     # Compression noise stays below half a step of 8 bits.
     change = np.abs(np.diff(frames[:: fps // 2], axis=0)).mean(axis=(1, 2, 3))
     return change.max(initial=0) < 0.5
@@ -219,24 +244,30 @@ def check_media(source: RecordSource, clips: dict[str, Clip], count: int) -> lis
 
     Args:
       source: records.
-      clips: {id: clip}.
+      clips: {id in Unicode's composed form: clip}.
       count: how many files to decode; 0: all.
     """
-    codec = load_codec(source.path / "codec")
+    try:
+        codec = load_codec(source.path / "codec")
+    except (ValueError, OSError):
+        return [Finding("warning", "media files not compared: the codec cannot be read")]
     wrong, absent, done = defaultdict(list), [], 0
     chosen = np.unique(np.linspace(0, len(source) - 1, count or len(source)).astype(int))
     for index in tqdm(chosen, desc="Decoding", unit="clip"):
         try:
             record = source[index]
-            clip = clips.get(record["id"])
-            if clip is None:
-                absent.append(record["id"])
-                continue
-            done += 1
+        except RecordError:
+            continue  # `survey` reports it
+        clip = clips.get(composed(record["id"]))
+        if clip is None:
+            absent.append(record["id"])
+            continue
+        done += 1
+        try:
             for what, description in _media_problems(source, codec, record, clip):
                 wrong[what].append(description)
-        except (MediaError, RecordError) as error:
-            wrong["cannot be read again"].append(str(error))
+        except Exception as error:
+            wrong["cannot be read again"].append(failure_reason(clip, error))
     findings = _finding("warning", "media files not found for records", absent)
     for what, ids in wrong.items():
         hard = what.startswith(("latents", "cannot"))

@@ -4,15 +4,20 @@ Each reader takes the folder of the downloaded files and returns {split: rows}; 
 caption, file inside the folder, start in seconds).
 """
 
-import csv
 import hashlib
 import json
-import unicodedata
 from collections import defaultdict
 from pathlib import Path
 
-from vcm_jax.media.clips import SOUND_SUFFIXES, VIDEO_SUFFIXES
+from vcm_jax.media.clips import (
+    SOUND_SUFFIXES,
+    VIDEO_SUFFIXES,
+    composed,
+    list_files,
+    printable,
+)
 from vcm_jax.media.read import MediaError, probe
+from vcm_jax.media.tables import TableError, read_rows, read_table
 
 Row = tuple[str, str, str, float]
 _WAVCAPS = {  # list: (prefix of its ids, words of which one is in the path of its files)
@@ -33,11 +38,9 @@ class _Files:
         if not folder.is_dir():
             raise CorpusError(f"{folder}: no such folder (manual_dir)")
         self.folder, self.by_stem, self.by_path = folder, defaultdict(list), {}
-        for file in sorted(folder.rglob("*")):
-            if file.suffix.lower() in VIDEO_SUFFIXES + SOUND_SUFFIXES:
-                path = file.relative_to(folder).as_posix()
-                self.by_stem[_normal(file.stem)].append(path)
-                self.by_path[_normal(path)] = path
+        for path in map(printable, list_files(folder, VIDEO_SUFFIXES + SOUND_SUFFIXES)):
+            self.by_stem[composed(Path(path).stem)].append(path)
+            self.by_path[composed(path)] = path
 
     def named(self, *stems: str, words: tuple[str, ...] = ()) -> str:
         """Find the file with one of these stems; a file with one of the `words` in its path wins.
@@ -46,38 +49,29 @@ class _Files:
           Its path, or the first stem if there is no file: extraction then reports it as missing.
         """
         for stem in stems:
-            found = self.by_stem.get(_normal(stem), [])
+            found = self.by_stem.get(composed(stem), [])
             fitting = [p for p in found if any(word in p.lower() for word in words)]
             if found:
                 return (fitting or found)[0]
         return stems[0]
 
 
-def _normal(text: str) -> str:
-    """A name in Unicode's composed form: file systems encode letters with accents differently."""
-    return unicodedata.normalize("NFC", text)
-
-
 def _read_csv(path: Path, columns: tuple[str, ...]) -> list[dict]:
     """Read the rows of a CSV file that has these columns."""
+    header, rows = _read(read_table, path)
+    missing = [name for name in columns if name not in header]
+    if missing:
+        raise CorpusError(f"{path}: no column {missing[0]!r}; it has {', '.join(header)}")
+    return [row for _, row in rows]
+
+
+def _read(function, path: Path):
     if not path.is_file():
         raise CorpusError(f"{path}: no such file")
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file)
-            missing = [name for name in columns if name not in (reader.fieldnames or ())]
-            if missing:
-                raise CorpusError(
-                    f"{path}: no column {missing[0]!r}; it has {', '.join(reader.fieldnames or ())}"
-                )
-            rows = []
-            for row in reader:
-                if any(row[name] is None for name in columns):
-                    raise CorpusError(f"{path}, line {reader.line_num}: fewer fields than columns")
-                rows.append(row)
-            return rows
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise CorpusError(f"{path}: unreadable ({error})") from error
+        return function(path, "," if path.suffix == ".csv" else "\t")
+    except TableError as error:
+        raise CorpusError(str(error)) from None
 
 
 def vggsound(
@@ -92,40 +86,38 @@ def vggsound(
     """
     path, files = folder / "vggsound.csv", _Files(folder)
     splits = {"train": [], "val": [], "test": []}
-    if not path.is_file():
-        raise CorpusError(f"{path}: no such file")
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        for number, row in enumerate(csv.reader(file), 1):
-            if len(row) != 4:
-                raise CorpusError(
-                    f"{path}, line {number}: {len(row)} fields, needed are id, start, label, split"
-                )
-            youtube_id, start, label, split = row
-            if not start.isdecimal():
-                raise CorpusError(f"{path}, line {number}: start {start!r} is no whole number")
-            if split not in ("train", "test"):
-                raise CorpusError(f"{path}, line {number}: split {split!r} is not train or test")
-            clip_id = f"{youtube_id}_{int(start):06d}"
-            splits[split].append((clip_id, label, files.named(clip_id), 0.0))
+    for line, row in _read(read_rows, path):
+        if len(row) != 4:
+            raise CorpusError(
+                f"{path}, line {line}: {len(row)} fields, needed are id, start, label, split"
+            )
+        youtube_id, start, label, split = row
+        if not start.isdecimal():
+            raise CorpusError(f"{path}, line {line}: start {start!r} is no whole number")
+        if split not in ("train", "test"):
+            raise CorpusError(f"{path}, line {line}: split {split!r} is not train or test")
+        clip_id = f"{youtube_id}_{int(start):06d}"
+        splits[split].append((clip_id, label, files.named(clip_id), 0.0))
+    ids = [row[0] for row in splits["train"]]
     if val_list is not None:
-        with open(val_list, encoding="utf-8-sig") as file:
-            chosen = {line.split("\t")[0].strip() for line in list(file)[1:]}
-        unknown = chosen - {row[0] for row in splits["train"]}
-        if unknown:
+        header, rows = _read(read_table, Path(val_list))
+        chosen = {row[header[0]] for _, row in rows}
+        if unknown := chosen - set(ids):
             raise CorpusError(f"{val_list}: {min(unknown)!r} is not among the train rows of {path}")
     else:
-        ids = sorted(
-            (row[0] for row in splits["train"]), key=lambda i: hashlib.sha256(i.encode()).digest()
-        )
-        chosen = set(ids[:val_size])
-    if len(chosen) >= len(splits["train"]):
+        chosen = set(sorted(ids, key=_sha256)[:val_size])
+    if len(chosen) >= len(ids):
         raise CorpusError(
-            f"{path}: {len(splits['train'])} train rows, {len(chosen)} of them for validation: "
-            "give --val_list or a smaller --val_size"
+            f"{path}: {len(ids)} train rows, {len(chosen)} of them for validation: give --val_list "
+            "or a smaller --val_size"
         )
     splits["val"] = [row for row in splits["train"] if row[0] in chosen]
     splits["train"] = [row for row in splits["train"] if row[0] not in chosen]
     return splits
+
+
+def _sha256(text: str) -> bytes:
+    return hashlib.sha256(text.encode()).digest()
 
 
 def audiocaps(folder: Path, *, pattern: str | None = None) -> dict[str, list[Row]]:
@@ -165,7 +157,7 @@ def clotho(folder: Path, *, duration: float = 8.0) -> dict[str, list[Row]]:
         path = folder / f"clotho_captions_{name}.csv"
         for row in _read_csv(path, ("file_name", *captions)):
             file = f"{name}/{row['file_name']}"
-            file = files.by_path.get(_normal(file), file)
+            file = files.by_path.get(composed(file), file)
             try:
                 segments = max(1, int((probe(folder / file).duration + 1e-3) // duration))
             except MediaError:
@@ -186,7 +178,8 @@ def wavcaps(folder: Path) -> dict[str, list[Row]]:
     (or fsd), bbc or audioset.
     """
     files, rows = _Files(folder), []
-    found = [path for path in sorted(folder.rglob("*.json")) if path.name in _WAVCAPS]
+    found = [folder / path for path in list_files(folder, tuple(_WAVCAPS))]
+    found = [path for path in found if path.name in _WAVCAPS]
     if not found:
         raise CorpusError(f"{folder}: none of {', '.join(_WAVCAPS)}")
     for path in found:
@@ -197,8 +190,8 @@ def wavcaps(folder: Path) -> dict[str, list[Row]]:
                 clip_id = str(entry["id"])
                 stem = clip_id.removesuffix(".wav").removesuffix(".flac")
                 file = files.named(stem, words=words)
-                rows.append((f"{subset}/{stem}", entry["caption"], file, 0.0))
-        except (KeyError, TypeError, ValueError) as error:
+                rows.append((f"{subset}/{stem}", entry["caption"].strip(), file, 0.0))
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             reason = f"no field {error}" if isinstance(error, KeyError) else error
             raise CorpusError(f"{path}: not a WavCaps list ({reason})") from error
     return {"train": rows}

@@ -18,13 +18,20 @@ from vcm_jax.data.checks import (
     Finding,
     check_captions,
     check_content,
+    check_files,
     check_leaks,
     check_media,
     check_text,
 )
 from vcm_jax.data.survey import survey
 from vcm_jax.data.validate_page import write_page
-from vcm_jax.media.clips import SOUND_SUFFIXES, VIDEO_SUFFIXES, list_clips, read_captions
+from vcm_jax.media.clips import (
+    SOUND_SUFFIXES,
+    VIDEO_SUFFIXES,
+    composed,
+    list_clips,
+    read_captions,
+)
 from vcm_jax.records.schema import RecordError
 from vcm_jax.records.source import RecordSource
 
@@ -61,14 +68,14 @@ def validate(
     except RecordError as error:
         return [Finding("error", str(error))]
     found = survey(source)
-    findings = check_content(source, found) + check_text(source)
+    findings = check_files(source) + check_content(source, found) + check_text(source)
     clips, media = {}, videos or sounds
     if media:
         suffixes = VIDEO_SUFFIXES if videos else SOUND_SUFFIXES + VIDEO_SUFFIXES
         listed, _ = list_clips(media, captions, suffixes)
         # Without a list an id may be a path or a stem.
-        clips = {} if captions else {clip.path.stem: clip for clip in listed}
-        clips |= {clip.id: clip for clip in listed}
+        clips = {} if captions else {composed(clip.path.stem): clip for clip in listed}
+        clips |= {composed(clip.id): clip for clip in listed}
         findings += check_media(source, clips, media_clips)
     if captions:
         rows = [(row.id, row.caption) for row in read_captions(captions)]

@@ -1,4 +1,4 @@
-"""Tab-separated tables as pandas, spreadsheets and people write them."""
+"""Tables, separated by tabs or commas, as pandas, spreadsheets and people write them."""
 
 import codecs
 import csv
@@ -19,28 +19,39 @@ class TableError(ValueError):
     """A table that cannot be read without losing something; one line with the line's number."""
 
 
-def read_table(path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
-    """Read a tab-separated table with a header, in either of its two dialects.
+def read_rows(path, delimiter: str = "\t") -> list[tuple[int, list[str]]]:
+    """Read a table in either of its two dialects.
 
     In the dialect of pandas and spreadsheets a field may be in double quotes; it can then contain
-    tabs, line breaks and doubled quotes. In the plain dialect quotes mean nothing. The table is
-    plain if it cannot be read as the other, but the same table must not use both. Encodings are
+    delimiters, line breaks and doubled quotes. In the plain dialect quotes mean nothing. A table
+    is plain if it cannot be read in the other dialect, but it must not use both. Encodings are
     UTF-8 and, with a byte order mark, UTF-16. Bytes that are not UTF-8 become surrogates, as in
     Python's file names. Blank lines are skipped.
+
+    Returns:
+      (number of its first line, fields) of each row.
+
+    Raises:
+      TableError: unreadable, or with quotes that do not match, so that a field would be cut.
+    """
+    text = _decode(path)
+    try:
+        return list(_parse(text, delimiter, csv.QUOTE_MINIMAL))
+    except _RowError as error:
+        return _parse_plain(path, text, delimiter, error)
+
+
+def read_table(path, delimiter: str = "\t") -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
+    """Read a table with a header, see `read_rows`.
 
     Returns:
       The names of the columns, and (number of its first line, {column: field}) of each row. Names
       and fields have no whitespace around them.
 
     Raises:
-      TableError: unreadable, or a row that has more or fewer fields than the header, or quotes
-        that do not match: a field would be cut.
+      TableError: see `read_rows`; also for a row with more or fewer fields than the header.
     """
-    text = _decode(path)
-    try:
-        rows = list(_parse(text, csv.QUOTE_MINIMAL))
-    except _RowError as error:
-        rows = _parse_plain(path, text, error)
+    rows = read_rows(path, delimiter)
     header = [name.strip() for name in rows[0][1]] if rows else []
     table = []
     for line, fields in rows[1:]:
@@ -49,7 +60,8 @@ def read_table(path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
         if len(fields) != len(header):
             raise TableError(
                 f"{path}, line {line}: {len(fields)} fields, but the header has {len(header)}: put "
-                "a field that contains a tab or a line break in double quotes"
+                f"a field that contains a {'tab' if delimiter == chr(9) else 'comma'} or a line "
+                "break in double quotes"
             )
         table.append((line, dict(zip(header, map(str.strip, fields)))))
     return header, table
@@ -85,10 +97,10 @@ class _RowError(Exception):
         self.line = line
 
 
-def _parse(text: str, quoting: int) -> Iterator[tuple[int, list[str]]]:
+def _parse(text: str, delimiter: str, quoting: int) -> Iterator[tuple[int, list[str]]]:
     """(number of its first line, fields) of each row that is not blank."""
     lines = io.StringIO(text, newline="")
-    reader = csv.reader(lines, delimiter="\t", quoting=quoting, strict=True)
+    reader = csv.reader(lines, delimiter=delimiter, quoting=quoting, strict=True)
     while True:
         line = reader.line_num + 1
         try:
@@ -101,10 +113,12 @@ def _parse(text: str, quoting: int) -> Iterator[tuple[int, list[str]]]:
             yield line, fields
 
 
-def _parse_plain(path, text: str, mismatch: _RowError) -> list[tuple[int, list[str]]]:
+def _parse_plain(
+    path, text: str, delimiter: str, mismatch: _RowError
+) -> list[tuple[int, list[str]]]:
     """The rows of a table in which quotes mean nothing; `mismatch`: why they mean nothing."""
     try:
-        rows = list(_parse(text, csv.QUOTE_NONE))
+        rows = list(_parse(text, delimiter, csv.QUOTE_NONE))
     except _RowError as error:
         raise TableError(f"{path}, line {error.line}: unreadable ({error})") from None
     if any(_is_ambiguous(field) for _, fields in rows for field in fields):

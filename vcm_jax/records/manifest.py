@@ -103,6 +103,9 @@ def read_manifest(folder) -> Manifest:
 
 def _check(manifest: Manifest) -> None:
     """Raises ValueError, KeyError or TypeError for values that no extraction writes."""
+    for name in ("encoders", "codec", "fields"):
+        if not isinstance(getattr(manifest, name), dict):
+            raise TypeError(f"{name} must be an object")
     for name in ("latent_mean", "latent_std"):
         values = getattr(manifest, name)
         if len(values) != manifest.latent_dim or not all(map(math.isfinite, values)):
