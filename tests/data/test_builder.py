@@ -1,12 +1,14 @@
 """Each corpus in its real layout, in miniature."""
 
 import csv
+import functools
 import json
 
 import numpy as np
 import pytest
 import soundfile
 import tensorflow_datasets as tfds
+from commands import run_command
 
 from vcm_jax.data import builder, corpora
 from vcm_jax.data.builder import build
@@ -181,6 +183,34 @@ def test_folder(tmp_path):
     (folder / "test.tsv").write_text("id\tcaption\ns2\tz\n")
     out = build("folder", folder, tmp_path / "out2", **SMALL)
     assert ids(out, "train") == ["s0", "s1"] and ids(out, "test") == ["s2"]
+
+
+def test_captions_with_quotes_and_linked_folders(tmp_path):
+    folder = tmp_path / "audiocaps"
+    header = ["audiocap_id", "youtube_id", "start_time", "caption"]
+    captions = ['"quoted"', 'say "hi", twice', '"big" cave', "two\nlines", "a\ttab"]
+    rows = [[i, f"v{i}", 0, caption] for i, caption in enumerate(captions)]
+    for split in ("train", "val", "test"):
+        write_csv(folder / f"{split}.csv", [header, *rows])
+    for i in range(5):
+        write_sound(tmp_path / "elsewhere" / f"v{i}_0.wav", i)
+    (folder / "audio").symlink_to(tmp_path / "elsewhere")
+    out = build("audiocaps", folder, tmp_path / "out", **SMALL)
+    found = [record["caption"] for record in RecordSource(out / "train")]
+    assert found == [*captions[:3], "two lines", "a tab"]
+
+
+def test_command(tmp_path):
+    folder = tmp_path / "mine"
+    for i in range(3):
+        write_sound(folder / f"s{i}.wav", i)
+    arguments = [f"--manual_dir={folder}", f"--out={tmp_path / 'out'}", "--duration=0.8"]
+    run = functools.partial(run_command, builder, *arguments, "--workers=1", positional="x")
+    assert run("folder").code == 0
+    (folder / "s1.wav").write_bytes(b"no sound")
+    done = run("folder", f"--out={tmp_path / 'two'}")
+    assert done.code == 3 and "2 records, 1 clips left out" in done.out
+    assert run("other").code == 1 and run().err.startswith("error: name one corpus: vggsound, ")
 
 
 def test_what_does_not_fit(vggsound, tmp_path):

@@ -9,6 +9,7 @@ import sys
 
 import numpy as np
 import pytest
+from commands import run_command
 
 from vcm_jax.claim import ClaimError
 from vcm_jax.codec import fit_linear_codec
@@ -22,8 +23,6 @@ from vcm_jax.media.write import write_mp4, write_sound
 from vcm_jax.records.manifest import read_manifest
 from vcm_jax.records.sequence import SequenceConfig
 from vcm_jax.records.source import RecordSource
-
-from commands import run_command  # isort: skip
 
 RATE, SECONDS = 16_000, 0.8
 SMALL = dict(duration=SECONDS, clip_dim=8, sync_dim=12, text_dim=6)
