@@ -18,7 +18,8 @@ from pathlib import Path
 import numpy as np
 from absl import app, flags
 
-from vcm_jax.records.schema import EMPTY_TEXT, RecordError, serialize, write_manifest, write_shard
+from vcm_jax.records.manifest import write_manifest
+from vcm_jax.records.schema import EMPTY_TEXT, RecordError, serialize, write_shard
 from vcm_jax.records.source import RecordSource
 
 

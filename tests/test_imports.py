@@ -13,6 +13,7 @@ FLOORS = [
         "claim",
         "cli",
         "ema",
+        "hashes",
         "objectives",
         "metrics",
         "records.example",

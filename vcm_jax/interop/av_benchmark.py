@@ -28,7 +28,7 @@ import soundfile
 from absl import app, flags
 from tqdm import tqdm
 
-from vcm_jax.atomic import atomic_path
+from vcm_jax.atomic import atomic_folder, atomic_path
 from vcm_jax.interop.state_dict import StateDictError, as_array, import_torch, list_few, read_tree
 from vcm_jax.media.clips import SOUND_SUFFIXES, VIDEO_SUFFIXES, list_clips
 from vcm_jax.media.read import probe, read_audio
@@ -176,7 +176,8 @@ def prepare(wanted: dict, out: Path) -> None:
     """
     if (out / _MANIFEST).exists() and json.loads((out / _MANIFEST).read_text()) == wanted:
         return
-    ours = [out / name for name in ("audio", "videos", "cache", ".cache.tmp")]
+    ours = [out / name for name in ("audio", "videos", "cache")]
+    ours += out.glob(".cache.*.tmp")  # of runs that were killed
     if not (out / _MANIFEST).exists() and any(folder.exists() for folder in ours):
         if not (out / _NAMES).exists():
             raise BenchmarkError(f"{out}: holds something else, give another --out")
@@ -262,29 +263,27 @@ def run(wanted: dict, out: Path, batch_size: int, num_workers: int) -> None:
     # A package without __init__.py has no origin, but it has a place.
     root = Path(next(iter(spec.submodule_search_locations))).parent
     # Its own checks look for a file and take whatever is there: it gets an empty folder.
-    cache = out / ".cache.tmp"
-    shutil.rmtree(cache, ignore_errors=True)
-    duration, where = wanted["duration"], str(cache.absolute())
-    extract(
-        out / "audio",
-        cache,
-        audio_length=duration,
-        batch_size=batch_size,
-        num_workers=num_workers,
-        device="cuda",
-        skip_clap=not wanted["captions"],
-    )
-    if (out / "videos").exists():
-        _script(
-            root, "extract_video.py", f"--gt_cache={where}",
-            f"--video_path={(out / 'videos').absolute()}", f"--audio_length={duration:g}",
-            f"--gt_batch_size={batch_size}", f"--num_workers={num_workers}",
-        )  # fmt: skip
-    if wanted["captions"]:
-        text = (out / "captions.csv").absolute()
-        _script(root, "extract_text.py", f"--text_csv={text}", f"--output_cache_path={where}")
-    check_cache(cache, wanted)
-    cache.rename(out / "cache")
+    with atomic_folder(out / "cache") as cache:
+        duration, where = wanted["duration"], str(cache.absolute())
+        extract(
+            out / "audio",
+            cache,
+            audio_length=duration,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            device="cuda",
+            skip_clap=not wanted["captions"],
+        )
+        if (out / "videos").exists():
+            _script(
+                root, "extract_video.py", f"--gt_cache={where}",
+                f"--video_path={(out / 'videos').absolute()}", f"--audio_length={duration:g}",
+                f"--gt_batch_size={batch_size}", f"--num_workers={num_workers}",
+            )  # fmt: skip
+        if wanted["captions"]:
+            text = (out / "captions.csv").absolute()
+            _script(root, "extract_text.py", f"--text_csv={text}", f"--output_cache_path={where}")
+        check_cache(cache, wanted)
     print(f"{out / 'cache'}: features of {len(wanted['clips'])} clips")
 
 

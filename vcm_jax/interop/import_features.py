@@ -24,17 +24,15 @@ from tqdm import tqdm
 from vcm_jax.atomic import atomic_path
 from vcm_jax.codec import copy_codec, load_codec
 from vcm_jax.interop.state_dict import list_few, read_state_dict
+from vcm_jax.records.manifest import Manifest, write_empty_text, write_manifest
 from vcm_jax.records.schema import (
-    EMPTY_TEXT,
     VERSION,
-    Manifest,
     RecordError,
     describe_fields,
     deserialize,
     latent_statistics,
     latent_sums,
     serialize,
-    write_manifest,
     write_shard,
 )
 from vcm_jax.records.sequence import SequenceConfig
@@ -344,12 +342,7 @@ def _finish(out, paths, codec_folder, empty_text, sequence, encoders, codec) -> 
         lines = ["\t".join(" ".join(text.split()) for text in row) for row in failures]
         temporary.write_text("\n".join(["id\treason", *lines]) + "\n", encoding="utf-8")
     if not (out / "codec").exists():
-        temporary = out / ".codec.tmp"
-        shutil.rmtree(temporary, ignore_errors=True)
-        copy_codec(codec_folder, temporary)
-        temporary.rename(out / "codec")
-    with atomic_path(out / EMPTY_TEXT) as temporary, open(temporary, "wb") as file:
-        np.save(file, empty_text)
+        copy_codec(codec_folder, out / "codec")
     mean, std = latent_statistics(np.sum([part["sums"] for _, part in used], axis=0))
     manifest = Manifest(
         sequence=sequence,
@@ -366,6 +359,7 @@ def _finish(out, paths, codec_folder, empty_text, sequence, encoders, codec) -> 
             for path, part in used
         ],
         fingerprint=hashlib.sha256("".join(p["hash"] for p in parts).encode()).hexdigest()[:16],
+        empty_text=write_empty_text(out, empty_text),
     )
     write_manifest(out, manifest)
     return manifest

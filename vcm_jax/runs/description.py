@@ -1,10 +1,6 @@
 """The description of a run: run.json and the codec, which generating needs beside the weights."""
 
-import contextlib
 import dataclasses
-import os
-import secrets
-import shutil
 from pathlib import Path
 
 from vcm_jax.atomic import read_json, write_json
@@ -52,15 +48,8 @@ def write(workdir, config: dict, model: ModelConfig, manifest, codec_folder) -> 
     workdir = Path(workdir)
     described = Description(config, model, manifest.sequence, manifest.encoders, manifest.codec)
     write_json(workdir / _FILE, dataclasses.asdict(described))
-    if (workdir / _CODEC).exists():
-        return
-    temporary = workdir / f".{_CODEC}.{secrets.token_hex(4)}.tmp"
-    try:
-        copy_codec(codec_folder, temporary)
-        with contextlib.suppress(FileExistsError):  # the same codec, by another process
-            os.rename(temporary, workdir / _CODEC)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    if not (workdir / _CODEC).exists():
+        copy_codec(codec_folder, workdir / _CODEC)
 
 
 def read(workdir) -> Description:
