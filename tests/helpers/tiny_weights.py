@@ -1,20 +1,19 @@
-"""Tiny files in the layouts of MMAudio's public ones, and a table that has their checksums."""
+"""Tiny files in the layouts of MMAudio's public ones."""
 
 import dataclasses
-import hashlib
 from pathlib import Path
 
 import numpy as np
 import tiny_codecs
 import tiny_encoders
 import torch
+from weight_server import NAMES
 
 from vcm_jax.interop.weights import torch_shapes
 from vcm_jax.models import MODELS
-from vcm_jax.pretrained import convert, table
+from vcm_jax.pretrained import table
 
 _SIZES = dict(hidden_dim=16, num_heads=2, depth=2, fused_depth=1, clip_dim=12, sync_dim=16)
-NAMES = {"16k": "mmaudio_small_16k", "44k": "mmaudio_small_44k"}
 
 
 def use_tiny_sizes(monkeypatch) -> None:
@@ -56,29 +55,3 @@ def write_served(folder: Path) -> None:
     tiny_encoders.write_vocabulary(clip, "pair")
     for name in ("open_clip_pytorch_model.bin", "open_clip_config.json"):
         (encoders / "clip" / name).rename(clip / name)
-
-
-def served_path(folder: Path, file: table.WeightFile) -> Path:
-    """Where the server has a file of the table."""
-    return folder / "hub" / file.repo / file.path if file.repo else folder / "release" / file.name
-
-
-def use_tiny_table(monkeypatch, folder: Path, release_url: str) -> None:
-    """Puts the checksums and sizes of the served files into the table, and the server's address."""
-
-    def tiny(file):
-        data = served_path(folder, file).read_bytes()
-        known = file.checksum and f"md5:{hashlib.md5(data).hexdigest()}"
-        return dataclasses.replace(file, size=len(data), checksum=known)
-
-    monkeypatch.setattr(table, "RELEASE", release_url)
-    for name in list(table.PUBLIC_MODELS):
-        public = table.PUBLIC_MODELS[name]
-        if name in NAMES.values():
-            public = dataclasses.replace(public, network=tiny(public.network))
-            monkeypatch.setitem(table.PUBLIC_MODELS, name, public)
-    for mode, files in list(table.CODECS.items()):
-        monkeypatch.setitem(table.CODECS, mode, tuple(map(tiny, files)))
-    encoders = tuple(map(tiny, table.ENCODERS))
-    for module in (table, convert):
-        monkeypatch.setattr(module, "ENCODERS", encoders)

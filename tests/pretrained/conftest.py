@@ -6,7 +6,7 @@ import types
 
 import pytest
 from huggingface_hub import constants
-from weight_server import WeightServer
+from weight_server import WeightServer, use_tiny_table
 
 from vcm_jax.pretrained import resume
 
@@ -50,7 +50,7 @@ def home(tmp_path, server, monkeypatch):
 
     home = tmp_path / "home"
     tiny_weights.use_tiny_sizes(monkeypatch)
-    tiny_weights.use_tiny_table(monkeypatch, server.folder, server.release_url)
+    use_tiny_table(monkeypatch, server.folder, server.release_url)
     template = f"{server.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
     values = {
         "HF_HOME": str(home), "HF_HUB_CACHE": str(home / "hub"), "HF_ASSETS_CACHE":

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import constants
-from weight_server import COMMIT, Fault
+from weight_server import COMMIT, Fault, served_path
 
 from vcm_jax import pretrained
 from vcm_jax.pretrained import downloads, files, resume, table
@@ -17,9 +17,6 @@ NAME = "mmaudio_small_16k"
 NETWORK, CLIP = "mmaudio_small_16k.pth", "open_clip_pytorch_model.bin"
 
 
-tiny_weights = pytest.importorskip("tiny_weights", reason="makes PyTorch files")
-
-
 def public_files(name=NAME):
     return table.PUBLIC_MODELS[name].files
 
@@ -27,7 +24,7 @@ def public_files(name=NAME):
 def assert_complete(server, root, name=NAME):
     for file in public_files(name):
         found = files.locate(file, root)
-        assert found.read_bytes() == tiny_weights.served_path(server.folder, file).read_bytes()
+        assert found.read_bytes() == served_path(server.folder, file).read_bytes()
 
 
 def refused(message, name=NAME, **arguments):
@@ -156,7 +153,7 @@ def test_without_a_network(home, server, monkeypatch):
     for file in public_files():
         place = files.default_root() / file.place
         place.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(tiny_weights.served_path(server.folder, file), place)
+        shutil.copyfile(served_path(server.folder, file), place)
     pretrained.fetch(NAME)
 
 

@@ -7,10 +7,12 @@ import os
 import shutil
 import sys
 import types
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
 import pytest
+from weight_server import NAMES, served_path
 
 from vcm_jax import pretrained
 from vcm_jax.codec import load_codec
@@ -32,10 +34,10 @@ def weights(home, served, tmp_path):
     def make(name="mine", flat=False, modes=("16k",)):
         folder = tmp_path / name
         for mode in modes:
-            for file in table.PUBLIC_MODELS[tiny_weights.NAMES[mode]].files:
+            for file in table.PUBLIC_MODELS[NAMES[mode]].files:
                 target = folder / (file.name if flat else file.place)
                 target.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(tiny_weights.served_path(served, file), target)
+                shutil.copyfile(served_path(served, file), target)
         return folder
 
     return make
@@ -69,7 +71,7 @@ def assert_loads(found, mode="16k"):
 
 @pytest.mark.parametrize("mode", ["16k", "44k"])
 def test_a_name(home, server, conversions, mode):
-    name = tiny_weights.NAMES[mode]
+    name = NAMES[mode]
     found = pretrained.load(name)
     assert_loads(found, mode)
     assert (found.name, found.model) == (name, f"small_{mode}")
@@ -210,7 +212,7 @@ def test_several_networks(weights):
     folder = weights(modes=("16k", "44k"))
     with pytest.raises(PretrainedError, match="several networks: give the file of one") as caught:
         pretrained.load(folder)
-    for mode, name in tiny_weights.NAMES.items():
+    for name in NAMES.values():
         path = folder / "weights" / f"{name}.pth"
         assert str(path) in str(caught.value)
         found = pretrained.load(path)
@@ -339,6 +341,15 @@ def test_without_torch(weights, monkeypatch):
     monkeypatch.setattr(state_dict, "importlib", types.SimpleNamespace(import_module=absent))
     with pytest.raises(ValueError, match="needs PyTorch: pip install torch"):
         pretrained.load(weights())
+
+
+def test_two_at_once(weights, conversions, capsys):
+    """One converts, the other waits and finds it done."""
+    folder = weights()
+    with ThreadPoolExecutor(2) as pool:
+        first, second = (pool.submit(pretrained.load, folder) for _ in range(2))
+    assert first.result() == second.result() and len(conversions) == 3
+    assert "another process is fetching or converting; waiting for it" in capsys.readouterr().err
 
 
 def test_the_table():

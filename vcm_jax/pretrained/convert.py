@@ -15,9 +15,6 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from vcm_jax.interop import import_codec, import_network
-from vcm_jax.interop.state_dict import list_few, read_state_dict
-from vcm_jax.models import MODELS
 from vcm_jax.pretrained.files import check_whole, checksum, expected_checksum, say
 from vcm_jax.pretrained.table import CODECS, ENCODERS, PretrainedError, PublicModel, WeightFile
 
@@ -60,7 +57,15 @@ def components(public: PublicModel, name: str) -> dict[str, Component]:
     }
 
 
+# The conversions import what they need when they run: JAX and Flax take seconds to import, which
+# fetching and the second start can do without.
+
+
 def _convert_network(folder: Path, path: Path, model: str) -> None:
+    from vcm_jax.interop import import_network
+    from vcm_jax.interop.state_dict import list_few, read_state_dict
+    from vcm_jax.models import MODELS
+
     if model not in MODELS:
         raise PretrainedError(f"{path.name}: this version of vcm_jax has no network {model}")
     variables = import_network.network_from_torch(read_state_dict(path), MODELS[model], path)
@@ -70,6 +75,9 @@ def _convert_network(folder: Path, path: Path, model: str) -> None:
 
 
 def _convert_codec(folder: Path, vae: Path, vocoder: Path, mode: str) -> None:
+    from vcm_jax.interop import import_codec
+    from vcm_jax.interop.state_dict import read_state_dict
+
     states = read_state_dict(vae), read_state_dict(vocoder)
     import_codec.codec_from_torch(*states, mode, (vae, vocoder)).save(folder)
 
@@ -165,8 +173,8 @@ def check(
         return "does not exist" if not folder.exists() else f"has lost {Path(error.filename).name}"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"has a damaged {RECORD} ({type(error).__name__})"
-    if component.keeps_files and record["origins"].keys() - found.keys():
-        return f"has lost {list_few(record['origins'].keys() - found.keys())}"
+    if component.keeps_files and (lost := record["origins"].keys() - found.keys()):
+        return f"has lost {', '.join(sorted(lost))}"
     return None
 
 
