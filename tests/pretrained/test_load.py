@@ -10,6 +10,7 @@ import types
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from weight_server import NAMES, served_path
@@ -21,7 +22,6 @@ from vcm_jax.interop import import_codec, import_network
 from vcm_jax.models import MODELS
 from vcm_jax.pretrained import PretrainedError, convert, files, table
 from vcm_jax.records.sequence import SequenceConfig
-from vcm_jax.runs import checkpoint
 
 tiny_weights = pytest.importorskip("tiny_weights", reason="makes PyTorch files")
 NAME = "mmaudio_small_16k"
@@ -57,7 +57,7 @@ def conversions(monkeypatch):
 
 
 def assert_loads(found, mode="16k"):
-    variables = checkpoint.restore_weights(found.network)
+    variables = pretrained.read_network(found.network)
     config = MODELS[found.model]
     expected = import_network.network_from_torch(tiny_weights.network(mode), config)
     jax.tree.map(np.testing.assert_array_equal, variables, expected)
@@ -67,6 +67,19 @@ def assert_loads(found, mode="16k"):
     assert codec.sample_rate == found.sequence.sample_rate
     encoders = load_encoders(found.encoders)
     assert encoders.encode_text("the dog", SequenceConfig()).shape == (77, 16)
+
+
+def test_a_network_is_read_in_another_dtype_and_with_its_checksums(weights):
+    found = pretrained.load(weights())
+    whole = pretrained.read_network(found.network)
+    half = pretrained.read_network(found.network, jnp.bfloat16)
+    cast = jax.tree.map(lambda a: a.astype(jnp.bfloat16), whole["params"])
+    jax.tree.map(np.testing.assert_array_equal, half, whole | {"params": cast})
+    assert {a.dtype for a in jax.tree.leaves(half["params"])} == {np.dtype(jnp.bfloat16)}
+    assert {a.dtype for a in jax.tree.leaves(half["stats"])} == {np.dtype(np.float32)}
+    flip(found.network / convert.NETWORK)
+    with pytest.raises(PretrainedError, match="network.npz: missing or damaged .Bad CRC-32"):
+        pretrained.read_network(found.network)
 
 
 @pytest.mark.parametrize("mode", ["16k", "44k"])
@@ -204,7 +217,7 @@ def test_open_clips_vocabulary(weights, tmp_path, monkeypatch):
     with pytest.raises(PretrainedError, match="lacks clip/vocab.json, clip/merges.txt: put the "):
         pretrained.load(folder)
     monkeypatch.syspath_prepend(package.parent)
-    assert_loads(pretrained.load(folder))
+    assert load_encoders(pretrained.load(folder).encoders)
     assert "open_clip" not in sys.modules
 
 
@@ -261,7 +274,7 @@ def test_another_network_in_a_folder_is_used(weights, capsys, conversions):
     found = pretrained.load(folder)
     assert conversions[3:] == [NAME]
     assert "not the published file (md5:" in capsys.readouterr().err
-    variables = checkpoint.restore_weights(found.network)
+    variables = pretrained.read_network(found.network)
     expected = import_network.network_from_torch(
         tiny_weights.network("16k", seed=1), MODELS["small_16k"]
     )
@@ -306,7 +319,7 @@ def test_a_full_disk(weights, monkeypatch, conversions):
         with pytest.raises(OSError, match="No space left"):
             pretrained.load(folder)
     assert [p.name for p in (folder / "converted").glob("*codec*")] == []
-    assert_loads(pretrained.load(folder))
+    pretrained.load(folder)
     usage = shutil.disk_usage(folder)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
     with pytest.raises(PretrainedError, match="converting .* takes about .* are free"):
@@ -318,10 +331,21 @@ def test_what_a_killed_process_left(weights):
     left = folder / "converted" / f".{NAME}.0123abcd.tmp"
     left.mkdir(parents=True)
     (left / "checkpoints").touch()
-    assert_loads(pretrained.load(folder))
+    pretrained.load(folder)
     assert sorted(p.name for p in (folder / "converted").iterdir()) == [
         ".lock", "codec_16k", "encoders", NAME,
     ]  # fmt: skip
+
+
+def test_a_table_with_another_checksum(home, server, monkeypatch):
+    """Published weights were replaced: what was made from the old ones is not used."""
+    pretrained.load(NAME)
+    public = table.PUBLIC_MODELS[NAME]
+    changed = dataclasses.replace(public.network, checksum="md5:" + 32 * "0")
+    replaced = dataclasses.replace(public, network=changed)
+    monkeypatch.setitem(table.PUBLIC_MODELS, NAME, replaced)
+    with pytest.raises(PretrainedError, match="not the published file"):
+        pretrained.load(NAME)
 
 
 def test_without_symbolic_links(weights, monkeypatch):
@@ -329,7 +353,7 @@ def test_without_symbolic_links(weights, monkeypatch):
         raise OSError(errno.EPERM, "Operation not permitted")
 
     monkeypatch.setattr("pathlib.Path.symlink_to", refuse)
-    assert_loads(pretrained.load(weights()))
+    assert load_encoders(pretrained.load(weights()).encoders)
 
 
 def test_without_torch(weights, monkeypatch):

@@ -10,6 +10,7 @@ from pathlib import Path
 import filelock
 
 from vcm_jax.pretrained import convert
+from vcm_jax.pretrained.convert import read_network as read_network
 from vcm_jax.pretrained.downloads import check_space, fetch_missing, where_to_put
 from vcm_jax.pretrained.files import (
     default_root,
@@ -33,8 +34,8 @@ class Pretrained:
     Attributes:
       name: in the table of public models.
       model: key of `vcm_jax.models.MODELS`.
-      network: folder for `runs.checkpoint.restore_weights`; u(x, t, s, cond) `B N C` is minus
-        MMAudio's velocity at the time 1 - t, in float32.
+      network: folder for `read_network`; u(x, t, s, cond) `B N C` is minus MMAudio's velocity at
+        the time 1 - t, whatever s is.
       codec: folder for `codec.load_codec`.
       encoders: folder for `features.encoders.load_encoders`.
       sequence: lengths at the duration of training; `sequence.sample_rate` in Hz.

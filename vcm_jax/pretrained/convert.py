@@ -15,10 +15,12 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
+
 from vcm_jax.pretrained.files import check_whole, checksum, expected_checksum, say
 from vcm_jax.pretrained.table import CODECS, ENCODERS, PretrainedError, PublicModel, WeightFile
 
-RECORD = "converted.json"
+RECORD, NETWORK = "converted.json", "network.npz"
 _VERSION = 1  # another one converts again: increase it when a conversion changes
 _STATISTICS = {"latent_mean", "latent_std", "empty_text"}
 
@@ -62,6 +64,8 @@ def components(public: PublicModel, name: str) -> dict[str, Component]:
 
 
 def _convert_network(folder: Path, path: Path, model: str) -> None:
+    from flax import traverse_util
+
     from vcm_jax.interop import import_network
     from vcm_jax.interop.state_dict import list_few, read_state_dict
     from vcm_jax.models import MODELS
@@ -71,7 +75,39 @@ def _convert_network(folder: Path, path: Path, model: str) -> None:
     variables = import_network.network_from_torch(read_state_dict(path), MODELS[model], path)
     if absent := _STATISTICS - variables["stats"].keys():
         raise PretrainedError(f"{path}: holds no {list_few(absent)}, without which it is no model")
-    import_network.save(folder, variables, {"source": path.name, "model": model})
+    arrays = traverse_util.flatten_dict(variables, sep="/")
+    # A checkpoint would take twice the weights' memory while it is saved, and compresses what
+    # cannot be compressed.
+    np.savez(folder / NETWORK, **arrays)
+
+
+def read_network(folder, dtype=np.float32) -> dict:
+    """The variables of a converted network, on the host.
+
+    Args:
+      folder: `Pretrained.network`.
+      dtype: of the parameters. Arrays are read and cast one after another, so that the memory that
+        is needed is what the result takes, and one array more.
+
+    Returns:
+      `{"params": ..., "stats": ...}` of numpy arrays as `MMDiT` has them; "stats" (latent_mean,
+      latent_std `C`, empty_text `Tt Dt`) are float32.
+
+    Raises:
+      PretrainedError: the file is missing or damaged.
+    """
+    from flax import traverse_util
+
+    path = Path(folder) / NETWORK
+    try:
+        with np.load(path) as stored:  # every array has a checksum, which reading it compares
+            arrays = {
+                name: stored[name].astype(dtype if name.startswith("params/") else np.float32)
+                for name in stored.files
+            }
+    except Exception as error:  # zipfile's, zlib's, numpy's and the disk's
+        raise PretrainedError(f"{path}: missing or damaged ({error})") from error
+    return traverse_util.unflatten_dict(arrays, sep="/")
 
 
 def _convert_codec(folder: Path, vae: Path, vocoder: Path, mode: str) -> None:
