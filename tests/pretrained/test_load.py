@@ -333,7 +333,7 @@ def test_what_a_killed_process_left(weights):
     (left / "checkpoints").touch()
     pretrained.load(folder)
     assert sorted(p.name for p in (folder / "converted").iterdir()) == [
-        ".lock", "codec_16k", "encoders", NAME,
+        "codec_16k", "encoders", NAME,
     ]  # fmt: skip
 
 
@@ -373,7 +373,7 @@ def test_two_at_once(weights, conversions, capsys):
     with ThreadPoolExecutor(2) as pool:
         first, second = (pool.submit(pretrained.load, folder) for _ in range(2))
     assert first.result() == second.result() and len(conversions) == 3
-    assert "another process is fetching or converting; waiting for it" in capsys.readouterr().err
+    assert capsys.readouterr().err.count("waiting: ") == 1
 
 
 def test_the_table():

@@ -4,11 +4,11 @@ import contextlib
 import dataclasses
 import hashlib
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import filelock
-
+from vcm_jax.claim import ClaimError, hold
 from vcm_jax.pretrained import convert
 from vcm_jax.pretrained.convert import read_network as read_network
 from vcm_jax.pretrained.downloads import check_space, fetch_missing, where_to_put
@@ -25,6 +25,7 @@ from vcm_jax.pretrained.table import PretrainedError as PretrainedError
 from vcm_jax.records.sequence import SequenceConfig
 
 CONVERTED = "converted"
+_WAIT = 0.5  # seconds until a folder is tried again that another process works in
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,17 +123,21 @@ def resolve(name_or_folder) -> Source:
 @contextlib.contextmanager
 def locked(root: Path) -> Iterator[None]:
     """One process at a time fetches into and converts in a folder; the others wait."""
-    root.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(root / ".lock")
-    try:
-        lock.acquire(timeout=1)
-    except filelock.Timeout:
-        say(f"{root}: another process is fetching or converting; waiting for it")
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
+    told = False
+    while True:
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(hold(root))
+            except ClaimError as error:
+                if not root.is_dir():
+                    raise
+                if not told:
+                    say(f"waiting: {error}")
+                told = True
+                time.sleep(_WAIT)
+                continue
+            yield
+            return
 
 
 def load(name_or_folder) -> Pretrained:

@@ -7,18 +7,17 @@
 `verify` takes a folder of weights, too.
 """
 
-import sys
-
-from absl import app, flags
+from absl import flags
 
 from vcm_jax import pretrained
+from vcm_jax.cli import run
 from vcm_jax.pretrained.convert import components
 from vcm_jax.pretrained.downloads import gigabytes
 from vcm_jax.pretrained.files import default_root, locate_all, missing
 from vcm_jax.pretrained.table import PUBLIC_MODELS
 
 
-def _define_flags() -> None:
+def define_flags() -> None:
     flags.DEFINE_string(
         "out", None, "fetch: folder for the files, laid out as MMAudio's own (default: caches)."
     )
@@ -52,31 +51,24 @@ def _verify(name: str) -> None:
     for what, finding, _ in findings:
         print(f"{what}: {finding}")
     if not all(good for _, _, good in findings):
-        sys.exit(f"error: {name} is damaged; see above")
+        raise pretrained.PretrainedError(f"{name} is damaged; see above")
 
 
-def main(argv: list[str]) -> None:
-    """Runs the command that `argv` names."""
-    command, *names = argv[1:] or [""]
+def main(args, rest: list[str]) -> None:
+    """Runs the command that the arguments name."""
+    command, *names = rest or [""]
     wanted = {"list": 0, "fetch": 1, "verify": 1}
     if command not in wanted or len(names) != wanted[command]:
-        raise app.UsageError("give list, fetch NAME, or verify NAME")
-    out = flags.FLAGS.out
-    if out and command != "fetch":
-        raise app.UsageError(f"--out belongs to fetch, not to {command}")
-    try:
-        if command == "list":
-            _list()
-        elif command == "fetch":
-            _fetch(names[0], out)
-        else:
-            _verify(names[0])
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted: run the same command again to continue")
+        raise ValueError("give list, fetch NAME, or verify NAME")
+    if args.out and command != "fetch":
+        raise ValueError(f"--out belongs to fetch, not to {command}")
+    if command == "list":
+        _list()
+    elif command == "fetch":
+        _fetch(names[0], args.out)
+    else:
+        _verify(names[0])
 
 
 if __name__ == "__main__":
-    _define_flags()
-    app.run(main)
+    run(main, define_flags, positional="list, fetch NAME, or verify NAME")

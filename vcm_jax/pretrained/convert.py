@@ -8,7 +8,6 @@ hashed again. Folders appear under their names only when they are complete.
 
 import contextlib
 import dataclasses
-import json
 import os
 import secrets
 import shutil
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from vcm_jax.atomic import read_json, write_json
 from vcm_jax.pretrained.files import check_whole, checksum, expected_checksum, say
 from vcm_jax.pretrained.table import CODECS, ENCODERS, PretrainedError, PublicModel, WeightFile
 
@@ -187,7 +187,7 @@ def check(
       deep: whether everything is hashed, also what has the recorded size and time.
     """
     try:
-        record = json.loads((folder / RECORD).read_text())
+        record = read_json(folder / RECORD)
         if (record["version"], record["name"]) != (_VERSION, component.name):
             return "was made by another version"
         for relative, recorded in record["files"].items():
@@ -269,4 +269,4 @@ def convert(
         record = {
             "version": _VERSION, "name": component.name, "origins": origins, "files": files
         }  # fmt: skip
-        (temporary / RECORD).write_text(json.dumps(record, indent=2) + "\n")
+        write_json(temporary / RECORD, record)

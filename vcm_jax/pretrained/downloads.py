@@ -10,7 +10,7 @@ import pooch
 import requests
 from huggingface_hub import constants
 
-from vcm_jax.atomic import atomic_path
+from vcm_jax.atomic import UNWRITABLE, atomic_path
 from vcm_jax.pretrained import table
 from vcm_jax.pretrained.files import (
     checksum,
@@ -105,11 +105,11 @@ def fetch_missing(
 
     Raises:
       PretrainedError: no network, no such file, no space, or another checksum.
+      OSError: the disk is full or cannot be written.
     """
+    hub = root if into_root else Path(constants.HF_HUB_CACHE)
     found = locate_all(files, root)
-    absent = missing(files, found)
-    if absent:
-        hub = root if into_root else Path(constants.HF_HUB_CACHE)
+    if absent := missing(files, found):
         announce(name, absent, root, hub)
         if constants.HF_HUB_OFFLINE:
             raise PretrainedError(
@@ -122,6 +122,9 @@ def fetch_missing(
         except PretrainedError:
             raise
         except Exception as error:  # requests', httpx's, huggingface_hub's and the disk's
+            if isinstance(error, OSError) and error.errno in UNWRITABLE:
+                where = hub if file.repo else root
+                raise OSError(error.errno, error.strerror, str(where)) from error
             raise PretrainedError(
                 f"{file.name}: {_reason(error)}; run this again to continue, or "
                 f"{where_to_put(absent[i:], root)}"
@@ -156,8 +159,6 @@ def _reason(error: Exception) -> str:
         while isinstance(inner, Exception) and inner.args:  # urllib3's, one in another
             inner = getattr(inner, "reason", None) or inner.args[0]
         return f"the connection failed ({str(inner).rpartition(': ')[2]})"
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.strerror} ({error.filename})" if error.filename else error.strerror
     return _first_line(error)
 
 

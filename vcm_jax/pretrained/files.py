@@ -3,7 +3,6 @@
 import functools
 import hashlib
 import importlib.util
-import json
 import re
 import sys
 import zipfile
@@ -12,7 +11,7 @@ from pathlib import Path
 import huggingface_hub
 from huggingface_hub import constants
 
-from vcm_jax.atomic import atomic_path
+from vcm_jax.atomic import read_json, write_json
 from vcm_jax.pretrained.table import PretrainedError, WeightFile
 
 # In a folder of weights: checksums of the files that were fetched into it or beside it.
@@ -103,19 +102,13 @@ def etag_checksum(etag: str) -> str | None:
 
 def read_checksums(root: Path) -> dict[str, str]:
     """{name: checksum} of what was fetched; empty where nothing was."""
-    try:
-        return dict(json.loads((root / CHECKSUMS).read_text()))
-    except FileNotFoundError:
-        return {}
-    except (ValueError, TypeError) as error:
-        raise PretrainedError(f"{root / CHECKSUMS}: damaged ({error}); delete it") from None
+    path = root / CHECKSUMS
+    return read_json(path) if path.exists() else {}
 
 
 def note_checksum(root: Path, name: str, value: str) -> None:
     """Adds one to CHECKSUMS."""
-    known = read_checksums(root) | {name: value}
-    with atomic_path(root / CHECKSUMS) as temporary:
-        temporary.write_text(json.dumps(known, indent=2, sort_keys=True) + "\n")
+    write_json(root / CHECKSUMS, read_checksums(root) | {name: value})
 
 
 def expected_checksum(file: WeightFile, path: Path, root: Path) -> str | None:
