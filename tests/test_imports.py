@@ -21,7 +21,7 @@ FLOORS = [
     },
     {"sampling", "codec", "media", "models", "records", "runs", "devices"},
     {"interop"},
-    {"features"},
+    {"features", "pretrained"},
     {"generation", "training", "data"},
     {"interop.export_torch", "interop.import_torch", "evaluation"},
     {"main", "generate", "evaluate", "compare", "search_times", "reconstruct"},
