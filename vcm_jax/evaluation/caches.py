@@ -7,7 +7,7 @@ import numpy as np
 from tqdm import tqdm
 
 from vcm_jax import metrics
-from vcm_jax.evaluation import synchformer
+from vcm_jax.evaluation import synchformer as sync_compare
 from vcm_jax.interop.av_benchmark import AUDIO_FILES, clean_sample_name, read_cache
 from vcm_jax.interop.state_dict import list_few
 
@@ -147,7 +147,7 @@ def evaluate_caches(pred, truth, synchformer=None, allow_unpaired: bool = False)
     """
     caches = Caches(pred, truth, allow_unpaired)
     exact = lambda clip: clip
-    params = synchformer.load_compare(synchformer) if synchformer else None
+    params = sync_compare.load_compare(synchformer) if synchformer else None
     figures, clips, truth_clips, left_out = {}, {}, {}, {}
 
     def add(name, value, count, truth_count=None):
@@ -255,10 +255,10 @@ def evaluate_caches(pred, truth, synchformer=None, allow_unpaired: bool = False)
 
 def _offsets(params, audio, video, ours, theirs) -> tuple[np.ndarray, np.ndarray]:
     """Offset logits of the first and the last 14 segments of every clip, (clips, 21) each."""
-    first, last, size = [], [], synchformer.SEGMENTS
+    first, last, size = [], [], sync_compare.SEGMENTS
     for start in tqdm(range(0, len(ours), _SYNC_BATCH), desc="DeSync", unit="batch"):
         batch = slice(start, start + _SYNC_BATCH)
         sound, sight = _stack(audio, ours[batch]), _stack(video, theirs[batch])
-        first.append(synchformer.offset_logits(params, sight[:, :size], sound[:, :size]))
-        last.append(synchformer.offset_logits(params, sight[:, -size:], sound[:, -size:]))
+        first.append(sync_compare.offset_logits(params, sight[:, :size], sound[:, :size]))
+        last.append(sync_compare.offset_logits(params, sight[:, -size:], sound[:, -size:]))
     return np.concatenate(first), np.concatenate(last)
