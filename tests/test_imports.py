@@ -8,7 +8,16 @@ PACKAGE = Path(__file__).parents[1] / "vcm_jax"
 # From the bottom up: a module may import from its own row and from the rows before it, inside of
 # functions too. A folder stands for its modules, except for those that are listed by themselves.
 FLOORS = [
-    {"atomic", "cli", "ema", "objectives", "metrics", "records.example", "records.sequence"},
+    {
+        "atomic",
+        "cli",
+        "ema",
+        "objectives",
+        "metrics",
+        "records.example",
+        "records.sequence",
+        "settings",
+    },
     {"sampling", "codec", "media", "models", "records", "runs", "devices"},
     {"interop"},
     {"features"},

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vcm_jax.objectives import common, objective_of
+from vcm_jax.objectives import common
 from vcm_jax.objectives.guidance import guided_velocity as guided_velocity
 
 
@@ -45,10 +45,10 @@ class Sampler:
 
     def check(self, settings) -> None:
         """Raises ValueError when it does not fit the objective of these settings."""
-        name, objective = objective_of(settings)
-        if self.guidance_interval and self.guidance_scale is None and not objective.instant_only:
+        if self.guidance_interval and self.guidance_scale is None and not settings.instant_only:
             raise ValueError(
-                f"guidance_interval needs guidance_scale: {name} has its guidance in the weights"
+                f"guidance_interval needs guidance_scale: {settings.name} has its guidance in the "
+                "weights"
             )
 
     def __call__(self, settings, net, x1, times, cond, null_cond, keys=None):
@@ -64,9 +64,7 @@ class Sampler:
         u = velocity_for(settings, net, null_cond, self.guidance_scale, self.guidance_interval)
         if not self.restart:
             return sample(u, x1, times, cond)
-        _, objective = objective_of(settings)
-        noised = lambda x0, x1, t: objective.noised(x0, x1, t, settings)
-        return restart_sample(u, x1, times, cond, keys, noised)
+        return restart_sample(u, x1, times, cond, keys, settings.noised)
 
 
 OWN_SAMPLER = Sampler()
@@ -131,14 +129,13 @@ def velocity_for(settings, net, null_cond, guidance_scale=None, guidance_interva
       null_cond: the empty condition, with as many rows as the batch.
       guidance_scale, guidance_interval: see `guidance.guided_velocity`.
     """
-    _, objective = objective_of(settings)
-    u = objective.velocity(net, settings)
-    if guidance_scale is None and not objective.instant_only:
+    u = settings.velocity(net)
+    if guidance_scale is None and not settings.instant_only:
         return u
     if guidance_scale is None:
         guidance_scale = settings.guidance_scale
     if guidance_interval is None:
-        guidance_interval = settings.guidance_interval if objective.instant_only else (0.0, 1.0)
+        guidance_interval = settings.guidance_interval if settings.instant_only else (0.0, 1.0)
     return guided_velocity(u, null_cond, guidance_scale, guidance_interval)
 
 

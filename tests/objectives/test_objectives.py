@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from flows import GaussianFlow, TraceableFlow
 
-from vcm_jax.objectives import OBJECTIVES, make_settings, objective_of, read_section
+from vcm_jax.objectives import OBJECTIVES, make_settings, read_section
 from vcm_jax.objectives.guidance import smooth_decay
 from vcm_jax.objectives.meanflow import MeanFlowConfig, meanflow_loss
 from vcm_jax.objectives.shortcut import ShortcutConfig
-from vcm_jax.objectives.soflow import SoFlowConfig, noised, soflow_loss, velocity
+from vcm_jax.objectives.soflow import SoFlowConfig, noised, soflow_loss
 from vcm_jax.objectives.times import intermediate_time, lambda_schedule
 from vcm_jax.objectives.wcfm import WCFMConfig, wcfm_loss
 
@@ -55,9 +55,8 @@ def linear_net(x, t, s, cond):
 def call(name, net, x0, x1, t, s, lam=0.3, num_instant=0, is_null=None, **settings):
     size = len(x0)
     is_null = np.zeros(size, bool) if is_null is None else is_null
-    return OBJECTIVES[name].loss(
-        net, x0, x1, t, s, lam, empty(size), empty(size, 1.0), is_null,
-        make_settings(name, **settings), num_instant=num_instant,
+    return make_settings(name, **settings).loss(
+        net, x0, x1, t, s, lam, empty(size), empty(size, 1.0), is_null, num_instant=num_instant,
     )  # fmt: skip
 
 
@@ -293,9 +292,9 @@ def test_shortcut_s_finest_halves_are_instant_velocities():
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_drawn_times_are_what_the_loss_takes(name):
-    objective, config = OBJECTIVES[name], OBJECTIVES[name].config()
-    n = 4000 if objective.instant_only else 1000
-    t, s, lam = objective.draw(jax.random.key(0), 4000, n, 50, 100, config)
+    config = OBJECTIVES[name]()
+    n = 4000 if config.instant_only else 1000
+    t, s, lam = config.draw(jax.random.key(0), 4000, n, 50, 100)
     np.testing.assert_array_equal(t[:n], s[:n])
     assert (t <= 1).all() and (s >= 0).all()
     if n < 4000:
@@ -309,8 +308,8 @@ def test_drawn_times_are_what_the_loss_takes(name):
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_instant_times_are_logit_normal(name):
-    objective, config = OBJECTIVES[name], OBJECTIVES[name].config()
-    t, _, _ = objective.draw(jax.random.key(0), 40_000, 40_000, 50, 100, config)
+    config = OBJECTIVES[name]()
+    t, _, _ = config.draw(jax.random.key(0), 40_000, 40_000, 50, 100)
     logit = np.log(t / (1 - t))
     np.testing.assert_allclose(np.median(logit), config.time_mean, atol=0.03)
     np.testing.assert_allclose(np.std(logit), config.time_std, atol=0.03)
@@ -338,15 +337,13 @@ def test_the_noising_of_a_run_is_its_settings_own():
     for noising, (a, b) in {
         "linear": (1 - t, t), "trigonometric": (np.cos(np.pi / 2 * t), np.sin(np.pi / 2 * t))
     }.items():  # fmt: skip
-        found = OBJECTIVES["soflow"].noised(x0, x1, t, make_settings("soflow", noising=noising))
+        found = make_settings("soflow", noising=noising).noised(x0, x1, t)
         a, b = (c[:, None, None] for c in (a, b))
         np.testing.assert_allclose(found, a * x0 + b * x1, rtol=1e-5)
 
 
 def test_shortcut_s_grid():
-    t, s, _ = OBJECTIVES["shortcut"].draw(
-        jax.random.key(1), 6000, 0, 0, 1, ShortcutConfig(finest=8)
-    )
+    t, s, _ = ShortcutConfig(finest=8).draw(jax.random.key(1), 6000, 0, 0, 1)
     lengths, counts = np.unique(t - s, return_counts=True)
     np.testing.assert_allclose(lengths, [0.25, 0.5, 1])
     assert counts.min() > 1800
@@ -354,7 +351,7 @@ def test_shortcut_s_grid():
 
 
 def test_soflow_s_distribution_of_times():
-    t, s, _ = OBJECTIVES["soflow"].draw(jax.random.key(0), 40_000, 20_000, 0, 1, SoFlowConfig())
+    t, s, _ = SoFlowConfig().draw(jax.random.key(0), 40_000, 20_000, 0, 1)
     logit = lambda p: np.log(p) - np.log1p(-p)
     np.testing.assert_allclose(np.median(logit(t[:20_000])), -0.2, atol=0.03)
     np.testing.assert_allclose(np.median(logit(t[20_000:])), 0.2, atol=0.03)
@@ -508,7 +505,7 @@ def test_meanflow_has_the_targets_losses_and_gradients_of_the_original(case):
 def test_soflow_s_network_becomes_an_average_velocity(parameterisation):
     config = SoFlowConfig(parameterisation=parameterisation)
     x, _, t, s = batch(dtype=np.float32)
-    u = velocity(linear_net, config)
+    u = config.velocity(linear_net)
     found = x + (s - t)[:, None, None] * u(x, t, s, empty(6))
     angle = np.pi / 2 * (s - t)[:, None, None]
     f = {
@@ -531,7 +528,7 @@ def test_trigonometric_noising_runs_from_data_to_noise():
 def test_names_and_settings():
     settings, rest = read_section({"name": "meanflow", "omega": 2.0, "null_prob": 0.3})
     assert settings == MeanFlowConfig(omega=2.0) and rest == {"null_prob": 0.3}
-    assert objective_of(settings) == ("meanflow", OBJECTIVES["meanflow"])
+    assert settings.name == "meanflow" and OBJECTIVES["meanflow"] is MeanFlowConfig
     listed = make_settings("vcm", guidance_interval=[0.1, 0.5])
     assert listed.guidance_interval == (0.1, 0.5) and hash(listed)
     with pytest.raises(ValueError, match="'gan' is not one of vcm, flow_matching, soflow"):
@@ -543,12 +540,12 @@ def test_names_and_settings():
 @pytest.mark.parametrize(
     "name, change, message",
     [
-        ("soflow", {"noising": "cubic"}, "objective.noising cubic must be linear or trig"),
-        ("soflow", {"parameterisation": "x"}, "objective.parameterisation x must be euler"),
+        ("soflow", {"noising": "cubic"}, "objective.noising must be one of linear, trig"),
+        ("soflow", {"parameterisation": "x"}, "objective.parameterisation must be one of euler"),
         ("soflow", {"decay_rate": 0.0}, "objective.decay_rate"),
         ("soflow", {"jump_std": 0.0}, "objective.jump_std"),
         ("meanflow", {"kappa": 1.0}, "objective.kappa"),
-        ("shortcut", {"finest": 96}, "objective.finest 96 must be a power of 2"),
+        ("shortcut", {"finest": 96}, "objective.finest must be a power of 2, >= 2, not 96"),
         ("wcfm", {"gibbs_eps": 0.0}, "objective.gibbs_eps"),
         ("reflow", {"teacher_steps": 0}, "objective.teacher_steps"),
         ("flow_matching", {"guidance_interval": (0.9, 0.1)}, "objective.guidance_interval"),

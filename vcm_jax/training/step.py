@@ -12,9 +12,8 @@ from clu import metrics as clu_metrics
 from vcm_jax import ema, sampling
 from vcm_jax.devices.sharding import Layout
 from vcm_jax.models import Conditions, ModelConfig
-from vcm_jax.objectives import objective_of
+from vcm_jax.objectives import Objective
 from vcm_jax.objectives.common import expand, select_rows
-from vcm_jax.objectives.meanflow import MeanFlowConfig
 from vcm_jax.objectives.vcm import VCMConfig
 
 TIME_BINS = 5
@@ -36,13 +35,14 @@ class StepConfig:
     """
 
     steps: int
-    objective: Any = dataclasses.field(default_factory=VCMConfig)
+    objective: Objective = dataclasses.field(default_factory=VCMConfig)
     null_prob: float = 0.1
     video_drop_prob: float = 0.0
     text_drop_prob: float = 0.0
 
     def __post_init__(self):
-        objective_of(self.objective)
+        if not isinstance(self.objective, Objective):
+            raise TypeError(f"{type(self.objective).__name__} are not settings of an objective")
         if self.steps < 1:
             raise ValueError(f"steps must be at least 1, not {self.steps}")
         for name in ("null_prob", "video_drop_prob", "text_drop_prob"):
@@ -50,8 +50,8 @@ class StepConfig:
                 raise ValueError(f"objective.{name} must be in [0, 1], not {getattr(self, name)}")
 
     def num_instant(self, batch_size: int) -> int:
-        """How many of the rows have s = t: all of them where the objective knows no other."""
-        return round(getattr(self.objective, "instant_ratio", 1.0) * batch_size)
+        """How many rows of a batch have s = t; they come first."""
+        return self.objective.num_instant(batch_size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +74,7 @@ def check_network(net, config: StepConfig) -> None:
 
     MeanFlow takes a JVP, which fused attention kernels do not have.
     """
-    if not isinstance(config.objective, MeanFlowConfig):
+    if not config.objective.needs_jvp:
         return
     c = net.config
     x, time = jnp.zeros((1, c.latent_seq_len, c.latent_dim)), jnp.zeros(1)
@@ -92,8 +92,8 @@ def check_network(net, config: StepConfig) -> None:
         jax.eval_shape(derivative, jax.random.key(0))
     except (TypeError, NotImplementedError) as error:
         raise ValueError(
-            "objective meanflow takes a JVP, which this attention implementation does not have "
-            f"({str(error).splitlines()[0]}): choose another one"
+            f"objective {config.objective.name} takes a JVP, which this attention implementation "
+            f"does not have ({str(error).splitlines()[0]}): choose another one"
         ) from None
 
 
@@ -189,15 +189,13 @@ def loss_fn(
 
     With `parts` it is the loss of one part of the rows alone, on what is drawn for the whole batch.
     """
-    _, objective = objective_of(config.objective)
+    objective = config.objective
     batch_size = batch["latent_mean"].shape[0]
     num_instant = config.num_instant(batch_size)
     keys = jax.random.split(key, 5)
     x0 = draw_latents(batch, stats, keys[0])
     x1 = jax.random.normal(keys[1], x0.shape)
-    t, s, lam = objective.draw(
-        keys[2], batch_size, num_instant, step, config.steps, config.objective
-    )
+    t, s, lam = objective.draw(keys[2], batch_size, num_instant, step, config.steps)
     is_null = jax.random.bernoulli(keys[3], config.null_prob, (batch_size,))
     batch = drop_modalities(batch, keys[4], config)
     batch, x0, x1, t, s, lam, is_null = take_part((batch, x0, x1, t, s, lam, is_null), part, parts)
@@ -207,7 +205,7 @@ def loss_fn(
 
     u, cond, null_cond = encode_batch(net, {"params": params, "stats": stats}, batch)
     loss, aux = objective.loss(
-        u, x0, x1, t, s, lam, cond, null_cond, is_null, config.objective,
+        u, x0, x1, t, s, lam, cond, null_cond, is_null,
         num_instant=num_instant, constrain=constrain,
     )  # fmt: skip
     return loss, step_metrics(loss, aux, t, num_instant)

@@ -3,7 +3,6 @@
 from vcm_jax.generation.run import describe
 from vcm_jax.models import ModelConfig
 from vcm_jax.objectives import read_section
-from vcm_jax.objectives.reflow import ReflowConfig
 from vcm_jax.runs import checkpoint
 from vcm_jax.training.step import Teacher
 
@@ -19,7 +18,7 @@ def load_teacher(settings, net, manifest):
     Raises:
       ValueError: when there is no teacher, or it has other sizes, features or latents.
     """
-    if not isinstance(settings, ReflowConfig):
+    if not settings.needs_teacher:
         return None, None
     if not settings.teacher:
         raise ValueError("objective.teacher is empty: name the workdir of a trained run")
