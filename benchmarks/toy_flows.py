@@ -28,7 +28,7 @@ from scipy.spatial.distance import cdist
 
 from vcm_jax.atomic import atomic_path
 from vcm_jax.objectives import make_settings
-from vcm_jax.sampling import sample, uniform_times, velocity_for
+from vcm_jax.sampling import OWN_SAMPLER, sample, uniform_times
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -192,7 +192,7 @@ def train(name, problem, seed: int, steps: int, batch_size: int, teacher=None):
     net = functools.partial(network, state[1])
 
     def u(x, t, s, cond):
-        return velocity_for(objective, net, jnp.zeros_like(cond))(x, t, s, cond)
+        return OWN_SAMPLER.velocity(objective, net, jnp.zeros_like(cond))(x, t, s, cond)
 
     return u, min(seconds)
 

@@ -40,5 +40,6 @@ def load_teacher(settings, net, manifest):
                 f"objective.teacher {workdir} was trained with other {what} than the records have: "
                 f"{run[what]}, not {getattr(manifest, what)}"
             )
-    teacher = Teacher(net, read_section(run["config"]["objective"])[0], settings.teacher_steps)
+    objective, _ = read_section(run["config"]["objective"])
+    teacher = Teacher(net, objective, settings.teacher_steps)
     return teacher, checkpoint.restore_weights(workdir)
