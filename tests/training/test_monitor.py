@@ -11,7 +11,7 @@ from clu import metrics as clu_metrics
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from vcm_jax.models import MODELS
-from vcm_jax.objectives.soflow import SoFlowConfig
+from vcm_jax.objectives.reflow import ReflowConfig
 from vcm_jax.training import monitor
 from vcm_jax.training.step import StepConfig, abstract_batch
 from vcm_jax.training.writer import Writer, spectrogram
@@ -93,7 +93,7 @@ def test_speed(monkeypatch):
 
 
 def test_model_flops():
-    """262 GFLOP a sample is the reference's arrangement of VCM; others are counted by XLA."""
+    """262 GFLOP a sample is the reference's arrangement of VCM; a teacher is counted by XLA."""
 
     class Compiled:
         def cost_analysis(self):
@@ -103,7 +103,7 @@ def test_model_flops():
     batch = abstract_batch(model, 16)
     found, how = monitor.model_flops(model, StepConfig(steps=1), Compiled(), batch)
     assert how == "counted by hand" and round(found / 1e9) == 262
-    other = StepConfig(steps=1, objective=SoFlowConfig())
+    other = StepConfig(steps=1, objective=ReflowConfig(teacher="run"))
     found, how = monitor.model_flops(model, other, Compiled(), batch)
     assert how == "XLA's count" and found == 5e9 * len(jax.devices()) / 16
 

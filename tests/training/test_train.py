@@ -24,7 +24,7 @@ from vcm_jax.features.encoders import WeightsFreeEncoders
 from vcm_jax.interop import import_network
 from vcm_jax.interop.weights import abstract_variables
 from vcm_jax.models import MODELS, MMDiT, ModelConfig, layers
-from vcm_jax.objectives import OBJECTIVES, objective_of, read_section
+from vcm_jax.objectives import OBJECTIVES, read_section
 from vcm_jax.records import mixture
 from vcm_jax.records.schema import (
     EMPTY_TEXT,
@@ -334,7 +334,7 @@ def test_every_objective_builds_its_run(name):
     """Every config of it, and the step on abstract values: compiling each would take minutes."""
     for config in ("s16k", "impacts"):
         settings = setup.step_config(load_config(config, name))
-        assert objective_of(settings.objective)[0] == name
+        assert settings.objective.name == name
     model = dataclasses.replace(MODELS["demo"], **SIZES)
     net, optimizer = MMDiT(model), make_optimizer(OptimizerConfig())
     stats = {

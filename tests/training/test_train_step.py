@@ -14,6 +14,7 @@ import pytest
 from vcm_jax import ema
 from vcm_jax.devices import sharding
 from vcm_jax.models import Conditions, MMDiT, ModelConfig
+from vcm_jax.models.conditioned import fill_conditions
 from vcm_jax.objectives import OBJECTIVES, make_settings
 from vcm_jax.objectives.vcm import VCMConfig
 from vcm_jax.training.state import (
@@ -26,7 +27,6 @@ from vcm_jax.training.step import (
     StepConfig,
     draw_latents,
     drop_modalities,
-    fill_conditions,
     train_step,
 )
 

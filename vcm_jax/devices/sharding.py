@@ -262,12 +262,6 @@ class Layout:
             return tree
         return jax.lax.with_sharding_constraint(tree, batch_sharding(self.mesh))
 
-    def replicate(self, tree):
-        """Whole on every device."""
-        if self.mesh is None:
-            return tree
-        return jax.lax.with_sharding_constraint(tree, replicated(self.mesh))
-
     def gather(self, params):
         """Whole along `fsdp`, split along `tensor`."""
         if self.mesh is None:

@@ -20,7 +20,7 @@ from vcm_jax.atomic import atomic_path
 from vcm_jax.interop.import_network import reverse
 from vcm_jax.interop.state_dict import import_torch
 from vcm_jax.interop.weights import variables_to_torch
-from vcm_jax.objectives import OBJECTIVES, objective_of, read_section
+from vcm_jax.objectives import OBJECTIVES, read_section
 from vcm_jax.runs import averages, description
 
 
@@ -71,10 +71,9 @@ def run(args) -> None:
     if Path(args.out).is_dir():
         raise ValueError(f"--out={args.out} is a folder: name a file, for example vcm_s16k.pth")
     described = description.read(args.workdir)
-    settings = read_section(described.config["objective"])[0]
-    name, objective = objective_of(settings)
-    network = object()
-    if objective.velocity(network, settings) is not network:
+    objective = read_section(described.config["objective"])[0]
+    name, network = objective.name, object()
+    if objective.velocity(network) is not network:
         raise ValueError(
             f"{args.workdir}: with its settings of {name} the network is not the average velocity "
             "itself, which is what the file stands for"

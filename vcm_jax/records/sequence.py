@@ -3,6 +3,26 @@
 import dataclasses
 import math
 
+import numpy as np
+
+# How Synchformer sees a video: overlapping segments of frames, each of which gives several rows.
+SYNC_FPS = 25
+SYNC_SEGMENT = 16  # frames
+SYNC_STRIDE = 8  # frames from one segment to the next
+SYNC_ROWS = 8  # feature rows per segment
+
+
+def sync_row_times(num_rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """Where the sync rows lie: their centres in seconds, and their distance from the centre of
+    their segment in rows; float64 `num_rows` each.
+
+    Rows of neighbouring segments share their times, since the segments overlap.
+    """
+    segment, row = np.divmod(np.arange(num_rows), SYNC_ROWS)
+    frames = SYNC_SEGMENT / SYNC_ROWS  # per row
+    centres = (SYNC_STRIDE * segment + frames * (row + 0.5)) / SYNC_FPS
+    return centres, np.abs(row - (SYNC_ROWS - 1) / 2)
+
 
 def _floor(x: float) -> int:
     """floor(x), robust to rounding errors such as 2.56 * 25 = 63.99999999999999."""
@@ -39,10 +59,10 @@ class SequenceConfig:
     hop: int = 256
     latent_downsample: int = 2
     clip_fps: int = 8
-    sync_fps: int = 25
-    sync_segment: int = 16
-    sync_stride: int = 8
-    sync_rows_per_segment: int = 8
+    sync_fps: int = SYNC_FPS
+    sync_segment: int = SYNC_SEGMENT
+    sync_stride: int = SYNC_STRIDE
+    sync_rows_per_segment: int = SYNC_ROWS
     text_seq_len: int = 77
 
     def __post_init__(self):

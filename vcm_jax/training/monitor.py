@@ -17,8 +17,7 @@ from absl import logging
 
 from vcm_jax.devices import sharding
 from vcm_jax.models import ModelConfig
-from vcm_jax.models.flops import vcm_step_flops
-from vcm_jax.objectives.vcm import VCMConfig
+from vcm_jax.models.flops import step_flops
 from vcm_jax.training import validation
 from vcm_jax.training.step import StepConfig, loss_fn
 from vcm_jax.training.writer import Writer
@@ -151,11 +150,12 @@ def memory() -> dict[str, float]:
 def model_flops(model: ModelConfig, config: StepConfig, step, batch):
     """(FLOP a sample of one step, how they were counted).
 
-    Of VCM by hand, so that the MFU of any arrangement is relative to the same number; of other
-    objectives XLA's count of the compiled step, which also has what is computed twice.
+    They are counted by hand from the objective's network passes, so that the MFU of any arrangement
+    is relative to the same number. Where a teacher's passes come on top it is XLA's count of the
+    compiled step, which also includes what is computed twice.
     """
-    if isinstance(config.objective, VCMConfig):
-        return vcm_step_flops(model, config.objective.instant_ratio), "counted by hand"
+    if not config.objective.needs_teacher:
+        return step_flops(model, config.objective.passes()), "counted by hand"
     return xla_flops(step) / len(batch["latent_mean"]), "XLA's count"
 
 

@@ -13,9 +13,9 @@ from jax.experimental import multihost_utils
 from vcm_jax import sampling
 from vcm_jax.metrics import SoundMetrics, frechet_distance
 from vcm_jax.metrics.sounds import METRICS
+from vcm_jax.models.conditioned import sample_latents
 from vcm_jax.objectives.vcm import VCMConfig
 from vcm_jax.runs import checkpoint
-from vcm_jax.training.step import encode_batch
 
 VCM = VCMConfig()
 
@@ -24,11 +24,9 @@ VCM = VCMConfig()
 def generate(params, stats, batch, key, net, objective, num_steps, place):
     """(generated latents, true latents), `B N C` each, in the data's units."""
     variables = {"params": params, "stats": stats}
-    u, cond, null_cond = encode_batch(net, variables, batch)
     noise = jax.random.normal(key, batch["latent_mean"].shape)
     times = sampling.uniform_times(num_steps)
-    x0 = sampling.OWN_SAMPLER(objective, u, noise, times, cond, null_cond)
-    found = x0 * stats["latent_std"][None, None] + stats["latent_mean"][None, None]
+    found = sample_latents(net, variables, batch, noise, times, objective)
     truth = batch["latent_mean"]
     return (
         (found, truth) if place is None else jax.lax.with_sharding_constraint((found, truth), place)
