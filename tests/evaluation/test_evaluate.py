@@ -221,7 +221,7 @@ def test_sounds_and_their_captions(tmp_path):
             {"duration": 3.0},
             "a.wav: 1.00 s of sound, shorter than the 3 s",
         ),
-        ({"a": clicks(0), "b": np.full(RATE, np.nan, "f4")}, {}, "b.wav.* not finite"),
+        ({"a": clicks(0), "b": np.full(RATE, np.nan, "f4")}, {}, "b.wav.* are NaN or infinite"),
         ({"a": clicks(0, 0.05), "b": clicks(1)}, {}, "give --duration"),
         ({"a": clicks(0), "b": clicks(1)}, {"synchformer": "x.pth"}, "is for caches"),
     ],

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.axes import Axes
 
 from vcm_jax.media import page
+from vcm_jax.media.write import write_mp4
 
 
 class Reader(html.parser.HTMLParser):
@@ -69,3 +71,14 @@ def test_a_document(tmp_path):
     reader = Reader(path.read_text(encoding="utf-8"))
     assert reader.elements == ["html", "meta", "title", "style", "body", "p", "audio", "img"]
     assert "<Title>" in reader.text and "caf\u00e9 ?" in reader.text
+
+
+def test_a_film_strip_shows_evenly_spaced_frames(tmp_path, monkeypatch):
+    frames = np.repeat(np.arange(0, 240, 5, dtype=np.uint8), 240 * 320 * 3)
+    path = tmp_path / "a.mp4"
+    write_mp4(path, frames.reshape(48, 240, 320, 3), 24)
+    shown = []
+    monkeypatch.setattr(Axes, "imshow", lambda self, frame: shown.append(frame))
+    page.film_strip(path, 2.0, count=4)
+    assert len(shown) == 4 and max(len(frame) for frame in shown) < 200
+    np.testing.assert_allclose(np.diff([frame.mean() for frame in shown]), 60, atol=6)

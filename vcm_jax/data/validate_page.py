@@ -1,43 +1,16 @@
 """The validator's page: what was found, histograms, and some clips to look at and listen to."""
 
-import base64
-import html
-import io
-
-import matplotlib
 import numpy as np
-import soundfile
-
-from vcm_jax.atomic import atomic_path
-from vcm_jax.codec import load_codec
-from vcm_jax.media.read import MediaError, read_frames
-
-matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
+from vcm_jax.codec import load_codec
+from vcm_jax.media import page
+from vcm_jax.media.read import MediaError
+
 _EXAMPLES = 4
-_STYLE = """
-body { font: 15px/1.5 sans-serif; max-width: 1000px; margin: 2em auto; padding: 0 1em; color: #222 }
-h1 { font-size: 1.4em } h2 { font-size: 1.1em; margin-top: 2em }
-table { border-collapse: collapse; width: 100% } td { padding: .25em .6em; vertical-align: top;
-border-top: 1px solid #ddd } .error { color: #b00 } .warning { color: #a60 } .fit { color: #070 }
-img { max-width: 100% } small { color: #666; overflow-wrap: anywhere }
-.clips { display: grid; grid-template-columns: 1fr 1fr; gap: 1.5em } audio { width: 100% }
-"""
 
 
-def _data_uri(kind: str, content: bytes) -> str:
-    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
-
-
-def _figure(figure) -> str:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=80)
-    plt.close(figure)
-    return f'<img src="{_data_uri("image/png", buffer.getvalue())}">'
-
-
-def _histograms(source, found) -> str:
+def _histograms(source, found) -> page.Html:
     names = list(found.values)
     rows = -(-(len(names) + 1) // 3)
     figure, axes = plt.subplots(rows, 3, figsize=(12, 2.4 * rows), layout="constrained")
@@ -53,93 +26,99 @@ def _histograms(source, found) -> str:
     axis.set_title("latents: mean and std per channel", fontsize=10)
     for axis in axes[len(names) + 1 :]:
         axis.set_visible(False)
-    return _figure(figure)
+    return page.plot(figure)
 
 
-def _shrink(frame: np.ndarray) -> np.ndarray:
-    step = max(1, len(frame) // 90)
-    return frame[::step, ::step]
-
-
-def _pictures(clip, duration: float) -> str:
-    """Four frames of a clip's video, side by side; nothing if it has none."""
-    try:
-        frames = read_frames(clip.path, {4 / duration: _shrink}, duration, clip.start)[4 / duration]
-    except MediaError:
-        return ""
-    buffer = io.BytesIO()
-    plt.imsave(buffer, np.concatenate(list(frames), axis=1), format="png")
-    return f'<img src="{_data_uri("image/png", buffer.getvalue())}">'
-
-
-def _example(source, codec, index: int, clips) -> str:
-    record = source[index]
-    sequence = source.manifest.sequence
-    figure, axis = plt.subplots(figsize=(6, 1.8), layout="constrained")
-    extent = (0, sequence.duration, source.manifest.latent_dim - 0.5, -0.5)
-    latents = record["latent_mean"] - np.array(source.manifest.latent_mean)
-    latents /= np.maximum(source.manifest.latent_std, 1e-6)
+def _latents(record: dict, manifest) -> page.Html:
+    """The record's latents over time, in units of their standard deviations."""
+    figure, axis = plt.subplots(figsize=(11, 1.8), layout="constrained")
+    extent = (0, manifest.sequence.duration, manifest.latent_dim - 0.5, -0.5)
+    latents = record["latent_mean"] - np.array(manifest.latent_mean)
+    latents /= np.maximum(manifest.latent_std, 1e-6)
     axis.imshow(latents.T, aspect="auto", extent=extent, interpolation="nearest", vmin=-2, vmax=2)
     axis.set_xlabel("s", fontsize=8)
     axis.set_ylabel("latent channel", fontsize=8)
-    sound = np.asarray(codec.decode(record["latent_mean"]))
-    buffer = io.BytesIO()
-    soundfile.write(
-        buffer, np.clip(sound, -1, 1), codec.sample_rate, format="WAV", subtype="PCM_16"
-    )
-    caption = html.escape(record["caption"]) or "(no caption)"
-    parts = [
-        f"<p><b>{html.escape(record['id'])}</b><br>{caption}",
-        f'<audio controls src="{_data_uri("audio/wav", buffer.getvalue())}"></audio>',
-        _figure(figure),
-    ]
+    return page.plot(figure)
+
+
+def _film_strip(clip, duration: float) -> page.Html | None:
+    """Frames of a clip's video; None if they cannot be read."""
+    try:
+        return page.film_strip(clip.path, duration, start=clip.start)
+    except MediaError:
+        return None
+
+
+def _example(source, codec, index: int, clips: dict) -> page.Html:
+    """One record: its picture if the media file is there, its sound and its latents."""
+    try:
+        record = source[index]
+        sound = np.asarray(codec.decode(record["latent_mean"]))
+    except ValueError as error:
+        return page.element("p", error, class_="error")
+    parts = [page.element("h3", f"{record['id']}: {record['caption'] or '(no caption)'}")]
     if source.manifest.has_video and record["id"] in clips:
-        parts.append(_pictures(clips[record["id"]], sequence.duration))
-    return f"<div>{''.join(parts)}</div>"
+        strip = _film_strip(clips[record["id"]], source.manifest.sequence.duration)
+        parts += [page.element("div"), page.element("figure", strip)]
+    parts.append(page.element("div", page.player(sound, codec.sample_rate)))
+    parts.append(page.element("figure", _latents(record, source.manifest)))
+    return page.element("div", parts, class_="clip")
 
 
-def write_page(path, source, found, findings, clips) -> None:
-    """Write the page, atomically.
-
-    Args:
-      path: of the HTML file.
-      source, found, findings: RecordSource, Survey, [Finding].
-      clips: {id: Clip} of the media files, as far as they are there.
-    """
-    manifest = source.manifest
-    errors = sum(finding.level == "error" for finding in findings)
-    verdict = (
-        f'<span class="error">not fit to train on: {errors} kinds of errors</span>'
-        if errors
-        else '<span class="fit">fit to train on</span>'
-    )
-    lines = [
-        f'<tr><td class="{f.level}">{f.level}<td>{html.escape(f.what)}<td>{f.count}'
-        f"<td><small>{html.escape(', '.join(f.examples))}</small>"
-        for f in findings
-    ] or ["<tr><td>nothing"]
+def _facts(manifest, found) -> str:
     sequence = manifest.sequence
-    facts = (
+    return (
         f"{manifest.num_records} records of {sequence.duration:g} s at {sequence.sample_rate} Hz, "
         f"{manifest.num_failures} clips left out; codec {manifest.codec['name']}, encoders "
         f"{manifest.encoders['name']}; {len(set(found.captions))} different captions; "
         f"{sum(shard['bytes'] for shard in manifest.shards) / 1e9:.2f} GB"
     )
+
+
+def write_page(path, source, found, findings, clips) -> None:
+    """Writes the page, which is there completely or not at all.
+
+    Args:
+      path: of the HTML file.
+      source: RecordSource.
+      found: Survey of its records.
+      findings: list of Finding.
+      clips: {id: Clip} of the media files that were found.
+
+    Raises:
+      OSError: the page cannot be written.
+    """
+    errors = sum(finding.level == "error" for finding in findings)
+    verdict = (
+        page.element("span", f"not fit to train on: {errors} kinds of errors", class_="error")
+        if errors
+        else page.element("span", "fit to train on", class_="fit")
+    )
+    rows = [
+        [
+            page.element("span", finding.level, class_=finding.level),
+            finding.what,
+            finding.count,
+            page.element("small", ", ".join(finding.examples)),
+        ]
+        for finding in findings
+    ]
     parts = [
-        f"<!doctype html><meta charset=utf-8><title>Records</title><style>{_STYLE}</style>",
-        f"<h1>{html.escape(str(source.path))}: {verdict}</h1><p>{html.escape(facts)}",
-        f"<h2>Found</h2><table>{''.join(lines)}</table>",
+        page.element("h1", f"{source.path}: ", verdict),
+        page.element("p", _facts(source.manifest, found)),
+        page.element("h2", "Found"),
+        page.table(["level", "what", "records", "examples"], rows, class_="text")
+        if rows
+        else page.element("p", "nothing"),
     ]
     if found.ids:
         codec = load_codec(source.path / "codec")
         chosen = np.unique(np.linspace(0, len(source) - 1, _EXAMPLES).astype(int))
-        parts += ["<h2>Histograms</h2>", _histograms(source, found), "<h2>Examples</h2>"]
-        parts.append("<p>The sound is what the codec makes of the latents.<div class=clips>")
-        for index in chosen:
-            try:
-                parts.append(_example(source, codec, int(index), clips))
-            except ValueError as error:
-                parts.append(f'<div class="error">{html.escape(str(error))}</div>')
-        parts.append("</div>")
-    with atomic_path(path) as temporary:
-        temporary.write_text("\n".join(parts), encoding="utf-8")
+        parts += [
+            page.element("h2", "Histograms"),
+            _histograms(source, found),
+            page.element("h2", "Examples"),
+            page.element("p", "The sound is decoded from the latents.", class_="note"),
+            [_example(source, codec, int(index), clips) for index in chosen],
+        ]
+    page.write_document(path, f"Records: {source.path.name}", *parts)

@@ -39,13 +39,11 @@ def table_of_metrics(sets: dict[str, SoundMetrics], draws: Draws) -> page.Html:
     rows = []
     for name, metrics in sets.items():
         values = metrics.values()
-        rows.append([
-            name,
-            *(
-                _cell(values[key], _interval(draws[name][key]), metric.format)
-                for key, metric in METRICS.items()
-            ),
-        ])  # fmt: skip
+        cells = [
+            _cell(values[key], _interval(draws[name][key]), metric.format)
+            for key, metric in METRICS.items()
+        ]
+        rows.append([name, *cells])
     arrows = [
         f"{metric.label} {'↓' if metric.less_is_better else '↑'}" for metric in METRICS.values()
     ]

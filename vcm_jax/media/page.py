@@ -86,8 +86,11 @@ def lines(*children) -> list:
 
 def table(head: Sequence, rows: Iterable[Sequence], **attributes) -> Html:
     """A table; cells are text or Html."""
-    cells = lambda row, kind: element("tr", [element(kind, cell) for cell in row])
-    return element("table", cells(head, "th"), [cells(row, "td") for row in rows], **attributes)
+    return element("table", _row(head, "th"), [_row(row, "td") for row in rows], **attributes)
+
+
+def _row(cells: Sequence, kind: str) -> Html:
+    return element("tr", [element(kind, cell) for cell in cells])
 
 
 def write_document(path, title: str, *children) -> None:
@@ -127,18 +130,25 @@ def player(sound: np.ndarray, sample_rate: int) -> Html:
         return Html(f'<audio controls src="{_data_uri("audio/wav", path.read_bytes())}"></audio>')
 
 
-def film_strip(path, duration: float, count: int = 8) -> Html:
-    """Evenly spaced frames of the first `duration` seconds of a video as a picture.
+def _small(frame: np.ndarray) -> np.ndarray:
+    """A frame (H, W, 3) of at most about 200 rows: the page shows no more."""
+    step = max(1, len(frame) // 100)
+    return frame[::step, ::step]
+
+
+def film_strip(path, duration: float, count: int = 8, start: float = 0.0) -> Html:
+    """Evenly spaced frames of `duration` seconds of a video, from `start` on, as a picture.
 
     Raises:
       MediaError: the video cannot be read.
     """
-    frames = read_frames(path, {25: np.asarray}, duration)[25]
-    chosen = frames[np.linspace(0, len(frames) - 1, count).round().astype(int)]
+    fps = count / duration
+    frames = read_frames(path, {fps: _small}, start=start)[fps]
     figure, axes = plt.subplots(1, count, figsize=(11, 1.5))
-    for axis, frame in zip(axes, chosen):
-        axis.imshow(frame)
+    for axis in axes:
         axis.axis("off")
+    for axis, frame in zip(axes, frames):
+        axis.imshow(frame)
     figure.subplots_adjust(wspace=0.03)
     return plot(figure)
 
