@@ -217,7 +217,7 @@ def encoders_from_spec(spec: Mapping, folder=None) -> Encoders:
     if spec.get("name") == "mmaudio":
         if folder is None:
             raise ValueError(
-                "the features were made by CLIP and Synchformer: give the folder with their "
+                "the features were made by CLIP and Synchformer: give the folder of their "
                 "weights, --encoders=DIR"
             )
         encoders = load_encoders(folder, spec.get("dtype", "float32"))
