@@ -232,8 +232,7 @@ def encoders_from_spec(spec: Mapping, folder=None) -> Encoders:
         )
     if folder is not None:
         raise ValueError(
-            f"--encoders={folder}: the features were made by encoders without weights: leave this "
-            "flag out"
+            f"--encoders={folder}: the features were made by encoders without weights, leave it out"
         )
     encoders = WeightsFreeEncoders(*(spec[f"{kind}_dim"] for kind in ("clip", "sync", "text")))
     if spec != encoders.spec():
