@@ -156,7 +156,7 @@ def test_shards_make_the_same_records(videos, whole, tmp_path, capsys):
     assert "share 1/3 is done, 2 of 3 shards are not" in capsys.readouterr().out
     assert extract(tmp_path, shard=(0, 3), **arguments) is None
     assert extract(tmp_path, shard=(2, 3), **arguments) == whole[1]
-    with pytest.raises(ExtractError, match="shard 3/3"):
+    with pytest.raises(ExtractError, match="--shard=3/3"):
         extract(tmp_path, shard=(3, 3), **arguments)
 
 

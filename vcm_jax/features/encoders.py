@@ -217,7 +217,7 @@ def encoders_from_spec(spec: Mapping, folder=None) -> Encoders:
     if spec.get("name") == "mmaudio":
         if folder is None:
             raise ValueError(
-                "the features were made by CLIP and Synchformer: give the folder with their "
+                "the features were made by CLIP and Synchformer: give the folder of their "
                 "weights, --encoders=DIR"
             )
         encoders = load_encoders(folder, spec.get("dtype", "float32"))
@@ -232,8 +232,7 @@ def encoders_from_spec(spec: Mapping, folder=None) -> Encoders:
         )
     if folder is not None:
         raise ValueError(
-            f"--encoders={folder}: the features were made by encoders without weights: leave this "
-            "flag out"
+            f"--encoders={folder}: the features were made by encoders without weights, leave it out"
         )
     encoders = WeightsFreeEncoders(*(spec[f"{kind}_dim"] for kind in ("clip", "sync", "text")))
     if spec != encoders.spec():

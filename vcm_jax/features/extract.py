@@ -169,19 +169,14 @@ def extract(
       ClaimError: `out` has records made with other settings, or another process works in it.
       ValueError: other bad arguments.
     """
-    if (videos is None) == (sounds is None):
-        raise ExtractError("give the folder of the videos or that of the sounds, one of the two")
-    if segments and sounds is None:
-        raise ExtractError("--segments splits sounds, not videos")
-    index, count = shard
-    if not 0 <= index < count:
-        raise ExtractError(f"shard {index}/{count}: must be i/n with 0 <= i < n")
+    _check_arguments(videos, sounds, segments, shard)
     out, video = Path(out), videos is not None
     sequence = _sequence(duration, codec)
     suffixes = VIDEO_SUFFIXES if video else SOUND_SUFFIXES + VIDEO_SUFFIXES
     clips, failures = list_clips(videos or sounds, captions, suffixes)
     if not clips:
-        raise ExtractError(f"none of {len(failures)} rows can be used, the first: {failures[0]}")
+        first = ": ".join(failures[0])
+        raise ExtractError(f"none of {len(failures)} rows can be used, the first: {first}")
     widths = {"clip_dim": clip_dim, "sync_dim": sync_dim, "text_dim": text_dim}
     encoders = _make_encoders(encoders, encoder_dtype, encoder_batch, widths)
 
@@ -205,10 +200,21 @@ def extract(
         job = work.Job(sequence, transforms, segments, _number_texts(clips), encoders, used)
         number = _process_shards(out, clips, job, workers, shard)
         missing = sum(not shard_paths(out, n)[1].exists() for n in range(number))
-        if missing:
-            print(f"{out}: share {index}/{count} is done, {missing} of {number} shards are not")
-            return None
-        return merge(out, number, failures, job)
+        if not missing:
+            return merge(out, number, failures, job)
+        print(f"{out}: share {shard[0]}/{shard[1]} is done, {missing} of {number} shards are not")
+        return None
+
+
+def _check_arguments(videos, sounds, segments: bool, shard: tuple[int, int]) -> None:
+    """Raises ExtractError for arguments of `extract` that contradict each other."""
+    if (videos is None) == (sounds is None):
+        raise ExtractError("give the folder of the videos or that of the sounds, one of the two")
+    if segments and sounds is None:
+        raise ExtractError("--segments splits sounds, not videos")
+    index, count = shard
+    if not 0 <= index < count:
+        raise ExtractError(f"--shard={index}/{count}: must be i/n with 0 <= i < n")
 
 
 def _hash_clips(clips: list[Clip], failures: list[tuple[str, str]]) -> str:
