@@ -28,6 +28,7 @@ class Fault:
       body: other contents, at the same address.
       ignores_range: always sends everything.
       shifts_range: sends another range than the one that was asked for.
+      largest_range: bytes that one answer to a request for a range holds at most.
       pause: seconds between two blocks of 4 kB.
     """
 
@@ -37,6 +38,7 @@ class Fault:
     body: bytes | None = None
     ignores_range: bool = False
     shifts_range: bool = False
+    largest_range: int | None = None
     pause: float = 0.0
 
 
@@ -149,11 +151,13 @@ class _Handler(BaseHTTPRequestHandler):
             if start >= total:
                 return self._empty(416, {"Content-Range": f"bytes */{total}"})
             start += fault.shifts_range
-            headers = headers | {"Content-Range": f"bytes {start}-{total - 1}/{total}"}
+            end = min(total, start + (fault.largest_range or total))
+            headers = headers | {"Content-Range": f"bytes {start}-{end - 1}/{total}"}
+            data = data[:end]
             self.send_response(206)
         else:
             self.send_response(200)
-        length = total - start + (fault.extra if self.command == "GET" else 0)
+        length = len(data) - start + (fault.extra if self.command == "GET" else 0)
         for key, value in (headers | {"Content-Length": str(length)}).items():
             self.send_header(key, value)
         self.end_headers()

@@ -221,6 +221,15 @@ def test_open_clips_vocabulary(weights, tmp_path, monkeypatch):
     assert "open_clip" not in sys.modules
 
 
+def test_a_folder_that_was_moved(weights, conversions, tmp_path):
+    """Links to files of the encoders lead elsewhere then; the rest is as it was."""
+    folder = weights().rename(tmp_path / "before")
+    pretrained.load(folder)
+    found = pretrained.load(folder.rename(tmp_path / "after"))
+    assert conversions[3:] == ["encoders"]
+    assert load_encoders(found.encoders)
+
+
 def test_several_networks(weights):
     folder = weights(modes=("16k", "44k"))
     with pytest.raises(PretrainedError, match="several networks: give the file of one") as caught:
