@@ -34,6 +34,10 @@ class DamagedError(CheckpointError):
     """A checkpoint whose files or values are not what was saved; one line that names what."""
 
 
+class UnreadableError(DamagedError):
+    """A checkpoint whose files this process cannot read."""
+
+
 class StorageError(OSError):
     """Nothing can be saved any more; one line that says where, why, and what is there."""
 
@@ -278,7 +282,7 @@ def set_aside(manager, workdir, step: int) -> Path:
     if jax.process_index() == 0:
         target.parent.mkdir(parents=True, exist_ok=True)
         os.rename(manager.directory / str(step), target)
-    multihost.sync_global_processes("set_aside")
+    multihost.sync_global_processes(f"set_aside_{step}")
     manager.reload()
     return target
 
@@ -307,7 +311,7 @@ def readable(manager, step: int):
 
     Raises:
       CheckpointError: the files may be whole, but could not be read (permissions, memory).
-      DamagedError: the files are damaged.
+      UnreadableError: the files are damaged.
     """
     try:
         yield
@@ -317,7 +321,7 @@ def readable(manager, step: int):
         temporary = isinstance(error, PermissionError | MemoryError)
         if temporary or any(text in str(error).lower() for text in _TEMPORARY):
             raise CheckpointError(line) from error
-        raise DamagedError(f"{line}: it is damaged; {_name_earlier(manager, step)}") from error
+        raise UnreadableError(f"{line}: it is damaged; {_name_earlier(manager, step)}") from error
 
 
 def _name_earlier(manager, step: int) -> str:
