@@ -133,7 +133,7 @@ def test_changed_meta_is_noticed(workdir):
 
 
 def test_a_checkpoint_without_fingerprints_is_read(workdir, monkeypatch):
-    monkeypatch.setattr(checkpoint, "signed", lambda meta: {"config": meta["config"]})
+    monkeypatch.setattr(checkpoint, "seal", lambda meta: {"config": meta["config"]})
     with checkpoint.Saver(checkpoint.open_manager(workdir)) as saver:
         saver.save(3, state(3), {"config": {}}, wait=True)
     lines = []

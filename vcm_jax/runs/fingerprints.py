@@ -7,8 +7,6 @@ changes the sum; any other damage is missed with a probability of about 2^-32.
 """
 
 import functools
-import hashlib
-import json
 
 import jax
 import jax.numpy as jnp
@@ -106,9 +104,3 @@ def fingerprints(tree) -> dict[str, int]:
         sums = np.where(split, every.sum(0, dtype=np.uint32), every[0]).tolist()
     keystr = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
     return {keystr(path): value for (path, _), value in zip(leaves, sums)}
-
-
-def checksum(content: dict) -> str:
-    """A hash of a JSON object."""
-    text = json.dumps(content, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
