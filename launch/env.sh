@@ -1,15 +1,15 @@
 # shellcheck shell=bash
-# Sourced by the other scripts, from the repository's root: the virtual environment, made once,
-# and `run`, which shows a command and, unless --dry-run was given, executes it.
-# VENV names another folder than .venv, PYTHON another interpreter than python3.
+# The other scripts source this file in the repository's root. It defines `make_environment`, which
+# makes the virtual environment once, and `run`, which shows a command and executes it unless
+# --dry-run was given. VENV names another folder than .venv, PYTHON another interpreter than python3.
 
 VENV=${VENV:-.venv}
 export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$PWD/.jax_cache}
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.5
-# Large pages for large arrays: on CPUs 5 to 15% faster (benchmarks/README.md). Linux alone knows it.
+# Large memory pages make CPUs 5 to 15% faster (benchmarks/README.md). Only Linux has this setting.
 export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
 
-# show COMMAND...: as it can be pasted.
+# show COMMAND...: prints a command so that it can be pasted into a shell.
 show() {
   printf +
   printf ' %q' "$@"
@@ -21,7 +21,7 @@ run() {
   [ -n "${DRY_RUN:-}" ] || "$@"
 }
 
-# make_environment EXTRA: installs the requirements, and an extra of setup.py, where they changed.
+# make_environment EXTRA: installs the requirements and an extra of setup.py if they have changed.
 make_environment() {
   local wanted installed="$VENV/.installed"
   wanted=$(cat requirements.txt setup.py; echo "$*")
@@ -38,9 +38,9 @@ make_environment() {
   esac
 }
 
-# until_done COMMAND...: starts it again whenever it ends with 75: its state is saved after a
-# SIGTERM. A SIGTERM or Ctrl-C to this script is handed on as a SIGTERM, and is the end of it: what
-# a script puts into the background does not hear Ctrl-C.
+# until_done COMMAND...: starts the command again whenever it ends with 75, which means that it has
+# saved its state after a SIGTERM. If this script gets a SIGTERM or a Ctrl-C, it sends the command a
+# SIGTERM and ends with it: a command in the background of a script does not get the Ctrl-C itself.
 until_done() {
   local code=75 stopped='' child
   if [ -n "${DRY_RUN:-}" ]; then run "$@"; return; fi
@@ -49,7 +49,7 @@ until_done() {
     show "$@"
     "$@" &
     child=$!
-    # A signal ends the first wait before the command has ended.
+    # A signal can end `wait` before the command has ended.
     while kill -0 "$child" 2>/dev/null; do wait "$child" && code=0 || code=$?; done
   done
   trap - TERM INT

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes the environment and runs the tests:
-#   bash launch/test.sh [--dry-run] [--torch] [--slow] [pytest options]
-# --torch installs PyTorch as well; without it the tests that need it are skipped.
+#   bash launch/test.sh [--dry-run] [--torch] [--slow] [OPTIONS OF pytest]
+# --torch also installs PyTorch; without it the tests that need it are skipped.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 if [ "${1:-}" = --dry-run ]; then DRY_RUN=1; shift; fi

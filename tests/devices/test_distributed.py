@@ -103,13 +103,18 @@ def test_every_process_reads_the_rows_of_its_devices(sizes, per_process, parts, 
 
 
 def test_a_sigterm_before_there_is_anything_to_save():
-    code = "import os, signal; from vcm_jax import preemption; preemption.leave_at_once(); "
+    code = (
+        "import os, signal, sys; from vcm_jax.devices import preemption, supervisor; "
+        "assert 'jax' not in sys.modules; preemption.leave_at_once(); "
+        "os.kill(os.getpid(), signal.SIGTERM)"
+    )
     found = subprocess.run(
-        [sys.executable, "-c", code + "os.kill(os.getpid(), signal.SIGTERM)"],
-        capture_output=True, text=True, cwd=Path(__file__).parents[2],
-    )  # fmt: skip
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2]
+    )
     assert found.returncode == preemption.EXIT_CODE
-    assert found.stderr == "SIGTERM: nothing to save yet; the same command goes on\n"
+    assert found.stderr == (
+        "SIGTERM: there is nothing to save yet; run the same command again to resume\n"
+    )
 
 
 def test_sigterm_is_noted_and_the_handler_given_back():
@@ -120,3 +125,13 @@ def test_sigterm_is_noted_and_the_handler_given_back():
         assert told(2)
     assert signal.getsignal(signal.SIGTERM) is before
     assert np.isscalar(preemption.EXIT_CODE)
+
+
+def test_errors_that_say_that_a_process_is_gone(monkeypatch):
+    gone = RuntimeError("UNKNOWN: Gloo AllGather failed: Connection closed by peer [10.0.0.1]:547")
+    wrapped = OSError("checkpoints cannot be saved to")
+    wrapped.__cause__ = gone
+    assert not distributed.is_peer_lost(gone), "a run of one process has no peers"
+    monkeypatch.setattr(distributed, "is_initialized", lambda: True)
+    assert distributed.is_peer_lost(gone) and distributed.is_peer_lost(wrapped)
+    assert not distributed.is_peer_lost(ValueError("batch_size 6 does not divide"))

@@ -219,7 +219,7 @@ def test_a_record_of_another_shape_names_the_field(tmp_path):
         source[3]
 
 
-def test_latent_statistics_are_compared_with_the_records(tmp_path):
+def test_latent_statistics_are_compared_with_the_records(tmp_path, monkeypatch):
     folder = write(tmp_path, counts=(40, 40))
     source = RecordSource(folder)
     sums = sum(latent_sums(r["latent_mean"], r["latent_std"]) for r in source)
@@ -237,6 +237,24 @@ def test_latent_statistics_are_compared_with_the_records(tmp_path):
                 continue
             with pytest.raises(RecordError, match="manifest.json: its latent statistics do not"):
                 RecordSource(folder).check_statistics(count)
+
+    # Damaged records are passed over, unless all are.
+    write_manifest(folder, good)
+    source, read = RecordSource(folder), RecordSource.__getitem__
+    for damaged, fits in (({0, 3, 19}, True), (set(range(80)), False)):
+
+        def item(self, index, damaged=damaged):
+            if index in damaged:
+                raise RecordError(f"record {index}: damaged")
+            return read(self, index)
+
+        monkeypatch.setattr(RecordSource, "__getitem__", item)
+        for count in (20, 80):
+            if fits:
+                source.check_statistics(count)
+                continue
+            with pytest.raises(RecordError, match=f"all {count} records that were read are dam"):
+                source.check_statistics(count)
 
 
 def damage(path, position: int):

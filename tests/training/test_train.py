@@ -20,6 +20,7 @@ from small_runs import (
 )
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from vcm_jax.claim import hold
 from vcm_jax.features.encoders import WeightsFreeEncoders
 from vcm_jax.interop import import_network
 from vcm_jax.interop.weights import abstract_variables
@@ -122,6 +123,40 @@ def test_an_interrupted_run_ends_bit_identical_to_one_that_was_not(data, tmp_pat
         averages.restore_weights(tmp_path / "whole", step=7)
     with pytest.raises(checkpoint.CheckpointError, match=r"no average .* only 0.05, 0.1"):
         averages.restore_weights(tmp_path / "whole", sigma_rel=0.2)
+
+
+def flip_bits(folder):
+    """Changes bytes in the middle of every data file of a checkpoint."""
+    for path in folder.rglob("d/*"):
+        content = bytearray(path.read_bytes())
+        for place in range(len(content) // 4, len(content), 97):
+            content[place] ^= 0x40
+        path.write_bytes(content)
+
+
+def test_a_run_resumes_from_the_newest_whole_checkpoint(data, tmp_path, caplog):
+    config, folder = make_config(data, eval_every=0), tmp_path / "checkpoints"
+    loop.train(config, tmp_path)
+    whole = final_state(tmp_path)
+    flip_bits(folder / "6")
+    loop.train(config, tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, final_state(tmp_path), whole)
+    assert f"{folder}/6" in caplog.text and "resuming after step 3" in caplog.text
+    assert f"the damaged checkpoint 6 is kept as {tmp_path}/damaged/6" in caplog.text
+    assert (tmp_path / "damaged/6/state").is_dir()
+
+    # If all are damaged, the run does not quietly start again.
+    for step in (3, 6):
+        flip_bits(folder / str(step))
+    with pytest.raises(loop.SetupError, match=r"all checkpoints are damaged \(6, 3\): delete"):
+        loop.train(config, tmp_path)
+    assert sorted(path.name for path in folder.iterdir()) == ["3", "6"]
+
+
+def test_two_runs_in_one_workdir(data, tmp_path):
+    with hold(tmp_path), pytest.raises(loop.SetupError, match="works in this folder") as error:
+        loop.train(make_config(data, steps=1), tmp_path)
+    assert "\n" not in str(error.value) and not (tmp_path / "run.json").exists()
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(data, tmp_path):

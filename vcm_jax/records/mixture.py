@@ -14,7 +14,9 @@ from absl import logging
 
 from vcm_jax.records.schema import RecordError
 
-MAX_DAMAGED = 100  # damaged records that one process skips before it gives up
+MAX_DAMAGED = 100  # different damaged records that one process passes over before it gives up
+# Of a source: beyond these bounds sums of weights are no longer precise.
+LEAST_WEIGHT, LARGEST_WEIGHT = 1e-6, 1e6
 _THREADS = 8  # that fill batches; also how many batches are read ahead at most
 _FEATURES = ("latent_mean", "latent_std", "clip", "sync", "text")
 
@@ -23,15 +25,18 @@ def parse_source(text: str) -> tuple[str, float]:
     """'PATH=WEIGHT' -> (PATH, WEIGHT); without '=WEIGHT' the weight is 1.
 
     Raises:
-      ValueError: when the weight is not a positive number.
+      ValueError: the weight is not a number between LEAST_WEIGHT and LARGEST_WEIGHT.
     """
     path, _, weight = text.rpartition("=") if "=" in text else (text, "", "1")
     try:
         value = float(weight)
     except ValueError:
         value = -1.0
-    if not path or not 0 < value < float("inf"):
-        raise ValueError(f"data source {text!r} must be 'PATH=WEIGHT' with a weight above 0")
+    if not path or not LEAST_WEIGHT <= value <= LARGEST_WEIGHT:
+        raise ValueError(
+            f"data source {text!r} must be 'PATH=WEIGHT' with a weight between {LEAST_WEIGHT:g} "
+            f"and {LARGEST_WEIGHT:g}"
+        )
     return path, value
 
 
@@ -49,8 +54,11 @@ def check_sources(sources: Sequence, weights: Sequence[float]) -> None:
     if not names or len(names) != len(weights):
         raise ValueError(f"{len(names)} data sources and {len(weights)} weights")
     for i, (name, source, weight) in enumerate(zip(names, sources, weights)):
-        if not 0 < weight < float("inf"):
-            raise ValueError(f"data source {name}: weight {weight} must be a number above 0")
+        if not LEAST_WEIGHT <= weight <= LARGEST_WEIGHT:
+            raise ValueError(
+                f"data source {name}: weight {weight} must lie between {LEAST_WEIGHT:g} and "
+                f"{LARGEST_WEIGHT:g}"
+            )
         if not len(source):
             raise ValueError(f"data source {name}: no records")
         if name in names[:i]:
@@ -97,23 +105,26 @@ class Mixture:
         source, record = self.locate(index)
         return self.sources[source][record]
 
-    def read(self, index: int) -> tuple[dict, list[str]]:
-        """The record at a global index, or in place of a damaged one the next of its source that
-        is not, and what was wrong with those passed over.
+    def read(self, index: int) -> tuple[dict, dict[tuple[int, int], str]]:
+        """The record at a global index; for a damaged one, the next whole record of its source.
+
+        Returns:
+          The record, and what is wrong with the damaged ones before it, by (source, record).
 
         Raises:
-          RecordError: MAX_DAMAGED records in a row are damaged.
+          RecordError: all records of the source, or more than MAX_DAMAGED in a row, are damaged.
         """
-        source, record = self.locate(index)
-        damaged = []
-        while True:
+        number, first = self.locate(index)
+        source, damaged = self.sources[number], {}
+        for offset in range(min(len(source), MAX_DAMAGED + 1)):
+            record = (first + offset) % len(source)
             try:
-                return self.sources[source][record], damaged
+                return source[record], damaged
             except RecordError as error:
-                damaged.append(str(error))
-                if len(damaged) > MAX_DAMAGED:
-                    raise
-            record = (record + 1) % len(self.sources[source])
+                damaged[number, record] = str(error)
+        raise RecordError(
+            f"{len(damaged)} records in a row are damaged, the last: {damaged[number, record]}"
+        )
 
 
 def mix(sources: Sequence, weights: Sequence[float], seed: int) -> Mixture:
@@ -122,7 +133,7 @@ def mix(sources: Sequence, weights: Sequence[float], seed: int) -> Mixture:
 
 
 class _ReadBatch(grain.transforms.Map):
-    """Step -> this process's rows of its batch, and what damaged records were passed over."""
+    """Step -> this process's rows of the batch, and the damaged records that were passed over."""
 
     def __init__(self, mixed: Mixture, shapes: Shapes, batch_size: int, part: int, parts: int):
         self.mixed, self.shapes = mixed, shapes
@@ -130,11 +141,11 @@ class _ReadBatch(grain.transforms.Map):
         self.offset = part * self.rows
 
     def map(self, step: int):
-        batch, skipped = None, []
+        batch, skipped = None, {}
         first = int(step) * self.batch_size + self.offset
         for row in range(self.rows):
             record, damaged = self.mixed.read(first + row)
-            skipped += damaged
+            skipped |= damaged
             if batch is None:
                 batch = self._allocate(record)
             for name in _FEATURES:
@@ -184,7 +195,7 @@ def batches(
       first_step, last_step: of the run; sample i of step k has global index k batch_size + i, so
         that a run resumes at any step, on any number of processes, on the same data.
       num_workers: processes that read ahead; 0 reads in threads, which is faster from local disks.
-      max_damaged: damaged records that are passed over, each with a line in the log.
+      max_damaged: different damaged records that are passed over, each with one line in the log.
 
     Yields:
       dicts of numpy arrays with leading axis `batch_size / parts`.
@@ -205,13 +216,16 @@ def batches(
 
 
 def _report_damage(found, max_damaged: int):
-    count = 0
+    """The batches alone. A damaged record comes again in every epoch, and counts once."""
+    known = set()
     for batch, skipped in found:
-        for line in skipped:
-            count += 1
-            logging.warning("damaged record %d passed over: %s", count, line)
-            if count > max_damaged:
-                raise RecordError(f"{count} damaged records, the last: {line}")
+        for place, line in skipped.items():
+            if place in known:
+                continue
+            known.add(place)
+            logging.warning("damaged record %d passed over: %s", len(known), line)
+            if len(known) > max_damaged:
+                raise RecordError(f"{len(known)} damaged records, the last: {line}")
         yield batch
 
 

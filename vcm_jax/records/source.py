@@ -3,6 +3,7 @@
 import operator
 
 import numpy as np
+from absl import logging
 from array_record.python import array_record_data_source
 from etils import epath
 
@@ -136,17 +137,29 @@ class RecordSource:
     def check_statistics(self, count: int = CHECKED_CLIPS) -> None:
         """Compare the manifest's latent statistics with those of some clips, evenly chosen.
 
+        Damaged clips among them are passed over, as in training.
+
         Means may be off by ten standard errors (from the spread between the clips) and a tenth of
         the standard deviation, stds by a factor of 2: more than chance does, less than latents of
         another codec or scale. All clips together must agree to 0.1%.
 
         Raises:
-          RecordError: they do not fit the records.
+          RecordError: they do not fit the records, or all the clips are damaged.
         """
         count = min(count, len(self))
         chosen = np.linspace(0, len(self) - 1, count).round().astype(int)
-        clips = [self[i] for i in chosen]
-        sums = np.stack([latent_sums(clip["latent_mean"], clip["latent_std"]) for clip in clips])
+        sums = []
+        for i in chosen:
+            try:
+                clip = self[i]
+            except RecordError as error:
+                logging.warning("damaged record passed over: %s", error)
+                damaged = error
+                continue
+            sums.append(latent_sums(clip["latent_mean"], clip["latent_std"]))
+        if not sums:
+            raise RecordError(f"all {count} records that were read are damaged, as in: {damaged}")
+        sums, count = np.stack(sums), len(sums)
         mean, std = latent_statistics(sums.sum(axis=0))
         told_mean = np.array(self.manifest.latent_mean)
         told_std = np.array(self.manifest.latent_std)

@@ -11,11 +11,12 @@ import orbax.checkpoint as ocp
 from absl import logging
 from orbax.checkpoint import multihost
 
-from vcm_jax.runs.fingerprints import checksum, fingerprints
+from vcm_jax.hashes import open_seal, seal
+from vcm_jax.runs.fingerprints import fingerprints
 
 # Seconds after which a save that failed is tried again, and again; then the run stops.
 RETRY_AFTER = (2.0, 10.0)
-_FINGERPRINTS, _CHECKSUM = "fingerprints", "checksum"  # entries of `meta`
+_FINGERPRINTS = "fingerprints"  # entry of `meta`
 # What the text of an error says where the files may be whole although they could not be read.
 _TEMPORARY = (
     "permission",
@@ -32,6 +33,10 @@ class CheckpointError(ValueError):
 
 class DamagedError(CheckpointError):
     """A checkpoint whose files or values are not what was saved; one line that names what."""
+
+
+class UnreadableError(DamagedError):
+    """A checkpoint whose files this process cannot read."""
 
 
 class StorageError(OSError):
@@ -110,7 +115,7 @@ class Saver:
         Raises:
           StorageError: after the last try; earlier checkpoints are whole.
         """
-        meta = signed(meta | {_FINGERPRINTS: fingerprints(state)})
+        meta = seal(meta | {_FINGERPRINTS: fingerprints(state)})
         args = ocp.args.Composite(state=ocp.args.PyTreeSave(state), meta=ocp.args.JsonSave(meta))
         while True:
             try:
@@ -237,11 +242,6 @@ def restore(manager: ocp.CheckpointManager, abstract_state, step: int | None = N
     return state
 
 
-def signed(meta: dict) -> dict:
-    """`meta` with a checksum of itself."""
-    return meta | {_CHECKSUM: checksum(meta)}
-
-
 def check_values(tree, meta: dict, manager, step: int) -> None:
     """Compares restored arrays with the fingerprints that were saved with them.
 
@@ -278,7 +278,7 @@ def set_aside(manager, workdir, step: int) -> Path:
     if jax.process_index() == 0:
         target.parent.mkdir(parents=True, exist_ok=True)
         os.rename(manager.directory / str(step), target)
-    multihost.sync_global_processes("set_aside")
+    multihost.sync_global_processes(f"set_aside_{step}")
     manager.reload()
     return target
 
@@ -292,13 +292,13 @@ def read_meta(manager, step: int) -> dict:
     with readable(manager, step):
         args = ocp.args.Composite(meta=ocp.args.JsonRestore())
         meta = manager.restore(step, args=args)["meta"]
-    rest = {name: value for name, value in meta.items() if name != _CHECKSUM}
-    if _CHECKSUM in meta and checksum(rest) != meta[_CHECKSUM]:
+    where = f"{manager.directory}/{step}"
+    try:
+        return open_seal(meta, where)
+    except ValueError as error:
         raise DamagedError(
-            f"{manager.directory}/{step} is damaged: its meta is not what was "
-            f"saved; {_name_earlier(manager, step)}"
-        )
-    return meta
+            f"{where} is damaged: its meta is not what was saved; {_name_earlier(manager, step)}"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -307,7 +307,7 @@ def readable(manager, step: int):
 
     Raises:
       CheckpointError: the files may be whole, but could not be read (permissions, memory).
-      DamagedError: the files are damaged.
+      UnreadableError: the files are damaged.
     """
     try:
         yield
@@ -317,7 +317,7 @@ def readable(manager, step: int):
         temporary = isinstance(error, PermissionError | MemoryError)
         if temporary or any(text in str(error).lower() for text in _TEMPORARY):
             raise CheckpointError(line) from error
-        raise DamagedError(f"{line}: it is damaged; {_name_earlier(manager, step)}") from error
+        raise UnreadableError(f"{line}: it is damaged; {_name_earlier(manager, step)}") from error
 
 
 def _name_earlier(manager, step: int) -> str:
