@@ -1,22 +1,12 @@
 """Test settings: deterministic, strict about ranks, slow tests on request."""
 
-import importlib.metadata
 import os
 from pathlib import Path
 
+import xla_flags
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Eight simulated devices for the sharding tests. The other flags make programs compile faster and
-# run slower: almost all of the tests' time is compilation.
-XLA_FLAGS = [
-    "--xla_force_host_platform_device_count=8",
-    "--xla_backend_optimization_level=0",
-    "--xla_cpu_parallel_codegen_split_count=1",
-]
-# The older emitters compile a training step in a third of the time; XLA refuses flags that it does
-# not know, and jaxlib 0.11 has no such flag any more.
-if importlib.metadata.version("jaxlib").startswith("0.10."):
-    XLA_FLAGS.append("--xla_cpu_use_fusion_emitters=false")
-os.environ.setdefault("XLA_FLAGS", " ".join(XLA_FLAGS))
+os.environ.setdefault("XLA_FLAGS", " ".join(xla_flags.FLAGS))
 
 # librosa's compiled functions are cached on disk by numba, whose cache two processes must not write
 # at once: a damaged entry crashes whoever loads it. Every test process has its own.
