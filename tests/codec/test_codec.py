@@ -44,9 +44,9 @@ def test_mel_of_one_second_matches_the_reference(mode):
 
 
 @pytest.mark.parametrize("mode, samples", [("16k", 128_000), ("44k", 353_280)])
-def test_mel_of_eight_seconds_matches_the_reference(mode, samples):
+def test_mel_of_eight_seconds_matches_the_reference(shared, mode, samples):
     config, seed, top = MODES[mode]
-    with np.load(golden.shared(f"codec/mel_{mode}.npz")) as reference:
+    with np.load(shared(f"codec/mel_{mode}.npz")) as reference:
         mel = log_mel(chirp(config, seed, top, samples)[None], config)
         assert golden.relative_error(np.swapaxes(mel, 1, 2), reference["mel_8s"]) < 1e-4
         np.testing.assert_allclose(mel_filters(config), reference["mel_basis"], atol=1e-7)

@@ -137,13 +137,13 @@ def test_parity_stage_by_stage(codec, mode, network):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_names_and_shapes_are_the_original_ones(mode):
+def test_names_and_shapes_are_the_original_ones(shared, mode):
     vocoder = {"16k": "bigvgan_16k", "44k": "bigvgan_v2_44k"}[mode]
     for file, shapes in (
         (f"vae_{mode}", import_codec.vae_shapes),
         (vocoder, import_codec.vocoder_shapes),
     ):
-        table = json.loads(golden.shared(f"codec/{file}_state_dict.json").read_text())
+        table = json.loads(shared(f"codec/{file}_state_dict.json").read_text())
         names = {name: tuple(shape) for name, shape, *_ in table if not name.endswith(".filter")}
         assert shapes(neural.MODES[mode]) == names
 

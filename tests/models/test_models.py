@@ -157,8 +157,8 @@ def test_gradient_norms_match():
         assert error <= 1e-4 * (norm or 0), name
 
 
-def test_the_full_size_network_matches_the_reference():
-    folder = golden.shared("network/small_16k.npz").parent
+def test_the_full_size_network_matches_the_reference(shared):
+    folder = shared("network/small_16k.npz").parent
     info, config, variables, state_dict, arrays = load(
         folder, "small_16k", "small_16k_state_dict.json"
     )
