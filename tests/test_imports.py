@@ -13,12 +13,12 @@ PACKAGE = TESTS.parent / "vcm_jax"
 # modules, except for those that are listed by themselves.
 FLOORS = [
     {"atomic", "ema", "hashes", "objectives", "metrics", "records.example", "records.sequence"},
-    {"claim", "cli", "sampling", "codec", "media", "records", "runs", "devices"},
-    {"models"},
+    {"claim", "cli", "sampling", "codec", "media", "models", "devices"},
+    {"records", "runs"},
     {"interop"},
     {"features", "pretrained"},
-    {"generation", "data", "evaluation"},
-    {"training", "interop.export_torch", "interop.import_torch"},
+    {"generation", "data"},
+    {"training", "evaluation", "interop.export_torch", "interop.import_torch"},
     {"main", "generate", "evaluate", "compare", "search_times", "reconstruct"},
     {"impacts"},
 ]
@@ -28,7 +28,7 @@ ROOMS = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 OWNERS = {
     "torch": ("interop.",),
     "transformers": ("interop.",),
-    "ml_collections": ("main", "training.loop", "training.setup"),
+    "ml_collections": ("main", *(f"training.{n}" for n in ("loop", "program", "setup", "stages"))),
     "tensorflow": (),
 }
 
