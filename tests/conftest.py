@@ -3,17 +3,7 @@
 import os
 from pathlib import Path
 
-import xla_flags
-
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("XLA_FLAGS", " ".join(xla_flags.FLAGS))
-
-# librosa's compiled functions are cached on disk by numba, whose cache two processes must not write
-# at once: a damaged entry crashes whoever loads it. Every test process has its own.
-os.environ["NUMBA_CACHE_DIR"] = str(
-    Path(__file__).parents[1] / ".pytest_cache" / f"numba-{os.getenv('PYTEST_XDIST_WORKER', '0')}"
-)
-
+import environment  # noqa: F401 (comes first: it sets variables that jax reads)
 import golden
 import jax
 import pytest

@@ -31,7 +31,7 @@ ROOMS = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 OWNERS = {
     "torch": ("interop.",),
     "transformers": ("interop.",),
-    "ml_collections": ("main", "training."),
+    "ml_collections": ("main", *(f"training.{n}" for n in ("loop", "program", "setup", "stages"))),
     "tensorflow": (),
 }
 

@@ -48,7 +48,7 @@ def extras() -> dict[str, set[str]]:
 
 def third_party(folder: str) -> dict[str, tuple[set[str], list[str]]]:
     """Package -> (names that its distribution may have, modules that import it, lazily or not)."""
-    local = {path.stem for name in ("helpers", "benchmarks") for path in ROOT.rglob(f"{name}/*.py")}
+    local = {path.stem for name in ("tests", "benchmarks") for path in ROOT.glob(f"{name}/**/*.py")}
     local |= {path.name for path in ROOT.iterdir()} | set(sys.stdlib_module_names) | ELSEWHERE
     providers = importlib.metadata.packages_distributions()
     found = {}
