@@ -173,13 +173,13 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
 
 
-def test_steps_that_are_not_finite_can_be_left_out(data, tmp_path):
+def test_steps_that_are_not_finite_can_be_skipped(data, tmp_path):
     """The first step ruins the weights; the run stops when three more have changed nothing."""
     config = make_config(
         data, eval_every=0, checkpoint_every=2, on_nonfinite="skip", steps=9,
         **{"optimizer.learning_rate": 1e25, "optimizer.warmup_steps": 0},
     )  # fmt: skip
-    with pytest.raises(loop.NonFiniteError, match="3 steps in a row were left out: .* at step 4;"):
+    with pytest.raises(loop.NonFiniteError, match="3 steps in a row were skipped: .* at step 4;"):
         loop.train(config, tmp_path)
     state = final_state(tmp_path)
     assert state["step"] == 2 and all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
