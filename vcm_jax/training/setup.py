@@ -12,22 +12,13 @@ from ml_collections import ConfigDict
 
 from vcm_jax.devices import sharding
 from vcm_jax.models import MODELS, MMDiT, ModelConfig
-from vcm_jax.models.mmdit import REMAT
 from vcm_jax.objectives import read_section
 from vcm_jax.records import mixture
 from vcm_jax.records.source import RecordSource
-from vcm_jax.training import monitor
+from vcm_jax.training import monitor, ranges
 from vcm_jax.training.state import OptimizerConfig
 from vcm_jax.training.step import StepConfig, Teacher, check_network
 from vcm_jax.training.teacher import load_teacher
-
-DTYPES = ("float32", "bfloat16")
-ON_NONFINITE = ("stop", "skip")
-# 0 is never.
-LEAST = {
-    "checkpoint_every": 1, "log_every": 1, "eval_batches": 1, "eval_clips": 1, "eval_every": 0,
-    "keep_every": 0, "sample_clips": 0, "sample_every": 0, "snapshot_every": 0,
-}  # fmt: skip
 
 
 class SetupError(ValueError):
@@ -60,10 +51,8 @@ def model_config(config: ConfigDict, manifest) -> ModelConfig:
       manifest: of the records; None keeps the lengths of the named model.
 
     Raises:
-      SetupError: there is no such model, or the records have features of other sizes.
+      SetupError: the records have features of other sizes.
     """
-    if config.model not in MODELS:
-        raise SetupError(f"config.model {config.model!r} is not one of {', '.join(MODELS)}")
     named = MODELS[config.model]
     sizes = dataclasses.asdict(named.with_lengths(manifest.sequence) if manifest else named)
     sizes |= {name: value for name, value in config.model_overrides.items() if value is not None}
@@ -165,14 +154,9 @@ def read_setup(config: ConfigDict, without_data: bool) -> Setup:
       SetupError: a setting or a data source that will not do.
     """
     with _setup_errors():
+        ranges.check(config.to_dict())
         mesh = sharding.make_mesh(**config.mesh)
         sharding.check_batch_size(config.batch_size, mesh, config.accumulate)
-        for key, known in (("dtype", DTYPES), ("remat", REMAT), ("on_nonfinite", ON_NONFINITE)):
-            if config[key] not in known:
-                raise SetupError(f"config.{key} {config[key]!r} is not one of {', '.join(known)}")
-        for key, least in LEAST.items():
-            if (value := config[key]) < least:
-                raise SetupError(f"config.{key} must be at least {least}, not {value}")
         sharding.process_part(mesh, config.batch_size)
         sources, weights, val = [], [], None
         if config.data.sources or not without_data:
