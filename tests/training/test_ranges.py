@@ -122,3 +122,9 @@ def test_settings_that_are_missing_or_unknown(config, edit, message):
     edit(config)
     with pytest.raises(ValueError, match=message):
         ranges.check(config)
+
+
+def test_the_documentation_names_every_setting():
+    text = (CONFIGS.parent / "docs/training.md").read_text()
+    for key in (*ranges.RANGES, *(f"{section}." for section in ranges.SECTIONS)):
+        assert f"`{key}" in text, key
