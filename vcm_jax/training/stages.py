@@ -164,8 +164,8 @@ def _reader(config: ConfigDict, setup: Setup):
         mixture.batches,
         shapes=_shapes(setup),
         batch_size=config.batch_size,
-        part=index,
-        parts=count,
+        process=index,
+        processes=count,
     )
 
 
