@@ -365,15 +365,20 @@ def test_without_symbolic_links(weights, monkeypatch):
     assert load_encoders(pretrained.load(weights()).encoders)
 
 
-def test_without_torch(weights, monkeypatch):
+def test_what_could_not_be_converted_is_not_fetched(home, server, monkeypatch):
     from vcm_jax.interop import state_dict
 
     def absent(name):
         raise ImportError(name)
 
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delitem(MODELS, "small_16k")
+        with pytest.raises(PretrainedError, match="this version of vcm_jax has no network small"):
+            pretrained.load(NAME)
     monkeypatch.setattr(state_dict, "importlib", types.SimpleNamespace(import_module=absent))
     with pytest.raises(ValueError, match="needs PyTorch: pip install torch"):
-        pretrained.load(weights())
+        pretrained.load(NAME)
+    assert not server.log
 
 
 def test_two_at_once(weights, conversions, capsys):

@@ -160,7 +160,7 @@ def load(name_or_folder) -> Pretrained:
         with locked(source.root if source.published else source.converted):
             if stale := _stale(source):  # another process may have done it
                 _make(source, stale)
-    public, parts = source.public, convert.components(source.public, source.name)
+    public, made = source.public, convert.components(source.public, source.name)
     return Pretrained(
         name=source.name,
         model=public.model,
@@ -168,7 +168,7 @@ def load(name_or_folder) -> Pretrained:
         steps=public.steps,
         guidance_scale=public.guidance_scale,
         licence=public.network.licence,
-        **{kind: source.converted / component.name for kind, component in parts.items()},
+        **{kind: source.converted / component.name for kind, component in made.items()},
     )
 
 
@@ -185,6 +185,7 @@ def _stale(source: Source) -> list[tuple[convert.Component, str]]:
 
 def _make(source: Source, stale: list[tuple[convert.Component, str]]) -> None:
     """Fetches and converts; the caller holds the lock."""
+    convert.check_ready(source.public)
     files = tuple(file for component, _ in stale for file in component.files)
     if source.published:
         fetch_missing(source.name, files, source.root)
@@ -194,7 +195,7 @@ def _make(source: Source, stale: list[tuple[convert.Component, str]]) -> None:
             f"{where_to_put(absent, source.root)}, or run "
             f"python -m vcm_jax.pretrained fetch {source.name} --out={source.root}"
         )
-    size = sum(f.size for part, _ in stale if not part.keeps_files for f in part.files)
+    size = sum(f.size for made, _ in stale if not made.keeps_files for f in made.files)
     check_space([(source.converted, size)], f"converting {source.name}")
     for component, reason in stale:
         folder = source.converted / component.name
