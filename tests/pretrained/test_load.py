@@ -230,7 +230,7 @@ def test_a_folder_that_was_moved(weights, conversions, tmp_path):
     assert load_encoders(found.encoders)
 
 
-def test_several_networks(weights):
+def test_several_networks(weights, monkeypatch):
     folder = weights(modes=("16k", "44k"))
     with pytest.raises(PretrainedError, match="several networks: give the file of one") as caught:
         pretrained.load(folder)
@@ -239,6 +239,8 @@ def test_several_networks(weights):
         assert str(path) in str(caught.value)
         found = pretrained.load(path)
         assert (found.name, found.network) == (name, folder / "converted" / name)
+    monkeypatch.chdir(folder / "weights")
+    assert pretrained.load(f"{NAME}.pth").network == folder / "converted" / NAME
     flat = weights("flat", flat=True)
     assert pretrained.load(flat / f"{NAME}.pth").network == flat / "converted" / NAME
 

@@ -94,7 +94,8 @@ def resolve(name_or_folder) -> Source:
     path = Path(name_or_folder).expanduser()
     files = {public.network.name: name for name, public in PUBLIC_MODELS.items()}
     if path.is_file() and path.name in files:
-        root = path.parent.parent if path.parent.name == "weights" else path.parent
+        folder = path.absolute().parent
+        root = folder.parent if folder.name == "weights" else folder
         return Source(files[path.name], PUBLIC_MODELS[files[path.name]], root, False)
     if not path.is_dir():
         raise PretrainedError(
