@@ -24,6 +24,13 @@ setup(
         "gpu": ["jax[cuda13]"],
         "tpu": ["jax[tpu]"],
         "torch": ["torch>=2.6,<2.14", "ftfy>=6"],
-        "test": ["pytest>=8", "pytest-xdist", "hypothesis>=6", "ruff"],
+        "test": [
+            "pytest>=8",
+            "pytest-xdist>=3.6",
+            "hypothesis>=6",
+            "ruff>=0.14",
+            "pillow>=11",
+            "portpicker",
+        ],
     },
 )

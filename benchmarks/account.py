@@ -3,7 +3,7 @@
     python benchmarks/account.py --model=small_16k --batch=4
 
 Every kind of matrix product is timed alone at its real shapes, forward and with its gradients, and
-counted as often as the step needs it (see `vcm_step_flops`); the optimizer and the averages are
+counted as often as the step needs it (see `step_flops`); the optimizer and the averages are
 timed on trees of the real size. What is left of the whole step is elementwise work: norms, rotary
 embedding, gates, softmax casts, copies.
 """
@@ -97,7 +97,7 @@ def products(c, batch: int) -> list[Product]:
 
 
 def passes(part: str, later: float) -> tuple[float, float]:
-    """(forward passes without gradient, passes with): see `vcm_step_flops`."""
+    """(forward passes without gradient, passes with): see `step_flops`."""
     return {"conditions": (0, 1), "audio projector": (later, 1)}.get(part, (1 + 2 * later, 1))
 
 

@@ -11,6 +11,7 @@ after 1,000 batches in well under a second.
 """
 
 import concurrent.futures
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -22,16 +23,8 @@ import numpy as np
 from absl import app, flags
 
 from vcm_jax.records import mixture
-from vcm_jax.records.schema import (
-    MANIFEST,
-    TEXT_TABLE,
-    Manifest,
-    read_manifest,
-    serialize,
-    write_manifest,
-    write_shard,
-    write_text_table,
-)
+from vcm_jax.records.manifest import MANIFEST, Manifest, read_manifest, write_manifest
+from vcm_jax.records.schema import TEXT_TABLE, serialize, write_shard, write_text_table
 from vcm_jax.records.sequence import SequenceConfig
 from vcm_jax.records.source import RecordSource
 
@@ -100,17 +93,17 @@ def link_corpus(folder: Path, small: Path, gigabytes: float) -> Path:
     """A corpus of that size from hard links to the shards of a small one."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    content = json.loads((small / MANIFEST).read_text())
+    manifest = read_manifest(small)
     shards, size = [], 0
     while size < gigabytes * 1e9:
-        shard = content["shards"][len(shards) % len(content["shards"])]
+        shard = manifest.shards[len(shards) % len(manifest.shards)]
         name = f"part-{len(shards):05d}.array_record"
         os.link(small / shard["name"], folder / name)
         shards.append(shard | {"name": name})
         size += shard["bytes"]
     os.link(small / TEXT_TABLE, folder / TEXT_TABLE)
-    content |= {"shards": shards, "num_records": sum(shard["records"] for shard in shards)}
-    (folder / MANIFEST).write_text(json.dumps(content))
+    records = sum(shard["records"] for shard in shards)
+    write_manifest(folder, dataclasses.replace(manifest, shards=shards, num_records=records))
     return folder
 
 

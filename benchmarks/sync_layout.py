@@ -2,9 +2,9 @@
 
     python benchmarks/sync_layout.py --records=records/impacts/train --out=records/overlapping/train
 
-Synchformer's segments of 16 frames overlap by half, so that row j does not lie at (j + 1/2) / Ts of
-the clip, which is where the weights-free encoders have theirs. What is moved is the time that a row
-sees: the even rows are interpolated there. `compare_objectives.py --overlapping` trains on such
+Synchformer's segments of 16 frames overlap by half, so that its row j does not lie at
+(j + 1/2) / Ts of the clip, where the rows of the weights-free encoders lie. This program
+interpolates their rows at Synchformer's times. `compare_objectives.py --overlapping` trains on such
 records and scores on such features, to compare --config=configs/impacts.py with
 --config=configs/ablations.py:base=impacts,sync=time.
 """
@@ -18,22 +18,24 @@ from pathlib import Path
 import numpy as np
 from absl import app, flags
 
-from vcm_jax.records.schema import EMPTY_TEXT, RecordError, serialize, write_manifest, write_shard
+from vcm_jax.records.manifest import write_manifest
+from vcm_jax.records.schema import EMPTY_TEXT, RecordError, serialize, write_shard
+from vcm_jax.records.sequence import sync_row_times
 from vcm_jax.records.source import RecordSource
 
 
 def overlapping(sync: np.ndarray, duration: float) -> np.ndarray:
     """Sync rows `Ts D`, even in time over `duration` seconds, at the times of Synchformer's rows.
 
-    Row r of segment k is in the middle of frames 8 k + 2 r and 8 k + 2 r + 1, at 25 fps.
+    The values at those times are interpolated.
     """
-    segment, row = np.divmod(np.arange(len(sync)), 8)
-    place = (8 * segment + 2 * row + 1) / 25 / duration * len(sync) - 0.5
+    times, _ = sync_row_times(len(sync))
+    place = times / duration * len(sync) - 0.5
     place = np.clip(place, 0, len(sync) - 1)
     before = np.floor(place).astype(int)
     after = np.minimum(before + 1, len(sync) - 1)
-    part = (place - before)[:, None].astype(np.float32)
-    return (1 - part) * sync[before] + part * sync[after]
+    weight = (place - before)[:, None].astype(np.float32)
+    return (1 - weight) * sync[before] + weight * sync[after]
 
 
 def rewrite(source: Path, out: Path) -> int:

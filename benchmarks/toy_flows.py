@@ -27,8 +27,8 @@ from absl import app, flags
 from scipy.spatial.distance import cdist
 
 from vcm_jax.atomic import atomic_path
-from vcm_jax.objectives import OBJECTIVES, make_settings
-from vcm_jax.sampling import sample, uniform_times, velocity_for
+from vcm_jax.objectives import make_settings
+from vcm_jax.sampling import OWN_SAMPLER, sample, uniform_times
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -151,9 +151,9 @@ def settings_of(name: str, guided: bool):
 
 def train(name, problem, seed: int, steps: int, batch_size: int, teacher=None):
     """(u, seconds a step): the trained network as `sample` takes it, `u(x, t, s, one_hot)`."""
-    objective, guided = OBJECTIVES[name], problem.num_classes > 1
-    settings = settings_of(name, guided)
-    n = round(getattr(settings, "instant_ratio", 1.0) * batch_size)
+    guided = problem.num_classes > 1
+    objective = settings_of(name, guided)
+    n = objective.num_instant(batch_size)
     optimizer = optax.chain(
         optax.clip_by_global_norm(1.0), optax.adam(optax.cosine_decay_schedule(2e-3, steps))
     )
@@ -166,13 +166,13 @@ def train(name, problem, seed: int, steps: int, batch_size: int, teacher=None):
         x0, label = problem.draw(keys[0], batch_size)
         cond = jax.nn.one_hot(label, problem.num_classes) * guided
         x1 = jax.random.normal(keys[1], x0.shape)
-        t, s, lam = objective.draw(keys[2], batch_size, n, k, steps, settings)
+        t, s, lam = objective.draw(keys[2], batch_size, n, k, steps)
         is_null = jax.random.bernoulli(keys[3], 0.1 * guided, (batch_size,))
         if teacher is not None:
             seen = jnp.where(is_null[:, None], null, cond)
-            x0 = sample(teacher, x1, uniform_times(settings.teacher_steps), seen)
+            x0 = sample(teacher, x1, uniform_times(objective.teacher_steps), seen)
         loss = lambda params: objective.loss(
-            functools.partial(network, params), x0, x1, t, s, lam, cond, null, is_null, settings,
+            functools.partial(network, params), x0, x1, t, s, lam, cond, null, is_null,
             num_instant=n,
         )[0]  # fmt: skip
         updates, opt_state = optimizer.update(jax.grad(loss)(params), opt_state)
@@ -192,7 +192,7 @@ def train(name, problem, seed: int, steps: int, batch_size: int, teacher=None):
     net = functools.partial(network, state[1])
 
     def u(x, t, s, cond):
-        return velocity_for(settings, net, jnp.zeros_like(cond))(x, t, s, cond)
+        return OWN_SAMPLER.velocity(objective, net, jnp.zeros_like(cond))(x, t, s, cond)
 
     return u, min(seconds)
 

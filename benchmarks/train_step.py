@@ -6,8 +6,7 @@
 
 The step is the whole of it: latents drawn, all forward passes, the backward pass, clipping, AdamW
 and two averages. `mfu` is model_gflop_per_sample x samples_per_s / (peak_tflops x devices), where
-the peak is a matrix product measured in the same run. The model's own count is known for VCM; for
-the other objectives it is XLA's.
+the peak is a matrix product measured in the same run; `xla_gflop_per_sample` is XLA's own count.
 """
 
 import argparse
@@ -19,12 +18,13 @@ import jax.numpy as jnp
 
 from vcm_jax.devices import sharding
 from vcm_jax.models import MODELS, MMDiT
-from vcm_jax.models.flops import vcm_step_flops
+from vcm_jax.models.flops import step_flops
 from vcm_jax.objectives import OBJECTIVES, make_settings
 from vcm_jax.training.state import OptimizerConfig, make_init, make_optimizer
 from vcm_jax.training.step import StepConfig, train_step
 
-STUDENTS = [name for name in OBJECTIVES if name != "reflow"]  # whose teacher is no part of the step
+# A teacher's passes are not part of the step.
+STUDENTS = [name for name, objective in OBJECTIVES.items() if not objective.needs_teacher]
 
 
 def abstract_batch(config, batch_size: int) -> dict:
@@ -99,9 +99,7 @@ def main() -> None:
     step, compile_s = harness.compiled(step, jax.eval_shape(init, key), shapes, key)
     memory = step.memory_analysis()
     xla_gflop = harness.xla_flops(step) / args.batch / 1e9
-    model_gflop = xla_gflop
-    if args.objective == "vcm":
-        model_gflop = vcm_step_flops(model, config.objective.instant_ratio) / 1e9
+    model_gflop = step_flops(model, config.objective.passes()) / 1e9
     figures = {
         "benchmark": "train_step", "model": args.model, "batch": args.batch, "dtype": args.dtype,
         "mesh": args.mesh, "objective": args.objective, "compile_s": compile_s,

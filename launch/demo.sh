@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Makes the environment, simulated videos with sound, features; trains, generates, reports:
-# bash launch/demo.sh [--dry-run]
-# Interrupted, it goes on where it was. DATA, RECORDS and RUN name other folders.
+# Makes the environment, simulates videos with sound, extracts features, trains, generates sound for
+# test videos and writes a report:
+#   bash launch/demo.sh [--dry-run]
+# If interrupted, rerun it: it resumes. The variables DATA, RECORDS and RUN name other folders.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 if [ "${1:-}" = --dry-run ]; then DRY_RUN=1; fi

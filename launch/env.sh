@@ -1,12 +1,18 @@
 # shellcheck shell=bash
-# Sourced by the other scripts, from the repository's root: the virtual environment, made once,
-# and `run`, which shows a command and, unless --dry-run was given, executes it.
-# VENV names another folder than .venv, PYTHON another interpreter than python3.
+# The other scripts source this file from the root of the repository. It makes the virtual
+# environment, once, and defines `run`, which shows a command and executes it unless --dry-run was
+# given. VENV names another folder than .venv, PYTHON another interpreter than python3.
 
 VENV=${VENV:-.venv}
 export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$PWD/.jax_cache}
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.5
-# Large pages for large arrays: on CPUs 5 to 15% faster (benchmarks/README.md). Linux alone knows it.
+# Functions of librosa that numba has compiled, filled when the environment is made.
+case $VENV in
+  /*) export NUMBA_CACHE_DIR=${NUMBA_CACHE_DIR:-$VENV/numba} ;;
+  *) export NUMBA_CACHE_DIR=${NUMBA_CACHE_DIR:-$PWD/$VENV/numba} ;;
+esac
+# Large pages make programs with large arrays 5 to 15% faster on CPUs (benchmarks/README.md).
+# Only Linux has this setting.
 export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
 
 # show COMMAND...: as it can be pasted.
@@ -21,7 +27,13 @@ run() {
   [ -n "${DRY_RUN:-}" ] || "$@"
 }
 
-# make_environment EXTRA: installs the requirements, and an extra of setup.py, where they changed.
+# The first use of librosa compiles its functions, which takes 20 s.
+WARM_LIBROSA='import librosa, numpy
+sound = numpy.random.default_rng(0).standard_normal(9999).astype("float32")
+librosa.griffinlim(abs(librosa.stft(sound)), n_iter=1)
+librosa.onset.onset_detect(y=sound)'
+
+# make_environment EXTRA: installs the requirements and an extra of setup.py if they have changed.
 make_environment() {
   local wanted installed="$VENV/.installed"
   wanted=$(cat requirements.txt setup.py; echo "$*")
@@ -29,6 +41,7 @@ make_environment() {
     echo "making the environment in $VENV (1.7 GB): about a minute, more on a slow line"
     run "${PYTHON:-python3}" -m venv "$VENV"
     run "$VENV/bin/pip" install --quiet --disable-pip-version-check --requirement requirements.txt
+    run "$VENV/bin/python" -c "$WARM_LIBROSA"
     run "$VENV/bin/pip" install --quiet --disable-pip-version-check --editable ".[$1]"
     [ -n "${DRY_RUN:-}" ] || printf '%s\n' "$wanted" > "$installed"
   fi
@@ -38,9 +51,9 @@ make_environment() {
   esac
 }
 
-# until_done COMMAND...: starts it again whenever it ends with 75: its state is saved after a
-# SIGTERM. A SIGTERM or Ctrl-C to this script is handed on as a SIGTERM, and is the end of it: what
-# a script puts into the background does not hear Ctrl-C.
+# until_done COMMAND...: starts the command again whenever it exits with 75, which says that it saved
+# its state after a SIGTERM. A SIGTERM or Ctrl-C to this script is passed on as a SIGTERM and ends
+# the loop: processes that a script puts into the background ignore Ctrl-C.
 until_done() {
   local code=75 stopped='' child
   if [ -n "${DRY_RUN:-}" ]; then run "$@"; return; fi

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Trains on GKE through xpk (https://github.com/AI-Hypercomputer/xpk), on a cluster that is there:
+# Trains on an existing GKE cluster through xpk (https://github.com/AI-Hypercomputer/xpk):
 #   CLUSTER=c PROJECT=p ZONE=z TYPE=v6e-256 IMAGE=REGION-docker.pkg.dev/p/r/vcm \
-#     bash launch/xpk.sh [--dry-run] COMMAND [...]
-#   build | run FLAGS OF vcm_jax.main | list | delete
-# Data, workdir and compile cache: a bucket that the cluster mounts (xpk storage attach), below as
-# STORAGE, with a hierarchical namespace, since checkpoints rename folders.
+#     bash launch/xpk.sh [--dry-run] COMMAND
+# COMMAND is build, run FLAGS OF vcm_jax.main, list or delete.
+# Data, workdir and compilation cache are in a bucket that the cluster mounts (xpk storage attach) as
+# the folder STORAGE. It needs a hierarchical namespace, since checkpoints rename folders.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 if [ "${1:-}" = --dry-run ]; then DRY_RUN=1; shift; fi
@@ -27,9 +27,10 @@ case $command in
     run docker push "$IMAGE"
     ;;
   run)
-    # 75: a SIGTERM came and the state is saved. GKE sends it, and waits as long as is said here.
+    # GKE sends a SIGTERM and waits for the grace period. 75: the state is saved. 76: a process has
+    # died; 137: it was killed.
     xpk_workload create --workload="$NAME" --tpu-type="$TYPE" --num-slices="$SLICES" \
-      --docker-image="$IMAGE" --max-restarts=1000 --restart-on-exit-codes=75 \
+      --docker-image="$IMAGE" --max-restarts=1000 --restart-on-exit-codes=75,76,137 \
       --termination-grace-period-seconds=120 \
       --command="JAX_COMPILATION_CACHE_DIR=$STORAGE/jax_cache python -m vcm_jax.main$(printf ' %q' "$@")"
     ;;

@@ -3,19 +3,8 @@
 import os
 from pathlib import Path
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Eight devices for the sharding tests; tests spend their time compiling, not computing.
-os.environ.setdefault(
-    "XLA_FLAGS",
-    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0",
-)
-
-# librosa's compiled functions are cached on disk by numba, whose cache two processes must not write
-# at once: a damaged entry crashes whoever loads it. Every test process has its own.
-os.environ["NUMBA_CACHE_DIR"] = str(
-    Path(__file__).parents[1] / ".pytest_cache" / f"numba-{os.getenv('PYTEST_XDIST_WORKER', '0')}"
-)
-
+import environment  # noqa: F401 (comes first: it sets variables that jax reads)
+import golden
 import jax
 import pytest
 from absl import logging
@@ -46,6 +35,22 @@ def verbosity():
     logging.set_verbosity(before)
 
 
+@pytest.fixture(scope="session")
+def shared():
+    """name -> path of a file of the full set of reference numbers, beside the checkout.
+
+    Tests that ask for this fixture have the marker `shared`.
+    """
+
+    def path(name: str) -> Path:
+        found = golden.SHARED / name
+        if not found.exists():
+            pytest.skip(f"shared: needs {found}, which is not there")
+        return found
+
+    return path
+
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """Folder of simulated clips, their records, and the workdir of a run with random weights."""
@@ -58,10 +63,14 @@ def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m selects by the markers
 def pytest_collection_modifyitems(config, items):
-    if config.getoption("--slow"):
-        return
-    skip = pytest.mark.skip(reason="slow: give --slow to run it")
+    slow = pytest.mark.skip(reason="slow: give --slow to run it")
+    shared = pytest.mark.skip(reason=f"shared: needs {golden.SHARED}, which is not there")
     for item in items:
-        if "slow" in item.keywords:
-            item.add_marker(skip)
+        if "shared" in item.fixturenames:
+            item.add_marker("shared")
+            if not golden.SHARED.is_dir():
+                item.add_marker(shared)
+        if "slow" in item.keywords and not config.getoption("--slow"):
+            item.add_marker(slow)

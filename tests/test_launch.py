@@ -98,13 +98,39 @@ def test_a_local_run_is_started_again_as_long_as_it_was_told_to_stop(tmp_path):
 def test_slurm(tmp_path):
     script = ROOT / "launch/slurm_gpu.sbatch"
     found = commands(script.name, tmp_path, *FLAGS, SLURM_SUBMIT_DIR=str(ROOT), SLURM_JOB_ID="17")
-    assert found[-2] == ["srun", "--wait=60", *TRAIN]
+    assert found[-2] == ["srun", "--wait=120", *TRAIN]
     assert found[-1] == ["scontrol", "requeue", "17"]
     options = [l.split()[1] for l in script.read_text().splitlines() if l.startswith("#SBATCH")]
     assert {"--requeue", "--signal=TERM@120", "--ntasks-per-node=1"} <= set(options)
     # sbatch reads its options up to the first command.
     text = script.read_text()
     assert text.rindex("#SBATCH") < text.index("\nset -e")
+
+
+@pytest.mark.parametrize(
+    "code, restarts, requeued",
+    [(0, 0, False), (75, 99, True), (76, 0, True), (137, 19, True), (76, 20, False), (1, 0, False)],
+)
+def test_slurm_requeues_the_job_where_that_can_help(tmp_path, code, restarts, requeued):
+    """After a SIGTERM always; after a process has died, a limited number of times."""
+    calls, venv, bin_folder = tmp_path / "calls", tmp_path / "venv", tmp_path / "bin"
+    for name, result in (("srun", code), ("scontrol", 0)):
+        stub = bin_folder / name
+        stub.parent.mkdir(exist_ok=True)
+        stub.write_text(f'#!/bin/bash\necho "{name} $*" >> {calls}\nexit {result}\n')
+        stub.chmod(0o755)
+    venv.mkdir()
+    wanted = (ROOT / "requirements.txt").read_text() + (ROOT / "setup.py").read_text()
+    (venv / ".installed").write_text(f"{wanted}gpu\n")
+    found = subprocess.run(
+        ["bash", str(ROOT / "launch/slurm_gpu.sbatch"), *FLAGS], capture_output=True, text=True,
+        env={
+            "PATH": f"{bin_folder}:/usr/bin:/bin", "VENV": str(venv), "SLURM_JOB_ID": "17",
+            "SLURM_SUBMIT_DIR": str(ROOT), "SLURM_RESTART_COUNT": str(restarts),
+        },
+    )  # fmt: skip
+    assert found.returncode == code, found.stderr
+    assert ("scontrol requeue 17" in calls.read_text()) == requeued
 
 
 def remote(command):
@@ -168,6 +194,10 @@ esac
         # Preempted while it runs, and while it waits.
         ("ACTIVE SUSPENDED SUSPENDED SUSPENDED none FAILED FAILED none ACTIVE ACTIVE", "0",
          "install run delete create delete create install run delete", 0),
+        # A process was killed; the others noticed.
+        ("ACTIVE ACTIVE ACTIVE ACTIVE", "76 137 0", "install run run run delete", 0),
+        # It is killed again and again.
+        ("ACTIVE ACTIVE ACTIVE ACTIVE ACTIVE", "76 76 137 76", "install run run run run", 76),
         # A run that failed leaves its machines for a look at them.
         ("ACTIVE ACTIVE", "1", "install run", 1),
     ],
@@ -184,7 +214,8 @@ def test_tpu_watch_against_a_stand_in_for_gcloud(tmp_path, states, codes, wanted
     found = subprocess.run(
         ["bash", str(ROOT / "launch/tpu_queued.sh"), "watch", *FLAGS], timeout=60, cwd=tmp_path,
         capture_output=True, text=True,
-        env={"PATH": f"{stub.parent}:/usr/bin:/bin", "POLL": "0", "CALLS": str(tmp_path / "calls")},
+        env={"PATH": f"{stub.parent}:/usr/bin:/bin", "POLL": "0", "CALLS": str(tmp_path / "calls"),
+             "MAX_RESTARTS": "3"},
     )  # fmt: skip
     kinds = {
         "queued-resources create": "create", "queued-resources delete": "delete",
@@ -198,7 +229,7 @@ def test_tpu_watch_against_a_stand_in_for_gcloud(tmp_path, states, codes, wanted
     ]
     assert " ".join(calls) == wanted, found.stdout + found.stderr
     assert found.returncode == exit_code, found.stderr
-    assert ("the machines are still there" in found.stderr) == (exit_code == 1)
+    assert ("the machines are still there" in found.stderr) == (exit_code != 0)
 
 
 def test_xpk(tmp_path):
@@ -209,7 +240,11 @@ def test_xpk(tmp_path):
     assert push == ["docker", "push", "image"]
     (run,) = call("run", *FLAGS)
     assert run[:4] == ["xpk", "workload", "create", "--cluster=c"]
-    assert {"--tpu-type=v6e-256", "--docker-image=image", "--restart-on-exit-codes=75"} <= set(run)
+    assert {
+        "--tpu-type=v6e-256",
+        "--docker-image=image",
+        "--restart-on-exit-codes=75,76,137",
+    } <= set(run)
     assert shlex.split(remote(run))[1:] == TRAIN
     assert [c[2] for c in call("list") + call("delete")] == ["list", "delete"]
     copied = [l.split() for l in (ROOT / "launch/Dockerfile").read_text().splitlines()]

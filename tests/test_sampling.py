@@ -12,7 +12,6 @@ from vcm_jax.sampling import (
     restart_sample,
     sample,
     uniform_times,
-    velocity_for,
 )
 from vcm_jax.search_times import best_path, jump_errors, search
 
@@ -113,7 +112,7 @@ def test_guidance_in_an_interval():
 def test_the_objective_says_how_its_network_is_sampled():
     """net = s - t + cond: an average velocity differs from the instant one, and guidance shows."""
     net = lambda x, t, s, cond: (s - t)[:, None, None] + cond + 0 * x
-    ask = lambda settings, *args: velocity_for(settings, net, -1.0, *args)(
+    ask = lambda settings, *args: Sampler(*args).velocity(settings, net, -1.0)(
         NOISE, np.ones(5, np.float32), np.zeros(5, np.float32), 2.0
     )[0, 0, 0]
     assert ask(make_settings("vcm")) == 1.0  # -1 + 2

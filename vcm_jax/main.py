@@ -1,81 +1,107 @@
 """Trains a model: `python -m vcm_jax.main --config=configs/s16k.py --workdir=runs/s16k`.
 
-The same command on every machine of a run; to resume a run, run it again. Exit codes: 0 done; 1 the
-line on stderr says what is wrong; 74 nothing can be saved any more; 75 a SIGTERM, the state is
-saved; 130 Ctrl-C.
+The same command runs on every machine of a run, and resumes the run when it is run again.
+
+Exit codes: 0 done; 1 the line on stderr says what is wrong; 74 nothing can be saved any more; 75 a
+SIGTERM came and the state is saved; 76 another process of the run has died; 130 Ctrl-C.
 """
+
+from vcm_jax.devices import preemption, supervisor
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    preemption.leave_at_once()
+    supervisor.supervise()
 
 import errno
 import os
 import sys
+import traceback
 
-import jax
 from absl import app, flags
 from ml_collections import config_flags
 
-from vcm_jax.cli import show_ours
-from vcm_jax.devices import distributed, preemption
+from vcm_jax import cli
+from vcm_jax.atomic import UNWRITABLE
+from vcm_jax.devices import distributed
 from vcm_jax.runs import checkpoint
 from vcm_jax.training import loop
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "What to train: a file of configs/.")
+CONFIG = config_flags.DEFINE_config_file("config", None, "What to train: a file in configs/.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, events, codec.")
 DRY_RUN = flags.DEFINE_bool(
     "dry_run", False, "Compile, print what the run would take, and stop; writes nothing."
 )
-UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+PEER_TIMEOUT = flags.DEFINE_integer(
+    "peer_timeout",
+    60,
+    "Seconds without a sign of life after which another process of the run counts as dead.",
+    lower_bound=1,
+)
+MEMORY_HINT = (
+    "use a smaller batch_size, accumulate, remat=products or full, or a larger mesh.fsdp "
+    "(--dry_run prints the memory that each of them takes)"
+)
+RESUME_HINT = "run the same command again to resume"
 
 
 def main(argv):
     if argv[1:]:
-        raise app.UsageError(f"not understood: {' '.join(argv[1:])}")
-    show_ours()
-    preemption.leave_at_once()
+        raise app.UsageError(f"not understood: {' '.join(argv[1:])} (flags begin with --)")
+    cli.show_ours()
     try:
-        distributed.initialize()
+        distributed.initialize(PEER_TIMEOUT.value)
         loop.train(CONFIG.value, WORKDIR.value, DRY_RUN.value)
-    except (distributed.DistributedError, loop.SetupError, loop.NonFiniteError) as error:
-        leave(1, f"error: {error}")
-    except OSError as error:
-        unwritable = isinstance(error, checkpoint.StorageError) or error.errno in UNWRITABLE
-        leave(74 if unwritable else 1, f"error: {error}")
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        leave(
-            1,
-            "error: the devices have not enough memory: a smaller batch_size, accumulate, "
-            "remat=products or full, or a larger mesh.fsdp needs less (--dry_run says how much)",
-        )
     except preemption.Preempted as saved:
-        print(f"{saved}; the same command goes on", file=sys.stderr, flush=True)
-        if jax.distributed.is_initialized():  # all leave together: none is missed by another
-            jax.distributed.shutdown()
+        print(f"{saved}; {RESUME_HINT}", file=sys.stderr, flush=True)
+        distributed.shutdown()
         sys.exit(preemption.EXIT_CODE)
-    except KeyboardInterrupt:
-        leave(130, "interrupted; the same command goes on from the last checkpoint")
+    except (Exception, KeyboardInterrupt) as error:
+        found = explain(error)
+        if found is None and not distributed.is_initialized():
+            raise
+        if found is None:
+            traceback.print_exc()
+        leave(*found or (1, f"error: {cli.describe(error)} (the traceback is above)"))
+
+
+def explain(error: BaseException) -> tuple[int, str] | None:
+    """(exit code, line) of an error that training may meet; None for a bug."""
+    if distributed.is_peer_lost(error):
+        return distributed.PEER_LOST, distributed.PEER_LOST_LINE
+    if isinstance(error, KeyboardInterrupt):
+        return 130, f"interrupted; {RESUME_HINT} from the last checkpoint"
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+        return cli.explain(error, MEMORY_HINT)
+    if isinstance(error, OSError):
+        unwritable = error.errno in (*UNWRITABLE, errno.EIO)
+        unwritable |= isinstance(error, checkpoint.StorageError)
+        return 74 if unwritable else 1, f"error: {cli.describe(error)}"
+    if isinstance(error, distributed.DistributedError | loop.SetupError | loop.NonFiniteError):
+        return 1, f"error: {error}"
+    return None
 
 
 def leave(code: int, line: str) -> None:
-    """Ends the process; one of several does not wait for others that wait for it.
+    """Ends this process, and the other ones of the run, with an exit code and a line on stderr.
 
-    Nor does one that cannot write: what Orbax leaves behind complains at length when it is torn
-    down, and the line would not be the last.
+    It does not wait for threads: those of other processes may wait for this one, and what a failed
+    save leaves behind would print a long complaint below the line.
     """
     print(line, file=sys.stderr, flush=True)
-    if code == 74 or jax.distributed.is_initialized():
+    if code == 74 or distributed.is_initialized():
+        distributed.tell_others(code, line)
         sys.stdout.flush()
         os._exit(code)
     sys.exit(code)
 
 
 def parse_flags(argv):
-    """absl's parser; what a config file or a flag has against it becomes one line."""
+    """absl's parser; whatever is wrong with a config file or a flag becomes one line."""
     try:
         rest = flags.FLAGS(argv)
         dict(CONFIG.value)  # a file that could not be read raises when it is looked at
         return rest
-    except flags.Error as error:  # of a config file that raises, the last line of its traceback
+    except flags.Error as error:  # for a config file that raises, the last line of its traceback
         line = str(error).strip().splitlines()[-1].strip().removeprefix("ValueError: ")
         sys.exit(f"error: {line}")
     except (AttributeError, KeyError, OSError) as error:

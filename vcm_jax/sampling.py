@@ -1,4 +1,4 @@
-"""From noise to data with any u(x, t, s, cond) (SoundVCM Algorithm 2)."""
+"""From noise to data with any velocity u(x, t, s, cond) (SoundVCM Algorithm 2)."""
 
 import dataclasses
 
@@ -6,12 +6,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vcm_jax.objectives import common, objective_of
+from vcm_jax.objectives import common
 from vcm_jax.objectives.guidance import guided_velocity as guided_velocity
+from vcm_jax.settings import TIME_INTERVAL, number
 
 
 def uniform_times(num_steps: int) -> np.ndarray:
-    """1, (n-1)/n, ..., 0: the times of an n-step sampler, `num_steps + 1` numbers."""
+    """1, (n-1)/n, ..., 0: the `num_steps + 1` times of a sampler with n equal steps.
+
+    Raises:
+      ValueError: for less than one step.
+    """
     if num_steps < 1:
         raise ValueError(f"a sampler takes at least 1 step, not {num_steps}")
     return np.linspace(1, 0, num_steps + 1, dtype=np.float32)
@@ -19,14 +24,17 @@ def uniform_times(num_steps: int) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Sampler:
-    """How a run is sampled; the defaults are the way its objective has it.
+    """How a trained network is sampled; the defaults are what its objective prescribes.
+
+    Objectives that learn the instantaneous velocity alone prescribe Euler steps with
+    classifier-free guidance; the average velocity of the others has its guidance in the weights.
 
     Attributes:
-      guidance_scale: Euler steps of the instant velocity with classifier-free guidance of this
-        scale; None is the objective's own way, see `velocity_for`.
-      guidance_interval: times at which that guidance applies; None is the objective's, or all
-        where its guidance is in the weights.
-      restart: BiTCAM's sampler, see `restart_sample`.
+      guidance_scale: take Euler steps of the instantaneous velocity, with classifier-free guidance
+        of this scale; None does what the objective prescribes.
+      guidance_interval: times at which that guidance applies, both ends included. None takes the
+        objective's interval, or all times if its guidance is in the weights.
+      restart: use BiTCAM's sampler, see `restart_sample`.
 
     Raises:
       ValueError: when a setting is out of its range.
@@ -37,44 +45,52 @@ class Sampler:
     restart: bool = False
 
     def __post_init__(self):
-        ends = self.guidance_interval
-        if self.guidance_scale is not None and not self.guidance_scale >= 0:
-            raise ValueError(f"guidance_scale {self.guidance_scale} must be >= 0")
-        if ends is not None and not (len(ends) == 2 and 0 <= ends[0] <= ends[1] <= 1):
-            raise ValueError(f"guidance_interval {ends} must be 0 <= low <= high <= 1")
+        for name, accepts in (("guidance_scale", number(0)), ("guidance_interval", TIME_INTERVAL)):
+            value = getattr(self, name)
+            if value is not None and not accepts.holds(value):
+                raise ValueError(f"{name} must be {accepts.text}, not {value}")
 
-    def check(self, settings) -> None:
-        """Raises ValueError when it does not fit the objective of these settings."""
-        name, objective = objective_of(settings)
+    def check(self, objective) -> None:
+        """Raises ValueError when the sampler does not fit the objective."""
         if self.guidance_interval and self.guidance_scale is None and not objective.instant_only:
             raise ValueError(
-                f"guidance_interval needs guidance_scale: {name} has its guidance in the weights"
+                f"guidance_interval needs guidance_scale: {objective.name} has its guidance in the "
+                "weights"
             )
 
-    def __call__(self, settings, net, x1, times, cond, null_cond, keys=None):
-        """From the noise `x1` to data, as `sample`.
+    def velocity(self, objective, net, null_cond):
+        """The velocity that `sample` takes, from a network.
 
         Args:
-          settings: of the objective that the network was trained with.
+          objective: the objective (its settings) that the network was trained with.
           net: `net(x, t, s, cond)` -> `B N C`.
-          x1, times, cond: as `sample`'s.
-          null_cond: the empty condition, with as many rows.
-          keys: of the restarts' noise, one for each row.
+          null_cond: the empty condition, with as many rows as the batch.
         """
-        u = velocity_for(settings, net, null_cond, self.guidance_scale, self.guidance_interval)
-        if not self.restart:
-            return sample(u, x1, times, cond)
-        _, objective = objective_of(settings)
-        noised = lambda x0, x1, t: objective.noised(x0, x1, t, settings)
-        return restart_sample(u, x1, times, cond, keys, noised)
+        u = objective.velocity(net)
+        scale, interval = self.guidance_scale, self.guidance_interval
+        if scale is None and not objective.instant_only:
+            return u
+        if scale is None:
+            scale = objective.guidance_scale
+        if interval is None:
+            interval = objective.guidance_interval if objective.instant_only else (0.0, 1.0)
+        return guided_velocity(u, null_cond, scale, interval)
+
+    def __call__(self, objective, net, x1, times, cond, null_cond, keys=None):
+        """From the noise `x1` to the sample at times[-1], `B N C`.
+
+        Args:
+          objective, net, null_cond: as `velocity`'s.
+          x1, times, cond: as `sample`'s.
+          keys: random keys for the noise of the restart sampler, one for each row.
+        """
+        u = self.velocity(objective, net, null_cond)
+        if self.restart:
+            return restart_sample(u, x1, times, cond, keys, objective.noised)
+        return sample(u, x1, times, cond)
 
 
 OWN_SAMPLER = Sampler()
-
-
-def repeat_rows(tree, size: int):
-    """A pytree of one row, as `size` rows."""
-    return jax.tree.map(lambda a: jnp.broadcast_to(a, (size, *a.shape[1:])), tree)
 
 
 def check_times(times) -> tuple[float, ...]:
@@ -83,8 +99,8 @@ def check_times(times) -> tuple[float, ...]:
     return tuple(float(time) for time in times)
 
 
-def _intervals(times):
-    """(t, s) of every jump, `n 2`; the values are checked where they are known."""
+def _intervals(times) -> np.ndarray:
+    """(t, s) of every jump, `n 2`."""
     times = np.asarray(times, np.float32)
     if times.ndim != 1 or len(times) < 2 or not (np.diff(times) < 0).all():
         raise ValueError(f"times must decrease and be at least two, not {times.tolist()}")
@@ -94,19 +110,22 @@ def _intervals(times):
 
 
 def jump(u, x, t, s, cond):
-    """x_s = x_t + (s - t) u(x_t, t, s, c), for scalar times."""
-    rows = lambda time: jnp.full(x.shape[0], time, jnp.promote_types(jnp.float32, x.dtype))
+    """x_s = x_t + (s - t) u(x_t, t, s, c), for scalar times t and s: `B N C` -> `B N C`."""
+
+    def rows(time):
+        return jnp.full(x.shape[0], time, jnp.promote_types(jnp.float32, x.dtype))
+
     return x + (s - t) * u(x, rows(t), rows(s), cond)
 
 
 def sample(u, x1, times, cond):
-    """Jumps through the times, one evaluation of u each (SoundVCM Algorithm 2).
+    """Jumps from time to time, with one evaluation of u each (SoundVCM Algorithm 2).
 
     Args:
       u: `u(x, t, s, cond)` -> `B N C`.
       x1: noise, or a sample at times[0], `B N C`.
-      times: decreasing, within [0, 1]; `uniform_times(n)` are the paper's.
-      cond: whatever u takes.
+      times: decreasing, within [0, 1]; the paper's are `uniform_times(n)`.
+      cond: the condition that u takes.
 
     Returns:
       The sample at times[-1], `B N C`.
@@ -114,42 +133,23 @@ def sample(u, x1, times, cond):
     Raises:
       ValueError: when the times do not decrease or leave [0, 1].
     """
-    body = lambda x, ts: (jump(u, x, ts[0], ts[1], cond), None)
+
+    def body(x, interval):
+        return jump(u, x, interval[0], interval[1], cond), None
+
     return jax.lax.scan(body, x1, jnp.asarray(_intervals(times)))[0]
 
 
-def velocity_for(settings, net, null_cond, guidance_scale=None, guidance_interval=None):
-    """What `sample` takes, from a network and the settings of the objective it was trained with.
-
-    Objectives that know the instant velocity alone give an Euler step with classifier-free
-    guidance, whose scale and interval are theirs unless given; the others' own average velocity
-    has its guidance inside. A given scale makes an Euler step of those too.
-
-    Args:
-      settings: of the objective, e.g. a `VCMConfig`.
-      net: `net(x, t, s, cond)` -> `B N C`.
-      null_cond: the empty condition, with as many rows as the batch.
-      guidance_scale, guidance_interval: see `guidance.guided_velocity`.
-    """
-    _, objective = objective_of(settings)
-    u = objective.velocity(net, settings)
-    if guidance_scale is None and not objective.instant_only:
-        return u
-    if guidance_scale is None:
-        guidance_scale = settings.guidance_scale
-    if guidance_interval is None:
-        guidance_interval = settings.guidance_interval if objective.instant_only else (0.0, 1.0)
-    return guided_velocity(u, null_cond, guidance_scale, guidance_interval)
-
-
 def restart_sample(u, x1, times, cond, key, noised=common.noised):
-    """Jumps to 0, noises to the next time, jumps again (BiTCAM's few-step sampler).
-
-    As `sample`; the last time must be 0.
+    """Jumps to 0, adds fresh noise up to the next time, jumps again (BiTCAM's few-step sampler).
 
     Args:
-      key: draws the fresh noise; one key, or one for each row.
-      noised: (x0, x1, t) -> x_t, the noising that the run was trained with; linear by default.
+      u, x1, times, cond: as `sample`'s; the last time must be 0.
+      key: random key of the fresh noise; one key, or one for each row.
+      noised: (x0, x1, t) -> x_t, the noising of training; linear by default.
+
+    Returns:
+      The sample at time 0, `B N C`.
 
     Raises:
       ValueError: as `sample`, or when the last time is not 0.
@@ -158,17 +158,18 @@ def restart_sample(u, x1, times, cond, key, noised=common.noised):
     if intervals[-1, 1] != 0:
         raise ValueError(f"a restart sampler ends at time 0, not {intervals[-1, 1]}")
 
-    normal = lambda key, shape: jax.random.normal(key, shape, x1.dtype)
+    def fresh_noise(i):
+        def normal(key, shape):
+            return jax.random.normal(jax.random.fold_in(key, i), shape, x1.dtype)
+
+        if key.ndim:
+            return jax.vmap(lambda row_key: normal(row_key, x1.shape[1:]))(key)
+        return normal(key, x1.shape)
 
     def body(x, step):
         (t, s), i = step
         x0 = jump(u, x, t, jnp.zeros_like(t), cond)
-        if key.ndim:
-            row = lambda key: normal(jax.random.fold_in(key, i), x.shape[1:])
-            noise = jax.vmap(row)(key)
-        else:
-            noise = normal(jax.random.fold_in(key, i), x.shape)
-        return noised(x0, noise, jnp.full(x.shape[0], s, x0.dtype)), None
+        return noised(x0, fresh_noise(i), jnp.full(x.shape[0], s, x0.dtype)), None
 
     steps = jnp.arange(len(intervals))
     return jax.lax.scan(body, x1, (jnp.asarray(intervals), steps))[0]

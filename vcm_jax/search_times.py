@@ -25,10 +25,10 @@ from vcm_jax import sampling
 from vcm_jax.cli import define_run_flags, run
 from vcm_jax.generation.run import load_run
 from vcm_jax.models import MMDiT
+from vcm_jax.models.conditioned import encode_features
 from vcm_jax.records import mixture
 from vcm_jax.records.source import RecordSource
 from vcm_jax.runs import description
-from vcm_jax.training.step import encode_batch
 
 
 def best_path(errors: np.ndarray, num_steps: int) -> list[int]:
@@ -121,9 +121,8 @@ def run_velocity(run, records: RecordSource, num_clips: int):
     )
     mixed = mixture.mix([records], [1.0], seed=0)
     (batch,) = mixture.batches(mixed, shapes, batch_size=num_clips, first_step=0, last_step=1)
-    velocity, cond, null_cond = encode_batch(MMDiT(model), run.variables, batch)
-    u = sampling.velocity_for(run.objective, velocity, null_cond, run.sampler.guidance_scale)
-    return u, cond
+    net, cond, null_cond = encode_features(MMDiT(model), run.variables, batch)
+    return run.sampler.velocity(run.objective, net, null_cond), cond
 
 
 def records_of(workdir) -> RecordSource:

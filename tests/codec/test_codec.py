@@ -1,4 +1,5 @@
 import json
+import os
 
 import golden
 import jax
@@ -7,7 +8,7 @@ import pytest
 from mel_input import MODES, chirp
 from sklearn.decomposition import PCA
 
-from vcm_jax.codec import check_codec, fit_linear_codec, load_codec
+from vcm_jax.codec import check_codec, copy_codec, fit_linear_codec, load_codec
 from vcm_jax.codec.mel import MEL_16K, hann_window, log_mel, mel_filters
 from vcm_jax.records.sequence import SequenceConfig
 
@@ -43,9 +44,9 @@ def test_mel_of_one_second_matches_the_reference(mode):
 
 
 @pytest.mark.parametrize("mode, samples", [("16k", 128_000), ("44k", 353_280)])
-def test_mel_of_eight_seconds_matches_the_reference(mode, samples):
+def test_mel_of_eight_seconds_matches_the_reference(shared, mode, samples):
     config, seed, top = MODES[mode]
-    with np.load(golden.shared(f"codec/mel_{mode}.npz")) as reference:
+    with np.load(shared(f"codec/mel_{mode}.npz")) as reference:
         mel = log_mel(chirp(config, seed, top, samples)[None], config)
         assert golden.relative_error(np.swapaxes(mel, 1, 2), reference["mel_8s"]) < 1e-4
         np.testing.assert_allclose(mel_filters(config), reference["mel_basis"], atol=1e-7)
@@ -114,10 +115,13 @@ def test_bad_folders(codec, tmp_path):
         load_codec(tmp_path)
     codec.save(tmp_path)
     meta = json.loads((tmp_path / "codec.json").read_text())
+    del meta["hash"]  # earlier versions wrote none
     for change, reason in (
         ({"name": "other"}, "unknown codec 'other'"),
         ({"version": 7}, "version 7"),
         ({"fingerprint": "0"}, "do not fit codec.json"),
+        ({"hop": 512}, "do not fit codec.json .hop"),
+        ({"name": ["linear"]}, "unknown codec"),
     ):
         (tmp_path / "codec.json").write_text(json.dumps(meta | change))
         with pytest.raises(ValueError, match=reason):
@@ -126,6 +130,54 @@ def test_bad_folders(codec, tmp_path):
     (tmp_path / "codec.npz").write_bytes((tmp_path / "codec.npz").read_bytes()[:500])
     with pytest.raises(ValueError, match="codec.npz: missing or damaged"):
         load_codec(tmp_path)
+
+
+def test_any_damaged_byte_is_found_or_changes_nothing(codec, tmp_path):
+    codec.save(tmp_path)
+    for name in ("codec.json", "codec.npz"):
+        whole = (tmp_path / name).read_bytes()
+        found = 0
+        for position in range(0, len(whole), 1 if name == "codec.json" else 97):
+            damaged = bytearray(whole)
+            damaged[position] ^= 1 << position % 7
+            (tmp_path / name).write_bytes(damaged)
+            try:
+                loaded = load_codec(tmp_path)
+            except ValueError as error:
+                found += 1
+                assert str(tmp_path) in str(error) and "\n" not in str(error)
+                continue
+            np.testing.assert_array_equal(loaded.mean, codec.mean)
+            np.testing.assert_array_equal(loaded.components, codec.components)
+            assert loaded.explained_variance == codec.explained_variance
+        assert found > 0.9 * position / (1 if name == "codec.json" else 97)
+        (tmp_path / name).write_bytes(whole)
+
+
+def test_a_folder_of_relative_links_is_copied_as_files(codec, tmp_path):
+    codec.save(tmp_path / "store")
+    (tmp_path / "linked").mkdir()
+    for name in ("codec.json", "codec.npz"):
+        (tmp_path / "linked" / name).symlink_to(os.path.join("..", "store", name))
+    copy_codec(tmp_path / "linked", tmp_path / "deep" / "run" / "codec")
+    copied = tmp_path / "deep" / "run" / "codec"
+    assert not any(file.is_symlink() for file in copied.iterdir())
+    assert load_codec(copied).fingerprint == codec.fingerprint
+    assert os.path.samefile(copied / "codec.npz", tmp_path / "store" / "codec.npz")
+
+
+def test_a_copy_appears_whole_or_not_at_all(codec, tmp_path):
+    codec.save(tmp_path / "one")
+    (tmp_path / "one" / "gone").symlink_to("nowhere")
+    with pytest.raises(OSError):
+        copy_codec(tmp_path / "one", tmp_path / "copies" / "codec")
+    assert not list((tmp_path / "copies").iterdir())
+    (tmp_path / "one" / "gone").unlink()
+    copy_codec(tmp_path / "one", tmp_path / "copies" / "codec")
+    fit_linear_codec(thump(seed) for seed in range(10)).save(tmp_path / "other")
+    copy_codec(tmp_path / "other", tmp_path / "copies" / "codec")  # the first one stays
+    assert load_codec(tmp_path / "copies" / "codec").fingerprint == codec.fingerprint
+    assert len(list((tmp_path / "copies").iterdir())) == 1
 
 
 def test_another_sample_rate_is_refused(codec):

@@ -137,13 +137,13 @@ def test_parity_stage_by_stage(codec, mode, network):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_names_and_shapes_are_the_original_ones(mode):
+def test_names_and_shapes_are_the_original_ones(shared, mode):
     vocoder = {"16k": "bigvgan_16k", "44k": "bigvgan_v2_44k"}[mode]
     for file, shapes in (
         (f"vae_{mode}", import_codec.vae_shapes),
         (vocoder, import_codec.vocoder_shapes),
     ):
-        table = json.loads(golden.shared(f"codec/{file}_state_dict.json").read_text())
+        table = json.loads(shared(f"codec/{file}_state_dict.json").read_text())
         names = {name: tuple(shape) for name, shape, *_ in table if not name.endswith(".filter")}
         assert shapes(neural.MODES[mode]) == names
 
@@ -231,6 +231,7 @@ def test_damaged_folders(monkeypatch, tmp_path):
     codec = tiny_codec(monkeypatch)
     codec.save(tmp_path)
     meta = json.loads((tmp_path / "codec.json").read_text())
+    del meta["hash"]  # earlier versions wrote none
     for change, reason in (
         ({"mode": "48k"}, "mode '48k'; this program reads version 1, modes 16k, 44k"),
         ({"version": 7}, "version 7"),
@@ -244,6 +245,14 @@ def test_damaged_folders(monkeypatch, tmp_path):
     (tmp_path / "codec.npz").write_bytes(whole[:-1000])
     with pytest.raises(ValueError, match="codec.npz: missing or damaged"):
         load_codec(tmp_path)
+    swapped = dict(codec.arrays) | {"fingerprint": np.array(codec.fingerprint)}
+    swapped["vocoder.conv_pre.bias"] = swapped["vocoder.conv_pre.bias"] + 1
+    np.savez(tmp_path / "codec.npz", **swapped)
+    with pytest.raises(ValueError, match="weights are damaged .vocoder.conv_pre.bias is not the"):
+        load_codec(tmp_path).decode(np.ones((2, 20)))
+    del meta["hashes"]
+    (tmp_path / "codec.json").write_text(json.dumps(meta))
+    assert load_codec(tmp_path)._vocoder  # of an earlier version: not checked
     position = whole.index(codec.arrays["encoder.conv_in.weight"].tobytes())
     (tmp_path / "codec.npz").write_bytes(whole[:position] + b"?" + whole[position + 1 :])
     with pytest.raises(ValueError, match="weights are damaged .*encoder.conv_in.weight"):

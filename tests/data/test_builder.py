@@ -1,12 +1,14 @@
 """Each corpus in its real layout, in miniature."""
 
 import csv
+import functools
 import json
 
 import numpy as np
 import pytest
 import soundfile
 import tensorflow_datasets as tfds
+from commands import run_command
 
 from vcm_jax.data import builder, corpora
 from vcm_jax.data.builder import build
@@ -141,7 +143,7 @@ def test_clotho(tmp_path):
         write_sound(folder / split / name, len(split), seconds=2.0)
     out = build("clotho", folder, tmp_path / "out", **SMALL)
     train = list(RecordSource(out / "train"))
-    assert len(train) == 10, "two pieces of 0.8 s in 2 s, five captions each"
+    assert len(train) == 10, "two segments of 0.8 s in 2 s, five captions each"
     assert train[0]["id"] == "Bäche [1] (rauschen)@0" and train[9]["id"].endswith("@0.8#5")
     assert [r["caption"] for r in train[5:]] == [f"development {i}" for i in range(5)]
     np.testing.assert_array_equal(train[0]["latent_mean"], train[4]["latent_mean"])
@@ -183,6 +185,34 @@ def test_folder(tmp_path):
     assert ids(out, "train") == ["s0", "s1"] and ids(out, "test") == ["s2"]
 
 
+def test_captions_with_quotes_and_linked_folders(tmp_path):
+    folder = tmp_path / "audiocaps"
+    header = ["audiocap_id", "youtube_id", "start_time", "caption"]
+    captions = ['"quoted"', 'say "hi", twice', '"big" cave', "two\nlines", "a\ttab"]
+    rows = [[i, f"v{i}", 0, caption] for i, caption in enumerate(captions)]
+    for split in ("train", "val", "test"):
+        write_csv(folder / f"{split}.csv", [header, *rows])
+    for i in range(5):
+        write_sound(tmp_path / "elsewhere" / f"v{i}_0.wav", i)
+    (folder / "audio").symlink_to(tmp_path / "elsewhere")
+    out = build("audiocaps", folder, tmp_path / "out", **SMALL)
+    found = [record["caption"] for record in RecordSource(out / "train")]
+    assert found == [*captions[:3], "two lines", "a tab"]
+
+
+def test_command(tmp_path):
+    folder = tmp_path / "mine"
+    for i in range(3):
+        write_sound(folder / f"s{i}.wav", i)
+    arguments = [f"--manual_dir={folder}", f"--out={tmp_path / 'out'}", "--duration=0.8"]
+    run = functools.partial(run_command, builder, *arguments, "--workers=1", positional="x")
+    assert run("folder").code == 0
+    (folder / "s1.wav").write_bytes(b"no sound")
+    done = run("folder", f"--out={tmp_path / 'two'}")
+    assert done.code == 3 and "2 records, 1 clips left out" in done.out
+    assert run("other").code == 1 and run().err.startswith("error: name one corpus: vggsound, ")
+
+
 def test_what_does_not_fit(vggsound, tmp_path):
     def fails(reason, corpus, folder, **kwargs):
         with pytest.raises(ValueError, match=reason) as caught:
@@ -210,8 +240,8 @@ def test_what_does_not_fit(vggsound, tmp_path):
     fails("none of fsd_final.json", "wavcaps", other)
 
 
-def test_parts_without_records_are_no_shards_to_tfds(tmp_path, monkeypatch):
-    monkeypatch.setattr(builder.extraction, "_CHUNK", 1)
+def test_shards_without_records_are_not_listed_to_tfds(tmp_path, monkeypatch):
+    monkeypatch.setattr(builder.extraction, "CLIPS_PER_SHARD", 1)
     for i in (0, 2):
         write_sound(tmp_path / "mine" / f"s{i}.wav", i)
     (tmp_path / "mine" / "s1.wav").write_bytes(b"no sound")

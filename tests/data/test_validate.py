@@ -1,5 +1,6 @@
 """The validator on good records, and on each kind of bad ones."""
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -8,11 +9,15 @@ import sys
 import numpy as np
 import pytest
 
-from vcm_jax.codec import LinearCodec
-from vcm_jax.data.validate import Survey, check_leaks, validate
+from vcm_jax.codec import LinearCodec, fit_linear_codec
+from vcm_jax.data import checks
+from vcm_jax.data.checks import check_leaks
+from vcm_jax.data.survey import Survey
+from vcm_jax.data.validate import validate
 from vcm_jax.features.extract import extract
 from vcm_jax.media.write import write_mp4
-from vcm_jax.records.schema import serialize, write_shard
+from vcm_jax.records.manifest import read_manifest, write_manifest
+from vcm_jax.records.schema import RecordError, serialize, write_shard
 from vcm_jax.records.source import RecordSource
 
 RATE, SECONDS = 16_000, 0.8
@@ -54,9 +59,8 @@ def rewrite(source_folder, folder, change):
     path.unlink()
     write_shard(path, packed)
     shard = {"name": path.name, "records": len(packed), "bytes": path.stat().st_size}
-    content = json.loads((folder / "manifest.json").read_text())
-    content |= {"shards": [shard], "num_records": len(packed), "text_table": None}
-    (folder / "manifest.json").write_text(json.dumps(content))
+    changes = {"shards": [shard], "num_records": len(packed), "text_table": None}
+    write_manifest(folder, dataclasses.replace(read_manifest(folder), **changes))
     return folder
 
 
@@ -156,6 +160,104 @@ def test_nothing_shared_is_no_leak():
 
     one, two = made("a", rows[:2]), made("b", rows[2:])
     assert check_leaks(one, two) == []
+
+
+@pytest.fixture
+def copied(good, tmp_path):
+    shutil.copytree(good[2], tmp_path / "copied")
+    return tmp_path / "copied"
+
+
+def rewrite_json(path, **changes):
+    """Edits a JSON file as a user might, without its hash."""
+    content = json.loads(path.read_text()) | changes
+    content.pop("hash", None)
+    path.write_text(json.dumps(content))
+
+
+def test_an_unfit_empty_text(copied):
+    path = copied / "empty_text.npy"
+    whole = np.load(path)
+    for content, reason in (
+        (None, "missing or damaged .*No such file"),
+        (b"garbage", "missing or damaged"),
+        (np.where(whole == whole, np.nan, whole), "the features are not finite"),
+        (whole[:5], r"float32 \(5, 6\), needed is float32 \(77, 6\)"),
+        (whole.astype(np.float64), "float64"),
+        (whole + 1, "not the features that were written"),
+    ):
+        path.unlink(missing_ok=True)
+        if isinstance(content, bytes):
+            path.write_bytes(content)
+        elif content is not None:
+            np.save(path, content)
+        with pytest.raises(RecordError, match=f"empty_text.npy: {reason}"):
+            _ = RecordSource(copied).empty_text
+        (found,) = (e for e in errors(validate(copied)) if "empty_text.npy" in e)
+        assert "\n" not in found
+    rewrite_json(copied / "manifest.json", empty_text=None)  # of an earlier version
+    assert (
+        "error: text features are not those of the caption (1), for example (the empty text)"
+        in (errors(validate(copied)))
+    )
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"latent_mean": [float("nan")] * 20},
+        {"latent_std": [float("inf")] * 20},
+        {"latent_std": [-1.0] * 20},
+        {"latent_mean": [0.0] * 19},
+        {"latent_mean": "zero"},
+        {"num_records": "six"},
+        {"num_records": True},
+        {"shards": [{"name": "../part.array_record", "records": 6, "bytes": 1}]},
+        {"shards": 5},
+        {"shards": [{"name": 5, "records": 6, "bytes": 1}]},
+        {"codec": None},
+        {"codec": {"latent_dim": "20"}},
+        {"fields": {"clip": {"shape": ["x"], "dtype": "float16"}}},
+        {"fields": {"clip": {"shape": [1], "dtype": "strange"}}},
+        {"sequence": {"duration": 0.1}},
+        {"sequence": {"duration": float("nan")}},
+        {"text_table": {"rows": 6, "bytes": 5}},
+        {"text_table": {"rows": 6, "bytes": 5, "hashes": "?"}},
+        {"encoders": []},
+        {"version": [2]},
+    ],
+    ids=str,
+)
+def test_a_manifest_that_no_extraction_writes(copied, changes):
+    rewrite_json(copied / "manifest.json", **changes)
+    found = errors(validate(copied))
+    assert len(found) == 1 and str(copied) in found[0] and "\n" not in found[0]
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "5", "null", '{"version": 2}', "\xff"])
+def test_a_foreign_manifest(copied, text):
+    (copied / "manifest.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(RecordError, match="manifest.json: damaged"):
+        RecordSource(copied)
+
+
+def test_a_codec_that_is_not_the_records(copied):
+    shutil.rmtree(copied / "codec")
+    assert "not a codec folder" in errors(validate(copied))[0]
+    rng = np.random.default_rng(0)
+    fit_linear_codec([rng.standard_normal(40_960)]).save(copied / "codec")
+    assert "not the codec of the manifest (fingerprint)" in errors(validate(copied))[0]
+
+
+def test_any_error_of_a_media_file_is_a_finding(good, monkeypatch):
+    videos, captions, folder = good
+
+    def fail(path):
+        raise RuntimeError("odd")
+
+    monkeypatch.setattr(checks, "stream_offset", fail)
+    found = "\n".join(errors(validate(folder, videos=videos, captions=captions)))
+    assert "cannot be read again (6)" in found and "RuntimeError: odd" in found
 
 
 def test_command_says_what_is_wrong_and_fails(good, tmp_path):

@@ -1,4 +1,4 @@
-"""How processes find each other, what is read from the environment, and who reads which rows."""
+"""How processes find each other, and which rows of a batch each of them reads."""
 
 import os
 import signal
@@ -77,7 +77,7 @@ def test_slurm(change, ids):
         ((8, 1, 1), 4, [(0, 2), (1, 2)]),
         ((2, 2, 2), 4, [(0, 2), (1, 2)]),
         ((4, 2, 1), 2, [(0, 4), (1, 4), (2, 4), (3, 4)]),
-        # The model is split across processes: two read the same rows.
+        # The model is split over processes: two of them read the same rows.
         ((2, 1, 4), 2, [(0, 2), (0, 2), (1, 2), (1, 2)]),
         ((1, 1, 8), 4, [(0, 1), (0, 1)]),
     ],
@@ -92,24 +92,29 @@ def test_every_process_reads_the_rows_of_its_devices(sizes, per_process, parts, 
             lambda self, shape, ours=ours: {device: whole[device] for device in ours},
         )  # fmt: skip
         assert sharding.process_part(mesh, 16) == part
-    # Devices in an order that gives a process rows here and there.
+    # An order of the devices that scatters the rows of a process over the batch.
     scattered = {d: whole[d] for d in jax.devices()[::4]}
     monkeypatch.setattr(
         jax.sharding.NamedSharding, "addressable_devices_indices_map", lambda *_: scattered
     )
     if len({index[0].start for index in scattered.values()}) > 1 and sizes == (8, 1, 1):
-        with pytest.raises(ValueError, match="not one part of the batch"):
+        with pytest.raises(ValueError, match="not one block of the batch"):
             sharding.process_part(mesh, 16)
 
 
 def test_a_sigterm_before_there_is_anything_to_save():
-    code = "import os, signal; from vcm_jax import preemption; preemption.leave_at_once(); "
+    code = (
+        "import os, signal, sys; from vcm_jax.devices import preemption, supervisor; "
+        "assert 'jax' not in sys.modules; preemption.leave_at_once(); "
+        "os.kill(os.getpid(), signal.SIGTERM)"
+    )
     found = subprocess.run(
-        [sys.executable, "-c", code + "os.kill(os.getpid(), signal.SIGTERM)"],
-        capture_output=True, text=True, cwd=Path(__file__).parents[2],
-    )  # fmt: skip
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2]
+    )
     assert found.returncode == preemption.EXIT_CODE
-    assert found.stderr == "SIGTERM: nothing to save yet; the same command goes on\n"
+    assert found.stderr == (
+        "SIGTERM: there is nothing to save yet; run the same command again to resume\n"
+    )
 
 
 def test_sigterm_is_noted_and_the_handler_given_back():
@@ -120,3 +125,13 @@ def test_sigterm_is_noted_and_the_handler_given_back():
         assert told(2)
     assert signal.getsignal(signal.SIGTERM) is before
     assert np.isscalar(preemption.EXIT_CODE)
+
+
+def test_errors_that_say_that_a_process_is_gone(monkeypatch):
+    gone = RuntimeError("UNKNOWN: Gloo AllGather failed: Connection closed by peer [10.0.0.1]:547")
+    wrapped = OSError("checkpoints cannot be saved to")
+    wrapped.__cause__ = gone
+    assert not distributed.is_peer_lost(gone), "a run of one process has no peers"
+    monkeypatch.setattr(distributed, "is_initialized", lambda: True)
+    assert distributed.is_peer_lost(gone) and distributed.is_peer_lost(wrapped)
+    assert not distributed.is_peer_lost(ValueError("batch_size 6 does not divide"))

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -8,12 +9,12 @@ import time
 import numpy as np
 import pytest
 
+from vcm_jax.claim import ClaimError
 from vcm_jax.codec import fit_linear_codec, load_codec
 from vcm_jax.features import extract as extraction
-from vcm_jax.features import parts
+from vcm_jax.features import shards
 from vcm_jax.features.encoders import WeightsFreeEncoders
 from vcm_jax.features.extract import ExtractError, encode_video, extract
-from vcm_jax.media.clips import ListError, list_clips
 from vcm_jax.media.read import read_audio
 from vcm_jax.media.write import write_mp4, write_sound
 from vcm_jax.records.schema import RecordError
@@ -55,8 +56,8 @@ def videos(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def small_chunks(monkeypatch):
-    monkeypatch.setattr(extraction, "_CHUNK", 4)
+def small_shards(monkeypatch):
+    monkeypatch.setattr(extraction, "CLIPS_PER_SHARD", 4)
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +65,7 @@ def whole(videos, tmp_path_factory):
     """A run without incident."""
     out = tmp_path_factory.mktemp("whole") / "records"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(extraction, "_CHUNK", 4)
+        patch.setattr(extraction, "CLIPS_PER_SHARD", 4)
         manifest = extract(out, videos=videos, captions=videos / "captions.tsv", **SMALL)
     return out, manifest
 
@@ -123,24 +124,24 @@ def test_what_is_left_out_is_listed(whole):
         assert reason in reasons[clip_id]
 
 
-def test_a_stopped_run_goes_on_where_it_was(videos, whole, tmp_path, monkeypatch):
+def test_an_interrupted_run_resumes(videos, whole, tmp_path, monkeypatch):
     run = lambda: extract(tmp_path / "r", videos=videos, captions=videos / "captions.tsv", **SMALL)
-    write_part = parts.write_part
+    finish_shard = shards.finish_shard
 
-    def stop_at_the_second(out, chunk, *args):
-        if chunk == 1:
+    def stop_at_the_second(out, number, *args):
+        if number == 1:
             (out / "part-00001.array_record").write_bytes(b"half")  # the worst moment
             raise KeyboardInterrupt
-        write_part(out, chunk, *args)
+        finish_shard(out, number, *args)
 
-    monkeypatch.setattr(parts, "write_part", stop_at_the_second)
+    monkeypatch.setattr(shards, "finish_shard", stop_at_the_second)
     with pytest.raises(KeyboardInterrupt):
         run()
     with pytest.raises(RecordError, match="no manifest.json"):
         RecordSource(tmp_path / "r")
     first = tmp_path / "r" / "part-00000.array_record"
     before = first.stat().st_mtime_ns
-    monkeypatch.setattr(parts, "write_part", write_part)
+    monkeypatch.setattr(shards, "finish_shard", finish_shard)
     assert run() == whole[1]
     assert first.stat().st_mtime_ns == before
     assert [r["id"] for r in RecordSource(tmp_path / "r")] == [
@@ -152,10 +153,10 @@ def test_a_stopped_run_goes_on_where_it_was(videos, whole, tmp_path, monkeypatch
 def test_shards_make_the_same_records(videos, whole, tmp_path, capsys):
     arguments = dict(videos=videos, captions=videos / "captions.tsv", **SMALL)
     assert extract(tmp_path, shard=(1, 3), **arguments) is None
-    assert "shard 1/3 is done, 2 of 3 parts are not" in capsys.readouterr().out
+    assert "share 1/3 is done, 2 of 3 shards are not" in capsys.readouterr().out
     assert extract(tmp_path, shard=(0, 3), **arguments) is None
     assert extract(tmp_path, shard=(2, 3), **arguments) == whole[1]
-    with pytest.raises(ExtractError, match="shard 3/3"):
+    with pytest.raises(ExtractError, match="--shard=3/3"):
         extract(tmp_path, shard=(3, 3), **arguments)
 
 
@@ -170,7 +171,7 @@ def test_complete_or_other_records_are_not_touched(videos, whole, tmp_path, caps
         ({"sync_dim": 13}, "encoders"),
         ({"captions": None}, "clips"),
     ):
-        with pytest.raises(ExtractError, match=f"other settings .*{reason}"):
+        with pytest.raises(ClaimError, match=f"other settings .*{reason}"):
             extract(out, **dict(videos=videos, captions=captions, **SMALL) | change)
     fit_linear_codec([noise(9)]).save(tmp_path / "codec")
     with pytest.raises(ExtractError, match="is not the codec in"):
@@ -203,48 +204,6 @@ def test_sounds_make_text_audio_records(tmp_path, whole):
     assert load_codec(tmp_path / "r" / "codec").fingerprint == load_codec(codec).fingerprint
 
 
-def test_without_captions_all_files_are_taken(videos):
-    clips, failures = list_clips(videos)
-    assert not failures and {clip.caption for clip in clips} == {""}
-    assert "sub dir/d" in [clip.id for clip in clips] and len(clips) == 10
-
-
-def test_ids_that_fit_several_files(tmp_path):
-    for name in ("x/clip.mp4", "y/clip.mp4", "y/clip.mov", "z.mp4", "z/z.mp4"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).touch()
-    (tmp_path / "t.tsv").write_text(
-        "id\tcaption\nclip\t\nx/clip\t\ny/clip\t\ny/clip.mov\t\nz\t\n\n../z\t\n\t\n"
-    )
-    clips, failures = list_clips(tmp_path, tmp_path / "t.tsv")
-    found = {clip.id: clip.path.relative_to(tmp_path).as_posix() for clip in clips}
-    assert found == {"x/clip": "x/clip.mp4", "y/clip.mov": "y/clip.mov", "z": "z.mp4"}
-    assert [clip_id for clip_id, _ in failures] == ["clip", "y/clip", "../z", ""]
-    assert failures[0][1] == "several files: x/clip.mp4, y/clip.mov, y/clip.mp4"
-
-
-def test_lists_that_cannot_be_used(tmp_path, videos):
-    with pytest.raises(ListError, match="nothing: no such folder"):
-        list_clips(tmp_path / "nothing")
-    with pytest.raises(ListError, match="no files that end in .mp4"):
-        list_clips(tmp_path)
-    table = tmp_path / "list.tsv"
-    for text, reason in (
-        (
-            "package\taudio\ttext\r\nx\ty\tz\r\n",
-            "its columns are 'package', 'audio', 'text'; needed",
-        ),
-        ("id,caption\na,b\n", "its columns are 'id,caption'"),
-        ("id\tcaption\n", "no rows"),
-        ("", "its columns are"),
-    ):
-        table.write_text(text)
-        with pytest.raises(ListError, match=reason):
-            list_clips(videos, table)
-    with pytest.raises(ListError, match="none.tsv: unreadable"):
-        list_clips(videos, tmp_path / "none.tsv")
-
-
 def test_nothing_usable_leaves_nothing_that_looks_whole(videos, whole, tmp_path):
     table = tmp_path / "list.tsv"
     table.write_text("id\tcaption\nmute\t\nsilent\t\nmute\t\n")
@@ -255,7 +214,7 @@ def test_nothing_usable_leaves_nothing_that_looks_whole(videos, whole, tmp_path)
         run(codec=whole[0] / "codec")
     with pytest.raises(RecordError):
         RecordSource(tmp_path / "r")
-    table.write_text("id\tcaption\na\t\n")  # the mistake is mended
+    table.write_text("id\tcaption\na\t\n")  # the list is corrected
     assert run(codec=whole[0] / "codec").num_records == 1
     table.write_text("id\tcaption\nnothing\t\n")
     with pytest.raises(ExtractError, match="none of 1 rows"):
@@ -296,7 +255,7 @@ def test_command_ends_with_one_line(videos, tmp_path):
 
 @pytest.mark.slow
 def test_killed_with_several_workers(videos, tmp_path):
-    """SIGKILL between two parts; the next run finishes, its workers' records are the same."""
+    """After SIGKILL between two shards the next run finishes with the same records."""
     many = tmp_path / "many"
     many.mkdir()
     for i in range(600):
@@ -308,7 +267,7 @@ def test_killed_with_several_workers(videos, tmp_path):
     while not (tmp_path / "r" / "part-00000.json").exists() and time.time() < deadline:
         time.sleep(0.02)
     os.kill(first.pid, signal.SIGKILL)
-    first.communicate()  # ends only when the workers have let go of the pipe, too
+    first.communicate()  # returns only when the workers have closed the pipe, too
     assert not (tmp_path / "r" / "manifest.json").exists()
     second = command(*arguments)
     out, err = second.communicate(timeout=120)
@@ -317,3 +276,20 @@ def test_killed_with_several_workers(videos, tmp_path):
     source = RecordSource(tmp_path / "r")
     assert [record["id"] for record in source] == [f"{i:03d}" for i in range(600)]
     assert json.loads((tmp_path / "r" / "part-00002.json").read_text())["records"] == 88
+
+
+def test_a_folder_of_an_earlier_version_resumes(videos, whole, tmp_path):
+    """Its settings have other names: pieces for segments, chunk for clips_per_shard."""
+    shutil.copytree(whole[0], tmp_path / "r")
+    path = tmp_path / "r" / "settings.json"
+    settings = json.loads(path.read_text())
+    settings["pieces"], settings["chunk"] = (
+        settings.pop("segments"),
+        settings.pop("clips_per_shard"),
+    )
+    path.write_text(json.dumps(settings))
+    (tmp_path / "r" / "manifest.json").unlink()
+    before = (tmp_path / "r" / "part-00000.array_record").stat().st_mtime_ns
+    arguments = dict(videos=videos, captions=videos / "captions.tsv", **SMALL)
+    assert extract(tmp_path / "r", **arguments) == whole[1]
+    assert (tmp_path / "r" / "part-00000.array_record").stat().st_mtime_ns == before

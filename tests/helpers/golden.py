@@ -5,18 +5,10 @@ import zlib
 from pathlib import Path
 
 import numpy as np
-import pytest
 
 DATA = Path(__file__).parents[1] / "fixtures"
+# The full set of reference numbers, which is not in the repository: see the fixture `shared`.
 SHARED = Path(__file__).parents[3] / "shared" / "golden"
-
-
-def shared(name: str) -> Path:
-    """A file of the full set of reference numbers; skips the test where they are not at hand."""
-    path = SHARED / name
-    if not path.exists():
-        pytest.skip(f"needs the reference numbers {name} beside the checkout")
-    return path
 
 
 def load(folder: Path, name: str):

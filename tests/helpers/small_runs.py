@@ -12,15 +12,14 @@ from vcm_jax.features import extract
 from vcm_jax.features.encoders import WeightsFreeEncoders
 from vcm_jax.impacts.dataset import write_dataset
 from vcm_jax.models import MMDiT
+from vcm_jax.records.manifest import Manifest, write_manifest
 from vcm_jax.records.schema import (
     EMPTY_TEXT,
-    Manifest,
     describe_fields,
     deserialize,
     latent_statistics,
     latent_sums,
     serialize,
-    write_manifest,
     write_shard,
 )
 from vcm_jax.records.sequence import SequenceConfig

@@ -116,7 +116,7 @@ def test_a_stopped_conversion_goes_on(features, tmp_path, monkeypatch):
     _, args = features
     monkeypatch.setattr(import_features, "_SHARD", 2)
     convert(args | {"out": tmp_path / "whole"})
-    serialize, calls = import_features.records.serialize, []
+    serialize, calls = import_features.serialize, []
 
     def interrupted(record):
         calls.append(record["id"])
@@ -124,7 +124,7 @@ def test_a_stopped_conversion_goes_on(features, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return serialize(record)
 
-    monkeypatch.setattr(import_features.records, "serialize", interrupted)
+    monkeypatch.setattr(import_features, "serialize", interrupted)
     with pytest.raises(KeyboardInterrupt):
         convert(args)
     assert not (args["out"] / "manifest.json").exists()

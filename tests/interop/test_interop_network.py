@@ -203,11 +203,11 @@ def test_torch_in_bfloat16_stays_close():
 
 
 @pytest.mark.slow
-def test_torch_matches_the_reference_in_full_size():
+def test_torch_matches_the_reference_in_full_size(shared):
     torch = pytest.importorskip("torch")
     from vcm_jax.interop.torch_model import AverageVelocity
 
-    folder = golden.shared("network/small_16k.npz").parent
+    folder = shared("network/small_16k.npz").parent
     info, arrays = golden.load(folder, "small_16k")
     table = json.loads((folder / "small_16k_state_dict.json").read_text())
     tensors = {name: torch.from_numpy(value) for name, value in golden.fill(table).items()}

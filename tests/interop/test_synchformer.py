@@ -61,8 +61,8 @@ def test_parity_with_the_original_stage_by_stage(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["synchformer", "synchformer_posboost"])
-def test_parity_of_all_segments(tmp_path, name):
-    table = json.loads(golden.shared("synchformer/synchformer_state_dict.json").read_text())
+def test_parity_of_all_segments(shared, tmp_path, name):
+    table = json.loads(shared("synchformer/synchformer_state_dict.json").read_text())
     info, arrays = golden.load(golden.SHARED / "synchformer", name)
     model = loaded(tmp_path, table, info["posboost_names"])
     segments = golden.randn(info["seed"], info["input_shape"])

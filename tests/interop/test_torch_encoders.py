@@ -15,9 +15,10 @@ import pytest
 from PIL import Image
 from small_runs import save_run
 
+from vcm_jax.claim import ClaimError
 from vcm_jax.codec import fit_linear_codec
 from vcm_jax.features import extract as extraction
-from vcm_jax.features import parts, work
+from vcm_jax.features import shards, work
 from vcm_jax.features.encoders import WeightsFreeEncoders, encoders_from_spec, load_encoders
 from vcm_jax.features.extract import ExtractError, extract
 from vcm_jax.generation.clips import Request, encode_request, generate
@@ -172,8 +173,8 @@ def test_folders_without_weights(folder, videos, tmp_path):
         run(encoders=tmp_path)
     with pytest.raises(ExtractError, match="clip_dim: encoders with weights have their own"):
         run(encoders=folder, clip_dim=8)
-    with pytest.raises(ExtractError, match="pieces are taken of sounds"):
-        run(pieces=True)
+    with pytest.raises(ExtractError, match="--segments splits sounds"):
+        run(segments=True)
     assert not (tmp_path / "r").exists()
 
 
@@ -211,7 +212,7 @@ def test_extraction(folder, videos, codec, tmp_path):
     reasons = (out / "failures.tsv").read_text()
     assert "mute.mp4: no audio stream" in reasons and "garbage.mp4: unreadable" in reasons
     again = {"videos": videos, "captions": videos / "captions.tsv", "codec": codec}
-    with pytest.raises(ExtractError, match="other settings .*encoders"):
+    with pytest.raises(ClaimError, match="other settings .*encoders"):
         extract(out, **again, duration=1.28)
 
 
@@ -226,7 +227,7 @@ def test_a_batch_too_large_for_the_device_ends_the_run(
         extract(tmp_path / "r", videos=videos, encoders=folder, codec=codec, duration=1.28)
 
 
-def test_pieces_of_sounds(codec, tmp_path):
+def test_segments_of_sounds(codec, tmp_path):
     rng, sounds = np.random.default_rng(0), tmp_path / "sounds"
     sounds.mkdir()
     noise = lambda seconds: 0.1 * rng.standard_normal(round(seconds * RATE))
@@ -238,7 +239,7 @@ def test_pieces_of_sounds(codec, tmp_path):
     captions = tmp_path / "captions.tsv"
     captions.write_text("id\tcaption\nlong\tL\nalmost\tA\nsilent\t\nshort\tS\n")
     run = functools.partial(extract, sounds=sounds, captions=captions, codec=codec, duration=1.0)
-    manifest = run(tmp_path / "r", pieces=True)
+    manifest = run(tmp_path / "r", segments=True)
     source = RecordSource(tmp_path / "r")
     names = ["long_0", "long_2", "long_3", "almost_0", "almost_1", "short_0"]
     assert [record["id"] for record in source] == names and manifest.num_failures == 2
@@ -250,12 +251,12 @@ def test_pieces_of_sounds(codec, tmp_path):
     used = extraction.load_codec(codec)
     mean, _ = used.encode(whole[2 * RATE :][: sequence.num_samples])
     np.testing.assert_array_equal(source[1]["latent_mean"], mean)
-    with pytest.raises(ExtractError, match="other settings .*pieces"):
+    with pytest.raises(ClaimError, match="other settings .*segments"):
         run(tmp_path / "r")
 
 
 def test_a_journal_survives_a_kill_at_any_byte(tmp_path):
-    journal = parts.Journal(tmp_path, 3)
+    journal = shards.Journal(tmp_path, 3)
     results = [
         [("a", b"record", np.ones((4, 2)))],
         [("b", None, "why"), ("c", b"", np.zeros(3))],
@@ -267,7 +268,7 @@ def test_a_journal_survives_a_kill_at_any_byte(tmp_path):
     whole = path.read_bytes()
     for size in range(len(whole) + 1):
         path.write_bytes(whole[:size])
-        found = parts.Journal(tmp_path, 3).entries
+        found = shards.Journal(tmp_path, 3).entries
         assert len(found) <= 3 and path.stat().st_size <= size
         for entry, wanted in zip(found, results):
             assert [(r[0], r[1]) for r in entry] == [(r[0], r[1]) for r in wanted]
@@ -275,7 +276,7 @@ def test_a_journal_survives_a_kill_at_any_byte(tmp_path):
     damaged = bytearray(whole)
     damaged[20] ^= 1
     path.write_bytes(bytes(damaged))
-    assert parts.Journal(tmp_path, 3).entries == [] and not path.read_bytes()
+    assert shards.Journal(tmp_path, 3).entries == [] and not path.read_bytes()
 
 
 def test_a_stopped_run_encodes_no_clip_twice(folder, videos, codec, tmp_path, monkeypatch):
@@ -296,7 +297,7 @@ def test_a_stopped_run_encodes_no_clip_twice(folder, videos, codec, tmp_path, mo
     with pytest.raises(KeyboardInterrupt):
         run(duration=1.28)
     assert [file.name for file in (tmp_path / "r").glob("part-*")] == ["part-00000.journal"]
-    with pytest.raises(ExtractError, match="other settings .*sequence"):
+    with pytest.raises(ClaimError, match="other settings .*sequence"):
         run(duration=0.8)
     assert run(duration=1.28).num_records == 3 and count == 4
     assert [record["id"] for record in RecordSource(tmp_path / "r")] == ["a", "b", "c"]

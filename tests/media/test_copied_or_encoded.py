@@ -222,8 +222,9 @@ def test_a_size_that_changes_in_the_middle(tmp_path):
     assert {(frame.width, frame.height) for frame in frames} == {(64, 48)}
 
 
-def test_a_recording_that_begins_between_key_frames(tmp_path):
+def test_a_recording_that_begins_between_key_frames(tmp_path, monkeypatch):
     """MPEG-TS cut anywhere: the picture starts with the first key frame, and so does time."""
+    monkeypatch.delattr(write, "encoded_picture")  # what is left can be copied
     movie = Movie(container="mpegts", count=24, group=8, sound=24 / 25)
     whole = make(tmp_path / "whole.ts", movie)
     path = tmp_path / "cut.ts"
@@ -245,7 +246,7 @@ def test_a_recording_that_begins_between_key_frames(tmp_path):
     assert numbers(frames) == list(range(8, 24)) and times[0] == 0
 
 
-@pytest.mark.parametrize("damage", [b"\xff" * 40, b"\0" * 40])
+@pytest.mark.parametrize("damage", [b"\xff" * 40, b"\0" * 40], ids=["ones", "zeros"])
 @pytest.mark.parametrize("codec", ["libx264", "libx265", "libsvtav1", "libvpx-vp9"])
 def test_damage_is_not_copied(tmp_path, codec, damage):
     """What is written decodes without an error, and only the damaged frames are gone."""

@@ -136,9 +136,9 @@ def quietly(count: int):
     )
 
 
-@quietly(40)
+@quietly(80)
 @given(movies())
-def test_a_few_dozen_kinds(tmp_path_factory, case):
+def test_dozens_of_kinds(tmp_path_factory, case):
     check(tmp_path_factory.mktemp("kind"), *case)
 
 

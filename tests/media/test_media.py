@@ -2,7 +2,6 @@ import struct
 from fractions import Fraction
 
 import av
-import golden
 import librosa
 import numpy as np
 import pytest
@@ -280,9 +279,9 @@ def test_silence():
     assert not is_silent(np.r_[np.zeros(100), 1e-3])
 
 
-def test_edit_list_with_discarded_frames(folder):
+def test_edit_list_with_discarded_frames(shared, folder):
     """A public clip cut out of a longer one: 55 frames before time 0 are needed for decoding."""
-    path = golden.shared("../media/video/F8Zt3mYlOqU_000094.mp4")
+    path = shared("../media/video/F8Zt3mYlOqU_000094.mp4")
     copy = folder / "copy.mp4"
     noise = 0.1 * np.random.default_rng(0).standard_normal(12 * RATE).astype(np.float32)
     seconds = mux_audio(path, noise, RATE, copy)

@@ -157,8 +157,8 @@ def test_gradient_norms_match():
         assert error <= 1e-4 * (norm or 0), name
 
 
-def test_the_full_size_network_matches_the_reference():
-    folder = golden.shared("network/small_16k.npz").parent
+def test_the_full_size_network_matches_the_reference(shared):
+    folder = shared("network/small_16k.npz").parent
     info, config, variables, state_dict, arrays = load(
         folder, "small_16k", "small_16k_state_dict.json"
     )
@@ -285,5 +285,5 @@ def test_the_alignment_of_the_sync_rows_is_a_setting_of_the_model():
     found, other = (MMDiT(c).apply(noisy, x, t, t, cond) for c in (config, plain))
     assert np.abs(found - other).max() > 1e-3
     assert MODELS["small_44k"].latent_rate == pytest.approx(345 / 8, rel=2e-3)
-    with pytest.raises(ValueError, match="sync_alignment 'row' is not one of index, time"):
+    with pytest.raises(ValueError, match="sync_alignment must be one of index, time, not 'row'"):
         dataclasses.replace(config, sync_alignment="row")

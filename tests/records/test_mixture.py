@@ -1,4 +1,5 @@
 import collections
+import re
 
 import numpy as np
 import pytest
@@ -61,8 +62,8 @@ def test_the_order_depends_on_seed_and_index_alone():
     assert numbers(read()) == numbers(read())
     assert numbers(read()) != numbers(read(seed=1))
     assert numbers(read(first_step=4)) == numbers(read())[4:]
-    parts = [numbers(read(part=part, parts=3)) for part in range(3)]
-    assert [a + b + c for a, b, c in zip(*parts)] == numbers(read())
+    shares = [numbers(read(process=i, processes=3)) for i in range(3)]
+    assert [a + b + c for a, b, c in zip(*shares)] == numbers(read())
 
 
 def test_epochs_are_shuffled_anew():
@@ -94,7 +95,7 @@ def test_parsing_of_sources():
 
 def test_a_batch_that_the_processes_do_not_divide():
     with pytest.raises(ValueError, match="batch_size 6 .* 4 processes"):
-        read(parts=4)
+        read(processes=4)
 
 
 class Damaged(Source):
@@ -118,25 +119,39 @@ def test_a_damaged_record_is_passed_over_and_reported(caplog):
     seen = batch["latent_mean"][:, 0, 0].astype(int).tolist()
     assert sorted(seen) == [0, 1, 4, 4, 4, 5, 6]
     assert [i if i not in (2, 3) else 4 for i in (mixed.locate(k)[1] for k in range(7))] == seen
-    assert "damaged record 3 passed over: record 3: damaged" in caplog.text
-    with pytest.raises(RecordError, match="3 damaged records, the last: record [23]: damaged"):
-        list(mixture.batches(mixed, SHAPES, max_damaged=2, **kwargs))
-    with pytest.raises(RecordError, match="damaged"):
+    for count, record in ((1, "[23]"), (2, "[23]")):
+        assert re.search(
+            f"damaged record {count} passed over: record {record}: damaged", caplog.text
+        )
+    with pytest.raises(RecordError, match="2 damaged records, the last: record [23]: damaged"):
+        list(mixture.batches(mixed, SHAPES, max_damaged=1, **kwargs))
+    with pytest.raises(RecordError, match="2 records in a row are damaged"):
         list(mixture.batches(mixture.mix([Damaged(0, 2, {0, 1})], [1], 0), SHAPES, **kwargs))
 
 
-def test_the_stream_goes_on_exactly_with_other_hosts_and_workers():
-    """From step 1,000 on, whatever reads it, it is the stream of one host that never stopped."""
+def test_a_damaged_record_counts_once_in_any_number_of_epochs(caplog):
+    caplog.set_level("WARNING")
+    sources = [Damaged(0, 7, {2, 3}), Damaged(7, 7, {2})]
+    mixed = mixture.mix(sources, [1, 1], 0)
+    kwargs = dict(batch_size=7, first_step=0, last_step=40)
+    assert len(list(mixture.batches(mixed, SHAPES, max_damaged=3, **kwargs))) == 40
+    assert caplog.text.count("passed over") == 3
+    with pytest.raises(RecordError, match="3 damaged records"):
+        list(mixture.batches(mixed, SHAPES, max_damaged=2, **kwargs))
+
+
+def test_the_stream_resumes_exactly_with_other_processes_and_workers():
+    """From step 1,000 on it equals the stream of one process that never stopped."""
     flags.FLAGS.mark_as_parsed()  # worker processes want it
     mixed = mixture.mix(sources(), [1, 1], 0)
     sample = lambda i: mixed[i]["latent_mean"][0, 0]
     expected = [[sample(6 * step + row) for row in range(6)] for step in range(1000, 1004)]
-    for parts, workers in ((1, 0), (3, 0), (1, 2)):
+    for processes, workers in ((1, 0), (3, 0), (1, 2)):
         found = [
-            numbers(read(1000, 1004, part=part, parts=parts, num_workers=workers))
-            for part in range(parts)
+            numbers(read(1000, 1004, process=i, processes=processes, num_workers=workers))
+            for i in range(processes)
         ]
-        assert [sum(rows, []) for rows in zip(*found)] == expected, (parts, workers)
+        assert [sum(rows, []) for rows in zip(*found)] == expected, (processes, workers)
 
 
 def test_sources_and_weights_that_do_not_fit():
@@ -145,6 +160,7 @@ def test_sources_and_weights_that_do_not_fit():
     for reason, given, weights in (
         ("records/a: weight -1", [one], [-1]),
         ("records/a: weight 0", [one], [0]),
+        ("records/a: weight 1e.308 must lie between 1e-06 and 1e.06", [one], [1e308]),
         ("0 data sources", [], []),
         ("1 data sources and 2 weights", [one], [1, 1]),
         ("records/a is listed twice", [one, one], [1, 1]),

@@ -7,18 +7,16 @@ import numpy as np
 import pytest
 
 from vcm_jax.records import schema as records
+from vcm_jax.records.manifest import MANIFEST, Manifest, write_empty_text, write_manifest
 from vcm_jax.records.schema import (
     EMPTY_TEXT,
-    MANIFEST,
     TEXT_TABLE,
-    Manifest,
     RecordError,
     describe_fields,
     deserialize,
     latent_statistics,
     latent_sums,
     serialize,
-    write_manifest,
     write_shard,
     write_text_table,
 )
@@ -221,7 +219,7 @@ def test_a_record_of_another_shape_names_the_field(tmp_path):
         source[3]
 
 
-def test_latent_statistics_are_compared_with_the_records(tmp_path):
+def test_latent_statistics_are_compared_with_the_records(tmp_path, monkeypatch):
     folder = write(tmp_path, counts=(40, 40))
     source = RecordSource(folder)
     sums = sum(latent_sums(r["latent_mean"], r["latent_std"]) for r in source)
@@ -239,3 +237,102 @@ def test_latent_statistics_are_compared_with_the_records(tmp_path):
                 continue
             with pytest.raises(RecordError, match="manifest.json: its latent statistics do not"):
                 RecordSource(folder).check_statistics(count)
+
+    # Damaged records are passed over, unless all are.
+    write_manifest(folder, good)
+    source, read = RecordSource(folder), RecordSource.__getitem__
+    for damaged, fits in (({0, 3, 19}, True), (set(range(80)), False)):
+
+        def item(self, index, damaged=damaged):
+            if index in damaged:
+                raise RecordError(f"record {index}: damaged")
+            return read(self, index)
+
+        monkeypatch.setattr(RecordSource, "__getitem__", item)
+        for count in (20, 80):
+            if fits:
+                source.check_statistics(count)
+                continue
+            with pytest.raises(RecordError, match=f"all {count} records that were read are dam"):
+                source.check_statistics(count)
+
+
+def damage(path, position: int):
+    """Flips a bit of a byte."""
+    data = bytearray(path.read_bytes())
+    data[position] ^= 1 << position % 8
+    path.write_bytes(bytes(data))
+
+
+def contents(folder) -> list:
+    """All that training reads of a folder."""
+    source = RecordSource(folder)
+    arrays = [np.array(value).tolist() for record in source for value in record.values()]
+    return [arrays, source.empty_text.tolist(), dataclasses.asdict(source.manifest)]
+
+
+def with_text_table(folder, seed: int = 0):
+    """A folder of four records with three texts, as extraction writes it."""
+    texts = np.random.default_rng(seed).standard_normal((3, 77, 5)).astype(np.float16)
+    changes = {"text_table": write_text_table(folder, texts)}
+    changes["empty_text"] = write_empty_text(folder, np.ones((77, 5)))
+    path = folder / "part-00000.array_record"
+    packed = []
+    for i in range(4):
+        original = {name: value for name, value in record(i).items() if name != "text"}
+        packed.append(serialize(original | {"text_row": i % 3}))
+    write_shard(path, packed)
+    changes["shards"] = [{"name": path.name, "records": 4, "bytes": path.stat().st_size}]
+    write(folder, counts=(), num_records=4, **changes)
+    return folder
+
+
+def test_any_damaged_byte_is_found_or_changes_nothing(tmp_path):
+    folder = with_text_table(tmp_path)
+    whole = contents(folder)
+    for path in sorted(tmp_path.iterdir()):
+        data, found = path.read_bytes(), 0
+        used = [i for i, byte in enumerate(data) if byte]  # array_records are mostly padding
+        positions = used[:: max(1, len(used) // 150)]
+        for position in positions:
+            damage(path, position)
+            try:
+                assert contents(folder) == whole, (path.name, position)
+            except RecordError as error:
+                found += 1
+                assert str(folder) in str(error)
+            path.write_bytes(data)
+        assert found > 0.8 * len(positions), path.name
+
+
+def test_a_text_table_of_other_texts_is_found(tmp_path):
+    folder = with_text_table(tmp_path)
+    write_text_table(folder, np.zeros((3, 77, 5)))
+    with pytest.raises(RecordError, match="record 1: row 1 of text_table is not the one"):
+        RecordSource(folder)[1]
+
+
+def test_folders_without_hashes_are_read(tmp_path):
+    folder = with_text_table(tmp_path)
+    content = json.loads((folder / MANIFEST).read_text())
+    del content["hash"], content["empty_text"], content["text_table"]["hashes"]
+    (folder / MANIFEST).write_text(json.dumps(content))
+    write_text_table(folder, np.zeros((3, 77, 5)))
+    source = RecordSource(folder)
+    assert not source[1]["text"].any() and source.empty_text.all()
+
+
+@pytest.mark.parametrize("clip_id", ["../x", "/abs/x", "a/../../x"])
+def test_ids_that_lead_out_of_a_folder(tmp_path, clip_id, monkeypatch):
+    with pytest.raises(RecordError, match="the id .* does not name a file inside of a folder"):
+        serialize(record(0) | {"id": clip_id})
+    monkeypatch.setattr(records, "check_id", lambda clip_id: None)  # as earlier versions wrote
+    packed = serialize(record(0) | {"id": clip_id})
+    with pytest.raises(RecordError, match=f"its id '{clip_id}' leads out of a folder"):
+        deserialize(packed)
+
+
+def test_ids_of_earlier_versions_that_stay_inside_are_read(monkeypatch):
+    monkeypatch.setattr(records, "check_id", lambda clip_id: None)
+    for clip_id in ("https://example.org/x", "a//b", "..a/b.."):
+        assert deserialize(serialize(record(0) | {"id": clip_id}))["id"] == clip_id

@@ -38,7 +38,13 @@ def test_exchanged_elements_and_other_signs_of_zero_change_it():
 def test_the_fingerprint_does_not_depend_on_the_mesh():
     array = RNG.standard_normal((8, 12, 4)).astype(np.float32)
     whole = fingerprints({"a": array})
-    for sizes, spec in (((8, 1, 1), ("data",)), ((2, 2, 2), ("fsdp", "tensor", "data"))):
+    for sizes, spec in (
+        ((8, 1, 1), ("data",)),
+        ((2, 2, 2), ("fsdp", "tensor", "data")),
+        ((2, 2, 2), (None, "tensor")),
+        ((2, 2, 2), (("data", "fsdp"), None, "tensor")),
+        ((2, 2, 2), ()),
+    ):
         mesh = sharding.make_mesh(*sizes)
         split = jax.device_put(array, NamedSharding(mesh, PartitionSpec(*spec)))
         assert fingerprints({"a": split}) == whole
@@ -127,7 +133,7 @@ def test_changed_meta_is_noticed(workdir):
 
 
 def test_a_checkpoint_without_fingerprints_is_read(workdir, monkeypatch):
-    monkeypatch.setattr(checkpoint, "signed", lambda meta: {"config": meta["config"]})
+    monkeypatch.setattr(checkpoint, "seal", lambda meta: {"config": meta["config"]})
     with checkpoint.Saver(checkpoint.open_manager(workdir)) as saver:
         saver.save(3, state(3), {"config": {}}, wait=True)
     lines = []

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from vcm_jax.models import MODELS, Conditions, MMDiT
-from vcm_jax.models.flops import forward_flops, vcm_step_flops
+from vcm_jax.models.flops import forward_flops, step_flops
+from vcm_jax.objectives.vcm import VCMConfig
 from vcm_jax.training.state import OptimizerConfig, make_init, make_optimizer
 from vcm_jax.training.step import StepConfig, loss_fn, train_step
 
@@ -60,12 +61,14 @@ def test_forward_flops_are_the_published_sizes():
     assert total["small_16k"] == pytest.approx(61.3, rel=0.005)
     assert total["large_16k"] == pytest.approx(392, rel=0.005)
     assert total["large_44k"] == pytest.approx(528, rel=0.005)
-    assert vcm_step_flops(SMALL) / 1e9 == pytest.approx(262, rel=0.005)
+    assert step_flops(SMALL, VCMConfig().passes()) / 1e9 == pytest.approx(262, rel=0.005)
 
 
 def test_the_compiled_step_repeats_no_work():
     # The optimizer, which XLA counts as well, is a larger part of a shallow network's step.
-    assert xla_flops_per_sample(SHALLOW, 32) <= 264 / 262 * vcm_step_flops(SHALLOW)
+    assert xla_flops_per_sample(SHALLOW, 32) <= 264 / 262 * step_flops(
+        SHALLOW, VCMConfig().passes()
+    )
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ import portpicker
 import pytest
 from small_runs import SIZES, final_state, make_config, write_records
 
-from vcm_jax.devices import preemption
+from vcm_jax.devices import distributed, preemption
 from vcm_jax.runs import averages, checkpoint
 from vcm_jax.training import loop
 
@@ -40,11 +40,11 @@ def settings(data, **changes):
     }  # fmt: skip
 
 
-def start(workdir, config, devices=8, **env):
+def start(workdir, config, *flags, devices=8, **env):
     """`python -m vcm_jax.main` with a config's keys, in the background."""
-    flags = re.sub(r"device_count=\d+", f"device_count={devices}", os.environ["XLA_FLAGS"])
+    xla = re.sub(r"device_count=\d+", f"device_count={devices}", os.environ["XLA_FLAGS"])
     environment = {
-        **os.environ, "XLA_FLAGS": flags, "PYTHONUNBUFFERED": "1",
+        **os.environ, "XLA_FLAGS": xla, "PYTHONUNBUFFERED": "1",
         "PYTHONPATH": str(ROOT), **env,
     }  # fmt: skip
     if cache := jax.config.jax_compilation_cache_dir:
@@ -54,9 +54,10 @@ def start(workdir, config, devices=8, **env):
         }  # fmt: skip
     # A shell starts what it puts in the background with Ctrl-C ignored, which is inherited.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    keys = (f"--config.{key}={value}" for key, value in config.items())
     return subprocess.Popen(
         [sys.executable, "-m", "vcm_jax.main", "--config=configs/impacts.py",
-         f"--workdir={workdir}", *(f"--config.{key}={value}" for key, value in config.items())],
+         f"--workdir={workdir}", *flags, *keys],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT, env=environment,
     )  # fmt: skip
 
@@ -192,13 +193,78 @@ def test_two_processes_resume_and_end(data, tmp_path):
     jax.tree.map(close, final_state(workdir)["params"], final_state(whole)["params"])
 
 
+def two_processes(workdir, config, *flags):
+    port = portpicker.pick_unused_port()
+    return [
+        start(
+            workdir,
+            config,
+            *flags,
+            devices=4,
+            COORDINATOR_ADDRESS=f"localhost:{port}",
+            NUM_PROCESSES="2",
+            PROCESS_ID=str(i),
+        )
+        for i in range(2)
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", [0, 1])
+def test_when_one_of_two_processes_is_killed_the_other_ends_with_one_line(data, tmp_path, killed):
+    config = settings(data, steps=10_000, log_every=50, **{"mesh.data": 4, "mesh.fsdp": 2})
+    processes = two_processes(tmp_path / "run", config, "--peer_timeout=5")
+    other = processes[1 - killed]
+    read_to_step(processes[0], 50)
+    processes[killed].kill()
+    killed_at = time.monotonic()
+    out = finish(other, distributed.PEER_LOST)
+    assert time.monotonic() - killed_at < 15
+    assert out.splitlines()[-1] == distributed.PEER_LOST_LINE
+    assert "Traceback" not in out and "stack trace" not in out
+    processes[killed].communicate()
+
+
+@pytest.mark.slow
+def test_an_error_in_one_of_two_processes_ends_the_other_with_its_line(data, tmp_path):
+    """Process 1 cannot read its records; the other has nothing to complain about."""
+    config = settings(data, **{"mesh.data": 4, "mesh.fsdp": 2})
+    wrong = config | {"data.dir": str(tmp_path / "nowhere")}
+    port = portpicker.pick_unused_port()
+    env = {"COORDINATOR_ADDRESS": f"localhost:{port}", "NUM_PROCESSES": "2"}
+    processes = [
+        start(tmp_path / "run", given, devices=4, PROCESS_ID=str(i), **env)
+        for i, given in enumerate((config, wrong))
+    ]
+    outs = [finish(process, 1) for process in processes]
+    line = outs[1].splitlines()[-1]
+    assert line.startswith("error: ") and "nowhere" in line
+    assert outs[0].splitlines()[-1] == f"process 1 of this run has ended with exit code 1: {line}"
+
+
+def test_a_sigterm_while_python_still_imports(data, tmp_path):
+    process = start(tmp_path / "run", settings(data))
+    while not int(re.search(r"SigCgt:\t(\w+)", status(process))[1], 16) >> 14 & 1:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    out = finish(process, preemption.EXIT_CODE)
+    assert out == "SIGTERM: there is nothing to save yet; run the same command again to resume\n"
+    assert not (tmp_path / "run").exists()
+
+
+def status(process):
+    return Path(f"/proc/{process.pid}/status").read_text()
+
+
 def test_ctrl_c_is_one_line(data, tmp_path):
     process = start(tmp_path / "run", settings(data, steps=10_000))
     read_to_step(process, 3)
     process.send_signal(signal.SIGINT)
     out = finish(process, 130)
     assert "Traceback" not in out
-    assert out.splitlines()[-1] == "interrupted; the same command goes on from the last checkpoint"
+    assert out.splitlines()[-1] == (
+        "interrupted; run the same command again to resume from the last checkpoint"
+    )
 
 
 def test_a_directory_that_vanishes_stops_the_run(data, tmp_path, monkeypatch):

@@ -20,11 +20,12 @@ from small_runs import (
 )
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from vcm_jax.claim import hold
 from vcm_jax.features.encoders import WeightsFreeEncoders
 from vcm_jax.interop import import_network
 from vcm_jax.interop.weights import abstract_variables
 from vcm_jax.models import MODELS, MMDiT, ModelConfig, layers
-from vcm_jax.objectives import OBJECTIVES, objective_of, read_section
+from vcm_jax.objectives import OBJECTIVES, read_section
 from vcm_jax.records import mixture
 from vcm_jax.records.schema import (
     EMPTY_TEXT,
@@ -124,6 +125,40 @@ def test_an_interrupted_run_ends_bit_identical_to_one_that_was_not(data, tmp_pat
         averages.restore_weights(tmp_path / "whole", sigma_rel=0.2)
 
 
+def flip_bits(folder):
+    """Changes bytes in the middle of every data file of a checkpoint."""
+    for path in folder.rglob("d/*"):
+        content = bytearray(path.read_bytes())
+        for place in range(len(content) // 4, len(content), 97):
+            content[place] ^= 0x40
+        path.write_bytes(content)
+
+
+def test_a_run_resumes_from_the_newest_whole_checkpoint(data, tmp_path, caplog):
+    config, folder = make_config(data, eval_every=0), tmp_path / "checkpoints"
+    loop.train(config, tmp_path)
+    whole = final_state(tmp_path)
+    flip_bits(folder / "6")
+    loop.train(config, tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, final_state(tmp_path), whole)
+    assert f"{folder}/6" in caplog.text and "resuming after step 3" in caplog.text
+    assert f"the damaged checkpoint 6 is kept as {tmp_path}/damaged/6" in caplog.text
+    assert (tmp_path / "damaged/6/state").is_dir()
+
+    # If all are damaged, the run does not quietly start again.
+    for step in (3, 6):
+        flip_bits(folder / str(step))
+    with pytest.raises(loop.SetupError, match=r"all checkpoints are damaged \(6, 3\): delete"):
+        loop.train(config, tmp_path)
+    assert sorted(path.name for path in folder.iterdir()) == ["3", "6"]
+
+
+def test_two_runs_in_one_workdir(data, tmp_path):
+    with hold(tmp_path), pytest.raises(loop.SetupError, match="works in this folder") as error:
+        loop.train(make_config(data, steps=1), tmp_path)
+    assert "\n" not in str(error.value) and not (tmp_path / "run.json").exists()
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(data, tmp_path):
     config = make_config(
         data,
@@ -138,13 +173,13 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
 
 
-def test_steps_that_are_not_finite_can_be_left_out(data, tmp_path):
+def test_steps_that_are_not_finite_can_be_skipped(data, tmp_path):
     """The first step ruins the weights; the run stops when three more have changed nothing."""
     config = make_config(
         data, eval_every=0, checkpoint_every=2, on_nonfinite="skip", steps=9,
         **{"optimizer.learning_rate": 1e25, "optimizer.warmup_steps": 0},
     )  # fmt: skip
-    with pytest.raises(loop.NonFiniteError, match="3 steps in a row were left out: .* at step 4;"):
+    with pytest.raises(loop.NonFiniteError, match="3 steps in a row were skipped: .* at step 4;"):
         loop.train(config, tmp_path)
     state = final_state(tmp_path)
     assert state["step"] == 2 and all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
@@ -230,30 +265,38 @@ def test_a_dry_run_says_what_a_run_takes_and_writes_nothing(data, tmp_path, caps
             {"model_overrides.hidden_dim": 20, "mesh.data": 1, "mesh.fsdp": 8, "mesh.tensor": 1},
             "mesh.fsdp=8 does not divide the model's hidden_dim 20",
         ),
-        ({"checkpoint_every": 0}, "config.checkpoint_every must be at least 1, not 0"),
-        ({"eval_batches": 0}, "config.eval_batches must be at least 1, not 0"),
+        ({"checkpoint_every": 0}, "config.checkpoint_every must be an integer in .1, .*, not 0"),
+        ({"eval_batches": 0}, "config.eval_batches must be an integer in .1, .*, not 0"),
         ({"data.sources": ()}, "data.sources is empty"),
         ({"data.sources": ("train=-1",)}, "PATH=WEIGHT"),
         ({"data.sources": ("nowhere=1",)}, "nowhere"),
-        ({"model": "tiny"}, "'tiny' is not one of small_16k"),
+        ({"model": "tiny"}, "config.model must be one of small_16k, .*, not 'tiny'"),
         ({"objective.name": "gan"}, "'gan' is not one of vcm, flow_matching, soflow, meanflow"),
         ({"objective.name": "meanflow"}, "meanflow has no setting guidance_scale, lambda_end"),
         ({"objective.mix_ratio": 2.0}, "mix_ratio"),
         ({"optimizer.b1": 1.0}, "optimizer.b1"),
         ({"steps": 0}, "steps"),
-        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"batch_size": 0}, "config.batch_size must be an integer"),
         ({"accumulate": 3}, "batch_size 8 does not divide into accumulate = 3 microbatches"),
-        ({"accumulate": 0}, "accumulate must be at least 1"),
+        ({"accumulate": 0}, "config.accumulate must be an integer"),
         (
             {"batch_size": 16, "accumulate": 4, "objective.instant_ratio": 0.6},
             "accumulate 4 does not divide the 10 rows",
         ),
-        ({"remat": "some"}, "config.remat 'some' is not one of none, products, full"),
-        ({"on_nonfinite": "hope"}, "config.on_nonfinite 'hope' is not one of stop, skip"),
+        ({"remat": "some"}, "config.remat must be one of none, products, full, not 'some'"),
+        ({"on_nonfinite": "hope"}, "config.on_nonfinite must be one of stop, skip, not 'hope'"),
         ({"profile": "5"}, "profile '5' must be START:STOP"),
-        ({"dtype": "float99"}, "'float99' is not one of float32"),
+        ({"dtype": "float99"}, "config.dtype must be one of float32, bfloat16, not 'float99'"),
         ({"init_from": "nowhere"}, "nowhere: no checkpoints"),
         ({"data.val_sources": ("nowhere=1",)}, "nowhere"),
+        (
+            {"data.sources": ("train=1e308",)},
+            "train=1e308' must be 'PATH=WEIGHT' with a weight betw",
+        ),
+        ({"eval_sample_steps": (0,)}, r"config.eval_sample_steps must be .*, not \(0,\)"),
+        ({"ema_sigma_rels": (0.05, 5.0)}, r"config.ema_sigma_rels must be .*, not \(0.05, 5.0\)"),
+        ({"seed": -1}, "config.seed must be an integer .*, not -1"),
+        ({"optimizer.decay_steps": (-5, 3)}, r"optimizer.decay_steps must be .*, not \(-5, 3\)"),
     ],
 )
 def test_runs_that_cannot_start(data, tmp_path, changes, message):
@@ -334,7 +377,7 @@ def test_every_objective_builds_its_run(name):
     """Every config of it, and the step on abstract values: compiling each would take minutes."""
     for config in ("s16k", "impacts"):
         settings = setup.step_config(load_config(config, name))
-        assert objective_of(settings.objective)[0] == name
+        assert settings.objective.name == name
     model = dataclasses.replace(MODELS["demo"], **SIZES)
     net, optimizer = MMDiT(model), make_optimizer(OptimizerConfig())
     stats = {

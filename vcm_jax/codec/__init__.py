@@ -1,10 +1,9 @@
 """Codecs: sound to latents and back."""
 
-import json
-import os
-import shutil
 from pathlib import Path
 
+from vcm_jax.codec.folders import copy_codec as copy_codec
+from vcm_jax.codec.folders import read_description
 from vcm_jax.codec.linear import LinearCodec as LinearCodec
 from vcm_jax.codec.linear import fit_linear_codec as fit_linear_codec
 from vcm_jax.codec.neural import NeuralCodec as NeuralCodec
@@ -17,44 +16,28 @@ def load_codec(folder):
 
     Returns:
       An object with `name`, `sample_rate` (Hz), `hop`, `latent_downsample`, `latent_dim`,
-      `fingerprint`, `on_device`, `encode(audio) -> (mean, std)` and `decode(latents) -> audio`.
+      `fingerprint`, `on_device`, `encode(audio) -> (mean, std)` and `decode(latents) -> audio`;
+      see `LinearCodec`.
 
     Raises:
-      ValueError: no codec there, an unknown kind or version, or damaged files.
+      ValueError: no codec in the folder, an unknown kind or version, or damaged files.
     """
-    path = Path(folder) / "codec.json"
-    try:
-        name = json.loads(path.read_text())["name"]
-    except FileNotFoundError:
-        raise ValueError(f"{folder}: not a codec folder (it has no codec.json)") from None
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: damaged ({error})") from None
-    if name not in _KINDS:
+    name = read_description(folder)["name"]
+    if name not in list(_KINDS):
+        path = Path(folder) / "codec.json"
         raise ValueError(f"{path}: unknown codec {name!r}, known: {', '.join(_KINDS)}")
     return _KINDS[name].load(folder)
 
 
-def copy_codec(source, folder) -> None:
-    """Copy a codec folder; its files, which are never changed, are shared where links can be."""
-
-    def copy(path, target):
-        try:
-            os.link(path, target)
-        except OSError:  # another file system, or one without hard links
-            shutil.copyfile(path, target)
-
-    shutil.copytree(source, folder, copy_function=copy)
-
-
 def check_codec(codec, sequence) -> None:
-    """Refuse a codec whose time grid is not the data's.
+    """Refuse a codec whose latents have another rate than the data.
 
     Args:
-      codec: as `load_codec` gives it.
+      codec: of `load_codec`.
       sequence: SequenceConfig of the data.
 
     Raises:
-      ValueError: sample rate, hop or frames per latent differ.
+      ValueError: the sample rate, the hop or the number of frames per latent differs.
     """
     for key in ("sample_rate", "hop", "latent_downsample"):
         if getattr(codec, key) != getattr(sequence, key):

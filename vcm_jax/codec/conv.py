@@ -6,18 +6,18 @@ from jax import lax
 
 
 def precision(kernel: jax.Array):
-    """float32 is exact on every platform only when asked to be; bfloat16 is asked for speed."""
+    """float32 products are exact on all platforms only on request; bfloat16 is for speed."""
     return lax.Precision.HIGHEST if kernel.dtype == jnp.float32 else lax.Precision.DEFAULT
 
 
 def conv(params: dict, name: str, x: jax.Array, dilation: int = 1) -> jax.Array:
-    """'Same' convolution with zero padding; its bias is added where there is one.
+    """'Same' convolution with zero padding, and a bias if there is one.
 
     Args:
-      params: `{name}.weight` (k, C, D), k odd, and maybe `{name}.bias` (D,). A bfloat16 weight
-        makes the products bfloat16; sums and results stay float32.
+      params: `{name}.weight` (k, C, D) with odd k, and optionally `{name}.bias` (D,). A bfloat16
+        weight makes the products bfloat16; sums and results stay float32.
       x: (B, L, C) float32.
-      dilation: steps from one tap to the next.
+      dilation: samples between neighbouring taps.
 
     Returns:
       (B, L, D) float32.

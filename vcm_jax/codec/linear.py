@@ -1,12 +1,10 @@
-"""The weights-free codec: log-mel spectrogram, PCA, and back through Griffin-Lim.
+"""The linear codec: log-mel spectrogram and PCA, inverted with Griffin-Lim.
 
-It stands where the VAE and the vocoder of the full model stand, so that everything can be tried
-without pretrained weights. It is fitted on the training sounds in a few seconds.
+It replaces the VAE and the vocoder of the full model where no pretrained weights are at hand.
+Fitting it on the training sounds takes a few seconds.
 """
 
 import functools
-import hashlib
-import json
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -15,7 +13,9 @@ import librosa
 import numpy as np
 
 from vcm_jax.atomic import atomic_path
+from vcm_jax.codec.folders import check_description, read_description, write_description
 from vcm_jax.codec.mel import MEL_16K, log_mel, mel_filters
+from vcm_jax.hashes import short_hash
 
 _VERSION = 1
 _STACK = 2  # spectrogram frames per latent token: SequenceConfig.latent_downsample
@@ -26,7 +26,7 @@ _log_mel = jax.jit(log_mel, static_argnums=1)
 
 
 def _rows(audio: np.ndarray) -> np.ndarray:
-    """Stacked log-mel frames of a sound: (samples,) -> (N, 160) float64, N as `encode` says."""
+    """Stacked log-mel frames of a sound: (samples,) -> (N, 160) float64; `encode` defines N."""
     audio = np.asarray(audio, np.float32)
     token = _STACK * MEL_16K.hop
     if audio.ndim != 1 or len(audio) == 0:
@@ -44,9 +44,9 @@ def _inverse_filters() -> np.ndarray:
 
 
 def _magnitudes_to_audio(magnitudes: np.ndarray, iterations: int) -> np.ndarray:
-    """Griffin-Lim with a fixed start: (bins, frames) -> (frames * hop,) float32."""
-    # librosa centres frame i on sample i * hop, log_mel on (i + 1/2) * hop: with the first and
-    # the last frame doubled the sound that is wanted lies inside, half a hop further on.
+    """Griffin-Lim with fixed initial phases: (bins, frames) -> (frames * hop,) float32."""
+    # librosa centres frame i at sample i * hop, log_mel at (i + 1/2) * hop. With the first and
+    # the last frame repeated, the wanted sound starts half a hop later.
     padded = np.pad(magnitudes, ((0, 0), (1, 1)), mode="edge")
     audio = librosa.griffinlim(
         padded,
@@ -68,11 +68,16 @@ class LinearCodec:
     """16 kHz sound to 31.25 latents a second and back, by PCA of pairs of log-mel frames.
 
     Attributes:
-      name, sample_rate (Hz), hop (samples per spectrogram frame), latent_downsample (frames per
-      token), latent_dim (C): what the latents are.
-      explained_variance: share of the training sounds' log-mel variance that C components keep.
-      fingerprint: hash of the contents; latents of codecs that differ in it do not mix.
-      on_device: whether encoding wants an accelerator or all cores, so that one process does it.
+      name: "linear".
+      sample_rate: Hz.
+      hop: samples per spectrogram frame.
+      latent_downsample: spectrogram frames per latent token.
+      latent_dim: C.
+      explained_variance: share of the log-mel variance of the training sounds that C components
+        explain.
+      fingerprint: hash of the contents. Codecs with other fingerprints have other latents.
+      on_device: whether encoding uses an accelerator or all cores, so that only one process may
+        encode.
     """
 
     name = "linear"
@@ -82,18 +87,18 @@ class LinearCodec:
     latent_downsample = _STACK
 
     def __init__(self, mean: np.ndarray, components: np.ndarray, explained_variance: float):
-        """mean (160,) and components (C, 160): of the stacked log-mel frames."""
+        """mean (160,) and components (C, 160) of the stacked log-mel frames."""
         self.mean = np.asarray(mean, np.float32)
         self.components = np.asarray(components, np.float32)
         self.explained_variance = float(explained_variance)
         self.latent_dim = len(self.components)
         content = self.mean.tobytes() + self.components.tobytes()
-        self.fingerprint = hashlib.sha256(f"linear {_VERSION} ".encode() + content).hexdigest()[:16]
+        self.fingerprint = short_hash(f"linear {_VERSION} ".encode(), content)
 
     def encode(self, audio: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Sound (samples,) in [-1, 1] -> latent mean and std (N, C) float32; the std is 0.
 
-        The last of the N = ceil(samples / 512) tokens is filled up with silence.
+        There are N = ceil(samples / 512) tokens; the last one is padded with silence.
 
         Raises:
           ValueError: another shape, or no samples.
@@ -122,8 +127,7 @@ class LinearCodec:
         fields = ("name", "sample_rate", "hop", "latent_downsample", "latent_dim", "fingerprint")
         meta = {key: getattr(self, key) for key in fields}
         meta |= {"version": _VERSION, "explained_variance": self.explained_variance}
-        with atomic_path(folder / "codec.json") as temporary:
-            temporary.write_text(json.dumps(meta, indent=2) + "\n")
+        write_description(folder, meta)
 
     @classmethod
     def load(cls, folder) -> "LinearCodec":
@@ -133,7 +137,7 @@ class LinearCodec:
           ValueError: another version, or arrays that do not fit codec.json.
         """
         folder = Path(folder)
-        meta = json.loads((folder / "codec.json").read_text())
+        meta = read_description(folder)
         if meta.get("version") != _VERSION:
             raise ValueError(
                 f"{folder}: a linear codec of version {meta.get('version')}, "
@@ -142,10 +146,9 @@ class LinearCodec:
         try:
             with np.load(folder / "codec.npz") as arrays:
                 codec = cls(arrays["mean"], arrays["components"], meta["explained_variance"])
-        except Exception as error:  # np.load raises half a dozen kinds on damaged files
+        except Exception as error:  # np.load raises errors of many types on damaged files
             raise ValueError(f"{folder / 'codec.npz'}: missing or damaged ({error})") from error
-        if codec.fingerprint != meta.get("fingerprint"):
-            raise ValueError(f"{folder / 'codec.npz'}: its contents do not fit codec.json")
+        check_description(codec, meta, folder)
         return codec
 
 
@@ -154,7 +157,7 @@ def fit_linear_codec(sounds: Iterable[np.ndarray], latent_dim: int = 20) -> Line
 
     Args:
       sounds: (samples,) each, 16 kHz.
-      latent_dim: C, principal components to keep.
+      latent_dim: C, the number of principal components.
 
     Raises:
       ValueError: fewer frames than components.
@@ -171,7 +174,7 @@ def fit_linear_codec(sounds: Iterable[np.ndarray], latent_dim: int = 20) -> Line
     mean = total / count
     values, vectors = np.linalg.eigh(square / count - np.outer(mean, mean))
     components = vectors[:, ::-1][:, :latent_dim].T
-    # An eigenvector's sign is arbitrary: fix it, so that every machine gives the same codec.
+    # The sign of an eigenvector is arbitrary: fix it, so that all machines give the same codec.
     strongest = np.abs(components).argmax(axis=1)
     components = components * np.sign(components[np.arange(latent_dim), strongest])[:, None]
     return LinearCodec(mean, components, values[::-1][:latent_dim].sum() / values.sum())

@@ -15,10 +15,11 @@ class MelConfig:
 
     Attributes:
       sample_rate: Hz.
-      n_fft: samples per frame; the window is as long.
-      hop: samples from one frame to the next; n_fft is a multiple of it.
-      bands: number of mel bands, from fmin to fmax (Hz).
-      log10: decadic logarithm, otherwise natural.
+      n_fft: samples per frame, also the length of the window.
+      hop: samples between the starts of frames; n_fft is a multiple of it.
+      bands: number of mel bands.
+      fmin, fmax: Hz, the range of the bands.
+      log10: whether the logarithm is decadic; otherwise it is natural.
     """
 
     sample_rate: int
@@ -67,7 +68,7 @@ def log_mel(audio: jax.Array, config: MelConfig) -> jax.Array:
     """
     pad = (config.n_fft - config.hop) // 2
     audio = jnp.pad(jnp.clip(audio, -1.0, 1.0), ((0, 0), (pad, pad)), mode="reflect")
-    # A frame is a run of whole hops, so that shifted slices stand in for a gather.
+    # A frame consists of whole hops, so that shifted slices can replace a gather.
     overlap = config.n_fft // config.hop
     hops = audio[:, : audio.shape[1] // config.hop * config.hop]
     hops = hops.reshape(audio.shape[0], -1, config.hop)
@@ -75,6 +76,6 @@ def log_mel(audio: jax.Array, config: MelConfig) -> jax.Array:
     framed = jnp.concatenate([hops[:, i : i + frames] for i in range(overlap)], axis=-1)
     spectrum = jnp.fft.rfft(framed * hann_window(config.n_fft)[None, None])
     magnitude = jnp.sqrt(spectrum.real**2 + spectrum.imag**2 + 1e-9)
-    # Matrix products are exact in float32 on every platform only when asked to be.
+    # Matrix products are exact in float32 on all platforms only on request.
     mel = jnp.matmul(magnitude, mel_filters(config).T, precision="highest")
     return (jnp.log10 if config.log10 else jnp.log)(jnp.maximum(mel, 1e-5))

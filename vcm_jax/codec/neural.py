@@ -1,9 +1,8 @@
-"""MMAudio's codec: mel spectrogram, VAE, and vocoder, for its modes 16k and 44k."""
+"""MMAudio's codec: mel spectrogram, VAE and vocoder, for its modes 16k and 44k."""
 
 import dataclasses
 import functools
 import hashlib
-import json
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,11 +13,13 @@ import numpy as np
 
 from vcm_jax.atomic import atomic_path
 from vcm_jax.codec import bigvgan, vae
+from vcm_jax.codec.folders import check_description, read_description, write_description
 from vcm_jax.codec.mel import MEL_16K, MEL_44K, MelConfig, log_mel
+from vcm_jax.hashes import short_hash
 
 _VERSION = 1
-_WINDOW = 512  # spectrogram frames that are vocoded at a time
-_STEP = 64  # windows have a multiple of so many frames, so that few programs are compiled
+_WINDOW = 512  # spectrogram frames that are vocoded at once
+_STEP = 64  # the number of frames in a window is a multiple of it: few programs are compiled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,10 +29,10 @@ class Mode:
     Attributes:
       mel: the spectrogram.
       latent_dim: channels of the latents.
-      width: of the VAE's finest level.
-      vocoder_width: of the vocoder's first layer.
-      rates: the vocoder's upsampling rates; their product is the hop.
-      tanh: how the vocoder's sound is bounded, and that its last layer has a bias.
+      width: of the finest level of the VAE.
+      vocoder_width: of the first layer of the vocoder.
+      rates: upsampling rates of the vocoder; their product is the hop.
+      tanh: whether tanh bounds the vocoder's sound; its last layer then has a bias.
     """
 
     mel: MelConfig
@@ -60,18 +61,22 @@ _vocode = jax.jit(bigvgan.vocode, static_argnames="tanh")
 class NeuralCodec:
     """Sound to latents and back by MMAudio's pretrained VAE and a BigVGAN vocoder.
 
-    Weights are read and moved to the device when they are first needed: who only encodes never
-    holds the vocoder.
+    The weights of a network are read and moved to the device when they are first needed. A process
+    that only encodes never holds the vocoder.
 
     Attributes:
-      name, sample_rate (Hz), hop (samples per spectrogram frame), latent_downsample (frames per
-      token), latent_dim (C): what the latents are.
+      name: "vae".
+      sample_rate: Hz.
+      hop: samples per spectrogram frame.
+      latent_downsample: spectrogram frames per latent token.
+      latent_dim: C.
       mode: a key of MODES.
       arrays: the weights, as the constructor got them.
       dtype: of the products in convolutions.
-      fingerprint: hash of the VAE; latents of codecs that differ in it do not mix. The vocoder has
-        no part in it: another one may be used with the same latents.
-      on_device: whether encoding wants an accelerator or all cores, so that one process does it.
+      fingerprint: hash of the VAE. Codecs with other fingerprints have other latents. It does not
+        depend on the vocoder: the same latents allow several vocoders.
+      on_device: whether encoding uses an accelerator or all cores, so that only one process may
+        encode.
     """
 
     name = "vae"
@@ -89,9 +94,9 @@ class NeuralCodec:
         Args:
           mode: a key of MODES.
           arrays: `data_mean`, `data_std`, `encoder.*`, `decoder.*` and `vocoder.*`, normalised and
-            in our layout (`vcm_jax.interop.import_codec`); read when needed.
-          fingerprint: of the arrays, where it is known.
-          dtype: of the products in convolutions, float32 (exact on every platform) or bfloat16
+            in the layout of `vcm_jax.interop.import_codec`. They are read when they are needed.
+          fingerprint: of the arrays, if it is known.
+          dtype: of the products in convolutions: float32 (exact on all platforms) or bfloat16
             (faster on accelerators).
         """
         self.mode, self.arrays, self.dtype = mode, arrays, jnp.dtype(dtype)
@@ -99,38 +104,43 @@ class NeuralCodec:
         self.sample_rate, self.hop = self._mel.sample_rate, self._mel.hop
         self.latent_dim = int(MODES[mode].latent_dim)
         self.fingerprint = fingerprint or _fingerprint(arrays)
+        self._hashes = {}  # of the arrays as they were saved; earlier versions saved none
+        self._path = ""  # of the arrays, for messages
 
-    def _part(self, *prefixes: str, strip: str = "") -> dict[str, jax.Array]:
-        """The arrays of one network, on the device."""
+    def _network(self, *prefixes: str, strip: str = "") -> dict[str, jax.Array]:
+        """The arrays of one network, on the device, without the prefix `strip`."""
 
-        def cast(array):
+        def read(name):
+            array = self.arrays[name]
+            if self._hashes and _hash(array) != self._hashes[name]:
+                raise ValueError(f"{name} is not the array that was saved")
             return jnp.asarray(array, self.dtype if array.ndim == 3 else jnp.float32)
 
         try:
             return {
-                name.removeprefix(strip): cast(self.arrays[name])
+                name.removeprefix(strip): read(name)
                 for name in self.arrays
                 if name.startswith(prefixes)
             }
         except (zipfile.BadZipFile, OSError, ValueError) as error:
-            raise ValueError(f"the codec's weights are damaged ({error})") from error
+            raise ValueError(f"{self._path}the codec's weights are damaged ({error})") from error
 
     @functools.cached_property
     def _encoder(self):
-        return self._part("encoder.", "data_")
+        return self._network("encoder.", "data_")
 
     @functools.cached_property
     def _decoder(self):
-        return self._part("decoder.", "data_")
+        return self._network("decoder.", "data_")
 
     @functools.cached_property
     def _vocoder(self):
-        return self._part("vocoder.", strip="vocoder.")
+        return self._network("vocoder.", strip="vocoder.")
 
     def encode(self, audio: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Sound (samples,) in [-1, 1] -> latent mean and std (N, C) float32.
 
-        The last of the N = ceil(samples / (2 hop)) tokens is filled up with silence.
+        There are N = ceil(samples / (2 hop)) tokens; the last one is padded with silence.
 
         Raises:
           ValueError: another shape, or no samples.
@@ -140,7 +150,7 @@ class NeuralCodec:
             raise ValueError(f"the sound must be (samples,), not {audio.shape}")
         token = self.latent_downsample * self.hop
         tokens = -(-len(audio) // token)
-        # Less than two tokens are too short to be reflected at their ends.
+        # log_mel cannot reflect the ends of less than two tokens.
         padded = np.pad(audio, (0, max(2, tokens) * token - len(audio)))
         mean, std = _encode(self._encoder, padded[None], self._mel)
         return np.asarray(mean[0, :tokens]), np.asarray(std[0, :tokens])
@@ -148,8 +158,8 @@ class NeuralCodec:
     def decode_mel(self, latents: np.ndarray) -> np.ndarray:
         """Latents (N, C) -> log-mel spectrogram (2 N, bands) float32.
 
-        The whole clip at once, because of the attention in the middle: its N^2 scores take 56 MB
-        for two minutes at 16 kHz.
+        The whole clip is decoded at once, because the middle of the network attends to all of it.
+        The N^2 scores take 56 MB for two minutes at 16 kHz.
 
         Raises:
           ValueError: another shape.
@@ -162,17 +172,18 @@ class NeuralCodec:
     def vocode(self, mel: np.ndarray) -> np.ndarray:
         """Log-mel spectrogram (L, bands) -> sound (L * hop,) float32 in [-1, 1].
 
-        Longer clips are vocoded in windows with as much overlap as a sample depends on: the result
-        is that of the whole clip, in bounded memory.
+        Long clips are vocoded in windows, which overlap by the receptive field of a sample. The
+        result equals that of the whole clip, in bounded memory.
         """
         context = bigvgan.context(self._vocoder)
         size, starts = windows(len(mel), context)
         sound = np.empty(len(mel) * self.hop, np.float32)
         for start in starts:
             window = mel[None, start : start + size]
-            piece = np.asarray(_vocode(self._vocoder, window, self._tanh)[0])
-            skip = context if start else 0  # what has another beginning than the clip
-            sound[(start + skip) * self.hop : (start + size) * self.hop] = piece[skip * self.hop :]
+            vocoded = np.asarray(_vocode(self._vocoder, window, self._tanh)[0])
+            skip = context if start else 0  # frames whose context is cut off by the window
+            good = vocoded[skip * self.hop :]
+            sound[(start + skip) * self.hop : (start + size) * self.hop] = good
         return sound
 
     def decode(self, latents: np.ndarray) -> np.ndarray:
@@ -184,25 +195,27 @@ class NeuralCodec:
         return self.vocode(self.decode_mel(latents))
 
     def save(self, folder):
-        """Write codec.npz and codec.json into a folder; the json comes last."""
+        """Write codec.npz and, last, codec.json into a folder."""
         folder = Path(folder)
         with atomic_path(folder / "codec.npz") as temporary, open(temporary, "wb") as file:
             np.savez(file, **dict(self.arrays) | {"fingerprint": np.array(self.fingerprint)})
         fields = ("name", "mode", "sample_rate", "hop", "latent_downsample", "latent_dim")
         meta = {key: getattr(self, key) for key in (*fields, "fingerprint")}
-        with atomic_path(folder / "codec.json") as temporary:
-            temporary.write_text(json.dumps(meta | {"version": _VERSION}, indent=2) + "\n")
+        names = [name for name in self.arrays if name != "fingerprint"]
+        hashes = {name: _hash(self.arrays[name]) for name in names}
+        meta |= {"version": _VERSION, "hashes": hashes}
+        write_description(folder, meta)
 
     @classmethod
     def load(cls, folder, dtype=jnp.float32) -> "NeuralCodec":
-        """Open what `save` wrote; `dtype` as the constructor's.
+        """Open the folder that `save` wrote; the constructor describes `dtype`.
 
         Raises:
-          ValueError: another version or mode, or arrays that do not fit codec.json.
+          ValueError: another version or mode, or arrays that do not match codec.json.
         """
         folder = Path(folder)
-        meta = json.loads((folder / "codec.json").read_text())
-        if meta.get("version") != _VERSION or meta.get("mode") not in MODES:
+        meta = read_description(folder)
+        if meta.get("version") != _VERSION or meta.get("mode") not in list(MODES):
             raise ValueError(
                 f"{folder}: a neural codec of version {meta.get('version')}, mode "
                 f"{meta.get('mode')!r}; this program reads version {_VERSION}, modes "
@@ -212,18 +225,26 @@ class NeuralCodec:
         try:
             arrays = np.load(path)
             found = str(arrays["fingerprint"])
-        except Exception as error:  # np.load raises half a dozen kinds on damaged files
+        except Exception as error:  # np.load raises errors of many types on damaged files
             raise ValueError(f"{path}: missing or damaged ({error})") from error
-        if found != meta.get("fingerprint"):
-            raise ValueError(f"{path}: its contents do not fit codec.json")
-        return cls(meta["mode"], arrays, found, dtype)
+        codec = cls(meta["mode"], arrays, found, dtype)
+        check_description(codec, meta, folder)
+        codec._path, codec._hashes = f"{path}: ", meta.get("hashes", {})
+        if codec._hashes and codec._hashes.keys() != set(arrays) - {"fingerprint"}:
+            raise ValueError(f"{path}: its contents do not fit codec.json (names of arrays)")
+        return codec
 
 
 def windows(frames: int, context: int) -> tuple[int, list[int]]:
     """Size and starts of the windows in which a clip is vocoded.
 
-    All are of one size, and each reaches `context` frames back behind what the one before it got
-    right, which is all but its last `context` frames; the last one ends with the clip.
+    The last `context` frames of a window are wrong unless the clip ends there, and the first
+    `context` frames unless it starts there. All windows have the same size; each starts `context`
+    frames before the first frame that the previous one got wrong; the last one ends with the clip.
+
+    Args:
+      frames: of the clip.
+      context: frames on either side of a frame that affect it.
     """
     if frames <= _WINDOW:
         return frames, [0]
@@ -231,6 +252,11 @@ def windows(frames: int, context: int) -> tuple[int, list[int]]:
     count = -(-inner // (_WINDOW - 2 * context))
     size = -(-(-(-inner // count) + 2 * context) // _STEP) * _STEP
     return size, [min(i * (size - 2 * context), frames - size) for i in range(count)]
+
+
+def _hash(array: np.ndarray) -> str:
+    """Hash of an array's values, shape and type."""
+    return short_hash(f"{array.dtype.str} {array.shape} ".encode(), np.ascontiguousarray(array))
 
 
 def _fingerprint(arrays: Mapping[str, np.ndarray]) -> str:

@@ -1,8 +1,8 @@
 """MMAudio's VAE of log-mel spectrograms (mmaudio/ext/autoencoder): mel <-> latents.
 
-Pure functions over a flat dict of arrays under the names of the original state dict. The layers
-keep magnitudes (Karras et al., "Analyzing and Improving the Training Dynamics of Diffusion
-Models", 2024); their weights come normalised: `vcm_jax.interop.import_codec` does that once.
+Pure functions of a flat dict of arrays, which have the names of the original state dict. The layers
+preserve magnitudes (Karras et al., "Analyzing and Improving the Training Dynamics of Diffusion
+Models", 2024). Their weights must be normalised, which `vcm_jax.interop.import_codec` does.
 """
 
 import jax
@@ -26,7 +26,7 @@ def _mp_sum(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def res_block(params: dict, name: str, x: jax.Array) -> jax.Array:
-    """(B, L, C) -> (B, L, D); the skip path starts at the normalised input."""
+    """(B, L, C) -> (B, L, D). The skip connection starts at the normalised input."""
     x = _pixel_norm(x)
     h = conv(params, f"{name}.conv1", _mp_silu(x))
     h = conv(params, f"{name}.conv2", _mp_silu(h))
@@ -47,7 +47,7 @@ def attention(params: dict, name: str, x: jax.Array) -> jax.Array:
 
 
 def downsample(params: dict, name: str, x: jax.Array) -> jax.Array:
-    """(B, L, C) -> (B, L / 2, C), L even."""
+    """(B, L, C) -> (B, L / 2, C); L is even."""
     x = conv(params, f"{name}.conv1", x)
     return conv(params, f"{name}.conv2", (x[:, 0::2] + x[:, 1::2]) / 2)
 
@@ -68,11 +68,11 @@ def _clip(x: jax.Array) -> jax.Array:
 
 
 def encode(params: dict, mel: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Log-mel spectrogram to the latents' distribution.
+    """Log-mel spectrogram to the distribution of the latents.
 
     Args:
       params: `data_mean` and `data_std` (bands,), `encoder.*`.
-      mel: (B, L, bands), L even.
+      mel: (B, L, bands) with even L.
 
     Returns:
       mean and std (B, L / 2, latent_dim).
@@ -90,7 +90,7 @@ def encode(params: dict, mel: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def decode(params: dict, latents: jax.Array) -> jax.Array:
-    """Latents to the log-mel spectrogram.
+    """Latents to log-mel spectrogram.
 
     Args:
       params: `data_mean` and `data_std` (bands,), `decoder.*`.

@@ -1,1 +1,1 @@
-"""Corpora: their lists, building records from them, validating records."""
+"""Corpora: reading their lists, building records from them, and validating records."""

@@ -1,21 +1,26 @@
-"""The layouts in which public corpora lie on disk: which file is which clip of which split.
+"""Public corpora as they are published: which file is which clip of which split.
 
-Each reader takes the folder of what was downloaded and gives {split: rows}; a row is (id, caption,
-file inside the folder, start in seconds).
+Each reader takes the folder of the downloaded files and returns {split: rows}; a row is (id,
+caption, file inside the folder, start in seconds).
 """
 
-import csv
 import hashlib
 import json
-import unicodedata
 from collections import defaultdict
 from pathlib import Path
 
-from vcm_jax.media.clips import SOUND_SUFFIXES, VIDEO_SUFFIXES
+from vcm_jax.media.clips import (
+    SOUND_SUFFIXES,
+    VIDEO_SUFFIXES,
+    composed,
+    list_files,
+    printable,
+)
 from vcm_jax.media.read import MediaError, probe
+from vcm_jax.media.tables import TableError, read_rows, read_table
 
 Row = tuple[str, str, str, float]
-_WAVCAPS = {  # json: (part, words one of which is in the path of its files)
+_WAVCAPS = {  # list: (prefix of its ids, words of which one is in the path of its files)
     "fsd_final.json": ("freesound", ("freesound", "fsd")),
     "bbc_final.json": ("bbc", ("bbc",)),
     "as_final.json": ("audioset", ("audioset", "as_")),
@@ -23,113 +28,103 @@ _WAVCAPS = {  # json: (part, words one of which is in the path of its files)
 
 
 class CorpusError(ValueError):
-    """A folder that does not hold the corpus as it is published; one line."""
+    """A folder that does not hold the corpus as it is published; the message is one line."""
 
 
 class _Files:
-    """The sound and video files of a folder, found by stem or by path."""
+    """The sound and video files of a folder, by stem and by path."""
 
     def __init__(self, folder: Path):
         if not folder.is_dir():
             raise CorpusError(f"{folder}: no such folder (manual_dir)")
         self.folder, self.by_stem, self.by_path = folder, defaultdict(list), {}
-        for file in sorted(folder.rglob("*")):
-            if file.suffix.lower() in VIDEO_SUFFIXES + SOUND_SUFFIXES:
-                path = file.relative_to(folder).as_posix()
-                self.by_stem[_normal(file.stem)].append(path)
-                self.by_path[_normal(path)] = path
+        for path in map(printable, list_files(folder, VIDEO_SUFFIXES + SOUND_SUFFIXES)):
+            self.by_stem[composed(Path(path).stem)].append(path)
+            self.by_path[composed(path)] = path
 
     def named(self, *stems: str, words: tuple[str, ...] = ()) -> str:
-        """Path of the file with one of these stems, one with a word in its path first; else the
-        first stem, which extraction then reports as missing."""
+        """Find the file with one of these stems; a file with one of the `words` in its path wins.
+
+        Returns:
+          Its path, or the first stem if there is no file: extraction then reports it as missing.
+        """
         for stem in stems:
-            found = self.by_stem.get(_normal(stem), [])
+            found = self.by_stem.get(composed(stem), [])
             fitting = [p for p in found if any(word in p.lower() for word in words)]
             if found:
                 return (fitting or found)[0]
         return stems[0]
 
 
-def _normal(text: str) -> str:
-    """File systems differ in how they spell letters with accents."""
-    return unicodedata.normalize("NFC", text)
-
-
 def _read_csv(path: Path, columns: tuple[str, ...]) -> list[dict]:
-    """Rows of a csv with this header."""
+    """Read the rows of a CSV file that has these columns."""
+    header, rows = _read(read_table, path)
+    missing = [name for name in columns if name not in header]
+    if missing:
+        raise CorpusError(f"{path}: no column {missing[0]!r}; it has {', '.join(header)}")
+    return [row for _, row in rows]
+
+
+def _read(function, path: Path):
     if not path.is_file():
         raise CorpusError(f"{path}: no such file")
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file)
-            missing = [name for name in columns if name not in (reader.fieldnames or ())]
-            if missing:
-                raise CorpusError(
-                    f"{path}: no column {missing[0]!r}; it has {', '.join(reader.fieldnames or ())}"
-                )
-            rows = []
-            for row in reader:
-                if any(row[name] is None for name in columns):
-                    raise CorpusError(f"{path}, line {reader.line_num}: fewer fields than columns")
-                rows.append(row)
-            return rows
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise CorpusError(f"{path}: unreadable ({error})") from error
+        return function(path, "," if path.suffix == ".csv" else "\t")
+    except TableError as error:
+        raise CorpusError(str(error)) from None
 
 
 def vggsound(
     folder: Path, *, val_list: Path | None = None, val_size: int = 2048
 ) -> dict[str, list[Row]]:
-    """VGGSound: vggsound.csv (id, start, label, split, without header) and ID_SSSSSS.mp4 files
-    anywhere in the folder.
+    """VGGSound: vggsound.csv and files ID_SSSSSS.mp4 anywhere in the folder.
 
-    The csv has no validation split. It is taken out of train: the ids (file stems) in the first
-    column of `val_list`, a TSV with a header such as MMAudio's; without one the `val_size` ids
-    whose SHA-256 is smallest, whatever files are there.
+    vggsound.csv has the columns id, start, label and split, but no header and no validation split.
+    The validation split is taken out of train: the ids (file stems) in the first column of
+    `val_list`, a TSV with a header such as MMAudio's, or else the `val_size` ids whose SHA-256 is
+    smallest, whether or not their files exist.
     """
     path, files = folder / "vggsound.csv", _Files(folder)
     splits = {"train": [], "val": [], "test": []}
-    if not path.is_file():
-        raise CorpusError(f"{path}: no such file")
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        for number, row in enumerate(csv.reader(file), 1):
-            if len(row) != 4:
-                raise CorpusError(
-                    f"{path}, line {number}: {len(row)} fields, needed are id, start, label, split"
-                )
-            youtube_id, start, label, split = row
-            if not start.isdecimal():
-                raise CorpusError(f"{path}, line {number}: start {start!r} is no whole number")
-            if split not in ("train", "test"):
-                raise CorpusError(f"{path}, line {number}: split {split!r} is not train or test")
-            clip_id = f"{youtube_id}_{int(start):06d}"
-            splits[split].append((clip_id, label, files.named(clip_id), 0.0))
+    for line, row in _read(read_rows, path):
+        if len(row) != 4:
+            raise CorpusError(
+                f"{path}, line {line}: {len(row)} fields, needed are id, start, label, split"
+            )
+        youtube_id, start, label, split = row
+        if not start.isdecimal():
+            raise CorpusError(f"{path}, line {line}: start {start!r} is no whole number")
+        if split not in ("train", "test"):
+            raise CorpusError(f"{path}, line {line}: split {split!r} is not train or test")
+        clip_id = f"{youtube_id}_{int(start):06d}"
+        splits[split].append((clip_id, label, files.named(clip_id), 0.0))
+    ids = [row[0] for row in splits["train"]]
     if val_list is not None:
-        with open(val_list, encoding="utf-8-sig") as file:
-            chosen = {line.split("\t")[0].strip() for line in list(file)[1:]}
-        unknown = chosen - {row[0] for row in splits["train"]}
-        if unknown:
+        header, rows = _read(read_table, Path(val_list))
+        chosen = {row[header[0]] for _, row in rows}
+        if unknown := chosen - set(ids):
             raise CorpusError(f"{val_list}: {min(unknown)!r} is not among the train rows of {path}")
     else:
-        ids = sorted(
-            (row[0] for row in splits["train"]), key=lambda i: hashlib.sha256(i.encode()).digest()
-        )
-        chosen = set(ids[:val_size])
-    if len(chosen) >= len(splits["train"]):
+        chosen = set(sorted(ids, key=_sha256)[:val_size])
+    if len(chosen) >= len(ids):
         raise CorpusError(
-            f"{path}: {len(splits['train'])} train rows, {len(chosen)} of them for validation: "
-            "give --val_list or a smaller --val_size"
+            f"{path}: {len(ids)} train rows, {len(chosen)} of them for validation: give --val_list "
+            "or a smaller --val_size"
         )
     splits["val"] = [row for row in splits["train"] if row[0] in chosen]
     splits["train"] = [row for row in splits["train"] if row[0] not in chosen]
     return splits
 
 
-def audiocaps(folder: Path, *, pattern: str | None = None) -> dict[str, list[Row]]:
-    """AudioCaps: {train,val,test}.csv and sounds named YOUTUBEID_START, YOUTUBEID or AUDIOCAP_ID,
-    or as `pattern` says, for example "{youtube_id}_{start_time}".
+def _sha256(text: str) -> bytes:
+    return hashlib.sha256(text.encode()).digest()
 
-    Ids are YOUTUBEID_START; a clip's further captions get #2, #3, ...
+
+def audiocaps(folder: Path, *, pattern: str | None = None) -> dict[str, list[Row]]:
+    """AudioCaps: {train,val,test}.csv and sounds named YOUTUBEID_START, YOUTUBEID or AUDIOCAP_ID.
+
+    `pattern` describes other file names, for example "{youtube_id}_{start_time}". Ids are
+    YOUTUBEID_START; #2, #3, ... are appended for further captions of a clip.
     """
     files, splits = _Files(folder), {}
     columns = ("audiocap_id", "youtube_id", "start_time", "caption")
@@ -151,8 +146,8 @@ def audiocaps(folder: Path, *, pattern: str | None = None) -> dict[str, list[Row
 def clotho(folder: Path, *, duration: float = 8.0) -> dict[str, list[Row]]:
     """Clotho: clotho_captions_{development,validation,evaluation}.csv and folders of these names.
 
-    Sounds of 15 to 30 s are cut into pieces of `duration` seconds that do not overlap, a row per
-    piece and caption: ids STEM@SECOND, with #2 ... #5 for the further captions.
+    Sounds of 15 to 30 s are split into consecutive segments of `duration` seconds. Each segment
+    gives a row for every caption: ids are STEM@SECOND, with #2 ... #5 for the further captions.
     """
     files, splits = _Files(folder), {}
     captions = tuple(f"caption_{i}" for i in range(1, 6))
@@ -162,13 +157,13 @@ def clotho(folder: Path, *, duration: float = 8.0) -> dict[str, list[Row]]:
         path = folder / f"clotho_captions_{name}.csv"
         for row in _read_csv(path, ("file_name", *captions)):
             file = f"{name}/{row['file_name']}"
-            file = files.by_path.get(_normal(file), file)
+            file = files.by_path.get(composed(file), file)
             try:
-                pieces = max(1, int((probe(folder / file).duration + 1e-3) // duration))
+                segments = max(1, int((probe(folder / file).duration + 1e-3) // duration))
             except MediaError:
-                pieces = 1  # extraction reports it
+                segments = 1  # extraction reports the error
             stem = Path(row["file_name"]).stem
-            for start in (piece * duration for piece in range(pieces)):
+            for start in (segment * duration for segment in range(segments)):
                 clip_id = f"{stem}@{start:g}"
                 rows += [(clip_id, row[column], file, start) for column in captions]
         splits[split] = _number(rows)
@@ -176,34 +171,38 @@ def clotho(folder: Path, *, duration: float = 8.0) -> dict[str, list[Row]]:
 
 
 def wavcaps(folder: Path) -> dict[str, list[Row]]:
-    """WavCaps: fsd_final.json, bbc_final.json, as_final.json, as many as there are, and the sounds
-    anywhere in the folder. All of it is for training. Ids are PART/ID.
+    """WavCaps: any of fsd_final.json, bbc_final.json and as_final.json, and sounds anywhere.
 
-    Where two parts have files of one name, the one with freesound (or fsd), bbc or audioset in its
-    path is that part's.
+    All clips are for training. Ids are SUBSET/ID, where SUBSET is freesound, bbc or audioset. If
+    files of several subsets have the same name, the path tells them apart: it contains freesound
+    (or fsd), bbc or audioset.
     """
     files, rows = _Files(folder), []
-    found = [path for path in sorted(folder.rglob("*.json")) if path.name in _WAVCAPS]
+    found = [folder / path for path in list_files(folder, tuple(_WAVCAPS))]
+    found = [path for path in found if path.name in _WAVCAPS]
     if not found:
         raise CorpusError(f"{folder}: none of {', '.join(_WAVCAPS)}")
     for path in found:
-        part, words = _WAVCAPS[path.name]
+        subset, words = _WAVCAPS[path.name]
         try:
             entries = json.loads(path.read_text(encoding="utf-8"))["data"]
             for entry in entries:
                 clip_id = str(entry["id"])
                 stem = clip_id.removesuffix(".wav").removesuffix(".flac")
                 file = files.named(stem, words=words)
-                rows.append((f"{part}/{stem}", entry["caption"], file, 0.0))
-        except (KeyError, TypeError, ValueError) as error:
+                rows.append((f"{subset}/{stem}", entry["caption"].strip(), file, 0.0))
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             reason = f"no field {error}" if isinstance(error, KeyError) else error
             raise CorpusError(f"{path}: not a WavCaps list ({reason})") from error
     return {"train": rows}
 
 
 def folder(folder: Path) -> dict[str, Path | None]:
-    """Videos or sounds, and {train,val,test}.tsv, or one other TSV for train, or none: columns id
-    (file stem or relative path) and caption. Gives the TSVs in place of rows."""
+    """Videos or sounds with {train,val,test}.tsv, or one other TSV for train, or no TSV.
+
+    The TSVs have the columns id (file stem or relative path) and caption. They are returned in
+    place of rows.
+    """
     lists = {path.stem: path for path in sorted(folder.glob("*.tsv"))}
     splits = {name: lists[name] for name in ("train", "val", "test") if name in lists}
     if not splits and len(lists) > 1:
@@ -214,7 +213,7 @@ def folder(folder: Path) -> dict[str, Path | None]:
 
 
 def _number(rows: list[Row]) -> list[Row]:
-    """Makes the ids of a clip's second, third, ... caption different: #2, #3, ..."""
+    """Append #2, #3, ... to the ids of a clip's second, third, ... caption."""
     seen = defaultdict(int)
     numbered = []
     for clip_id, *rest in rows:

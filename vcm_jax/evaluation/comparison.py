@@ -19,6 +19,7 @@ from vcm_jax.interop.state_dict import list_few
 from vcm_jax.media.clips import SOUND_SUFFIXES, VIDEO_SUFFIXES, Clip, list_clips
 from vcm_jax.media.names import output_name
 from vcm_jax.metrics import SoundMetrics
+from vcm_jax.runs import description
 
 # Metrics by which a clip is won: name -> (label, whether less is better).
 DECIDING = {
@@ -94,7 +95,7 @@ def _parse_entry(argument: str, steps: int) -> Entry:
         raise EvaluateError(f"{path}: no such folder")
     if given == 0:
         raise EvaluateError(f"{argument}: a run takes at least 1 step")
-    is_run = (path / "run.json").exists()
+    is_run = description.is_run(path)
     if given is not None and not is_run:
         raise EvaluateError(f"{argument}: {path} is not the workdir of a run, it has no steps")
     count = (given or steps) if is_run else None

@@ -1,8 +1,8 @@
 """Encoders: frames and captions to the clip, sync and text features that condition the network.
 
-`Encoders` is all that extraction and generation know of them. `WeightsFreeEncoders` stand where
-CLIP and Synchformer stand in the full model and need no pretrained weights: pooled pictures and
-motion profiles under fixed random projections, and hashed caption words.
+Extraction and generation use encoders through the protocol `Encoders` alone.
+`WeightsFreeEncoders` replace CLIP and Synchformer where no pretrained weights are at hand: they
+project pooled images and motion profiles by fixed random matrices, and hash the words of captions.
 """
 
 import functools
@@ -17,19 +17,22 @@ import numpy as np
 
 from vcm_jax.records.sequence import SequenceConfig
 
-_CLIP_GRID = 8  # cells per side; what moves is a few cells large
-_CLIP_CONTRAST = 4.0  # weight of the difference from the clip's median picture
-_CLIP_SCALE = 0.27  # typical rms of a clip descriptor: features get a std of about 1
+_CLIP_GRID = 8  # cells per side: moving objects are a few cells large
+_CLIP_CONTRAST = 4.0  # weight of the difference from the clip's median image
+_CLIP_SCALE = 0.27  # typical rms of a clip descriptor; dividing by it gives a std of about 1
 _SYNC_GRID = 16
-_SYNC_NOISE = 0.003  # smaller changes of a cell (of 1) are compression noise
+_SYNC_NOISE = 0.003  # smaller changes of a cell, whose range is [0, 1], are compression noise
 _SYNC_OFFSETS = (-2, -1, 0, 1, 2)  # frames around a row's time
 _SYNC_SCALE = 0.2  # typical rms of a sync descriptor
 
 
 class Encoders(Protocol):
-    """What extraction and generation need. Lengths (Tc, Ts, Tt) are the SequenceConfig's.
+    """Encoders as extraction and generation use them; the SequenceConfig has Tc, Ts and Tt.
 
-    `on_device`: whether encoding wants an accelerator or all cores, so that one process does it.
+    Attributes:
+      clip_dim, sync_dim, text_dim: widths of the features.
+      on_device: whether encoding uses an accelerator or all cores, so that only one process may
+        encode.
     """
 
     clip_dim: int
@@ -38,7 +41,7 @@ class Encoders(Protocol):
     on_device: bool
 
     def frame_transforms(self, sequence: SequenceConfig) -> dict[float, Callable]:
-        """{fps: f}: f makes of one frame (H, W, 3) uint8 an array of a fixed shape."""
+        """{fps: f}: f turns one frame (H, W, 3) uint8 into an array of a fixed shape."""
 
     def encode_frames(
         self, frames: Mapping[float, np.ndarray], sequence: SequenceConfig
@@ -46,20 +49,20 @@ class Encoders(Protocol):
         """{fps: transformed frames} -> clip (Tc, clip_dim), sync (Ts, sync_dim), float32."""
 
     def encode_text(self, caption: str, sequence: SequenceConfig) -> np.ndarray:
-        """Caption -> (Tt, text_dim) float32; "" gives the empty text's features."""
+        """Caption -> (Tt, text_dim) float32; "" gives the features of the empty text."""
 
     def encode_texts(
         self, captions: Iterable[str], sequence: SequenceConfig
     ) -> Iterator[np.ndarray]:
-        """`encode_text` of each."""
+        """Apply `encode_text` to each caption, in batches where that is faster."""
 
     def spec(self) -> dict:
         """JSON-able description from which `encoders_from_spec` makes equal encoders."""
 
 
 def area_pool(frame: np.ndarray, cells: int) -> np.ndarray:
-    """Mean colours of a frame (H, W, 3) uint8 over cells x cells parts: float32 in [0, 1]."""
-    # Sums over whole pixels: matrix products would start BLAS threads for every small frame.
+    """Mean colours (cells, cells, 3) float32 in [0, 1] of a frame (H, W, 3) uint8."""
+    # Sums over whole pixels, because matrix products would start BLAS threads for each frame.
     for axis in (0, 1):
         edges = np.arange(cells + 1) * frame.shape[axis] // cells
         counts = np.maximum(np.diff(edges), 1).astype(np.float32)
@@ -70,7 +73,7 @@ def area_pool(frame: np.ndarray, cells: int) -> np.ndarray:
 
 @functools.lru_cache(maxsize=16)
 def _projection(name: str, inputs: int, outputs: int) -> np.ndarray:
-    """Fixed random matrix (inputs, outputs) float32 that keeps a vector's rms on average."""
+    """Fixed random matrix (inputs, outputs) float32 that preserves the rms in expectation."""
     rng = np.random.default_rng([zlib.crc32(name.encode()), inputs, outputs])
     return (rng.standard_normal((inputs, outputs)) / np.sqrt(inputs)).astype(np.float32)
 
@@ -78,8 +81,8 @@ def _projection(name: str, inputs: int, outputs: int) -> np.ndarray:
 def _motion_profiles(grids: np.ndarray) -> np.ndarray:
     """Motion from frame to frame: pooled frames (T, G, G, 3) -> (T - 1, 4 G) float32.
 
-    Over bands of rows and of columns, the size of the change and its sign; square roots bring the
-    weak motion of small things into the range of the strong.
+    Each profile has the size and the signed mean of the change in every row and every column of
+    cells. Square roots bring the weak motion of small objects into the range of strong motion.
     """
     change = np.diff(grids, axis=0)
     change = np.sign(change) * np.maximum(np.abs(change) - _SYNC_NOISE, 0)
@@ -92,8 +95,8 @@ def _motion_profiles(grids: np.ndarray) -> np.ndarray:
 def _sync_rows(grids: np.ndarray, sequence: SequenceConfig) -> np.ndarray:
     """Descriptors (Ts, 5 * 4 G) of the motion around (j + 1/2) / Ts of the clip.
 
-    Synchformer's own rows come from overlapping segments and are not even in time; these are, so
-    that nearest upsampling to the latent rate puts each where it belongs.
+    Synchformer's rows come from overlapping segments and are unevenly spaced in time. These are
+    evenly spaced, so that nearest upsampling to the latent rate places each row correctly.
     """
     profiles = _motion_profiles(grids)
     rows = (np.arange(sequence.sync_seq_len) + 0.5) / sequence.sync_seq_len
@@ -111,13 +114,13 @@ def _sync_rows(grids: np.ndarray, sequence: SequenceConfig) -> np.ndarray:
 
 @functools.lru_cache(maxsize=4096)
 def _word_vector(word: str, dim: int) -> np.ndarray:
-    """A word's fixed random vector (dim,) float32 of unit variance."""
+    """The fixed random vector (dim,) float32 of a word; its variance is 1."""
     rng = np.random.default_rng([zlib.crc32(word.encode()), dim])
     return rng.standard_normal(dim).astype(np.float32)
 
 
 class WeightsFreeEncoders:
-    """Encoders without weights: deterministic, fast, good enough to learn synchrony from."""
+    """Encoders without weights: deterministic, fast, and good enough to learn synchrony."""
 
     name, version = "weights_free", 1
     on_device = False
@@ -135,10 +138,18 @@ class WeightsFreeEncoders:
     def encode_frames(
         self, frames: Mapping[float, np.ndarray], sequence: SequenceConfig
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Clip rows: the pooled picture and what differs from the clip's median picture, projected.
+        """Encode sampled frames.
 
-        Sync rows: motion profiles within two frames of the row's time (see `_sync_rows`),
-        projected. Both have a std of about 1; without motion the sync rows are 0.
+        Clip rows are projections of the pooled image and of its difference from the clip's median
+        image. Sync rows are projections of the motion within two frames of the row's time (see
+        `_sync_rows`). Both have a std of about 1; without motion the sync rows are 0.
+
+        Args:
+          frames: {clip_fps: (Tc, 8, 8, 3), sync_fps: (T, 16, 16, 3)}, see `frame_transforms`.
+          sequence: lengths.
+
+        Returns:
+          clip (Tc, clip_dim) and sync (Ts, sync_dim) features, float32.
         """
         pictures = frames[sequence.clip_fps].reshape(sequence.clip_seq_len, -1)
         moving = _CLIP_CONTRAST * (pictures - np.median(pictures, axis=0))
@@ -150,9 +161,10 @@ class WeightsFreeEncoders:
         )
 
     def encode_text(self, caption: str, sequence: SequenceConfig) -> np.ndarray:
-        """One row per word; the rest hold the whole caption, as CLIP's positions after its end do.
+        """Encode a caption: one row per word, then rows that hold the whole caption.
 
-        Without that a mean over the rows would hardly see a short caption. "" gives zeros.
+        CLIP's positions after the end of the text hold the whole caption as well. Without them a
+        short caption would hardly change the mean over the rows. "" gives zeros.
         """
         features = np.zeros((sequence.text_seq_len, self.text_dim), np.float32)
         words = re.findall(r"\w+", caption.lower())[: sequence.text_seq_len]
@@ -165,11 +177,11 @@ class WeightsFreeEncoders:
     def encode_texts(
         self, captions: Iterable[str], sequence: SequenceConfig
     ) -> Iterator[np.ndarray]:
-        """`encode_text` of each."""
+        """Apply `encode_text` to each caption."""
         return (self.encode_text(caption, sequence) for caption in captions)
 
     def spec(self) -> dict:
-        """name, version, dims, and a hash of them: the features follow from these alone."""
+        """name, version, widths and a hash of them; the features depend on nothing else."""
         spec = {key: getattr(self, key) for key in ("name", "version", "clip_dim", "sync_dim")}
         spec["text_dim"] = self.text_dim
         spec["hash"] = hashlib.sha256(json.dumps(spec).encode()).hexdigest()[:16]
@@ -179,10 +191,15 @@ class WeightsFreeEncoders:
 def load_encoders(folder, dtype: str = "float32", batch_size: int = 8) -> Encoders:
     """CLIP and Synchformer with the weights in a folder (`interop.encoders.TorchEncoders`).
 
+    Args:
+      folder: of the weights.
+      dtype: "float32" or "bfloat16".
+      batch_size: images, segments or captions in a batch.
+
     Raises:
-      ValueError: weights or packages that are missing, or not what is wanted.
+      ValueError: weights or packages are missing or of another kind.
     """
-    from vcm_jax.interop.encoders import TorchEncoders  # torch only where it is wanted
+    from vcm_jax.interop.encoders import TorchEncoders  # imports torch, which is optional
 
     return TorchEncoders(folder, dtype, batch_size)
 
@@ -191,11 +208,11 @@ def encoders_from_spec(spec: Mapping, folder=None) -> Encoders:
     """Make the encoders that `Encoders.spec` described.
 
     Args:
-      spec: e.g. of a manifest.
-      folder: weights of the encoders, for those that have some.
+      spec: for example of a manifest.
+      folder: with the weights of the encoders, if they have weights.
 
     Raises:
-      ValueError: unknown encoders, another version or other weights of them, or no folder.
+      ValueError: unknown encoders, another version or other weights, or no folder of weights.
     """
     if spec.get("name") == "mmaudio":
         if folder is None:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
@@ -16,7 +15,8 @@ from vcm_jax.features.extract import encode_video
 from vcm_jax.generation.run import Run
 from vcm_jax.media.read import probe
 from vcm_jax.media.write import mux_audio, write_sound
-from vcm_jax.models import Conditions, MMDiT
+from vcm_jax.models import MMDiT
+from vcm_jax.models.conditioned import sample_latents
 from vcm_jax.records.sequence import SequenceConfig
 
 # The network sees a whole clip at once, and the cost of attention grows with the square of its
@@ -92,18 +92,9 @@ def encode_request(request: Request, run: Run, duration: float | None = None) ->
 
 
 @functools.partial(jax.jit, static_argnames=("model", "objective", "sampler", "times"))
-def _sample(variables, model, objective, sampler, times, conds, has_video, noise, keys):
+def _sample(variables, model, objective, sampler, times, features, noise, keys):
     net = MMDiT(model)
-    apply = lambda *args: net.apply(variables, *args[:-1], method=args[-1])
-    null = apply(1, "null_conditions")
-    fill = lambda value, empty: jnp.where(has_video[:, None, None], value, empty)
-    conds = conds.replace(clip=fill(conds.clip, null.clip), sync=fill(conds.sync, null.sync))
-    u = lambda x, t, s, enc: apply(x, t, s, enc, "velocity")
-    null_cond = sampling.repeat_rows(apply(null, "encode_conditions"), len(noise))
-    cond = apply(conds, "encode_conditions")
-    x0 = sampler(objective, u, noise, times, cond, null_cond, keys)
-    stats = variables["stats"]
-    return x0 * stats["latent_std"][None, None] + stats["latent_mean"][None, None]
+    return sample_latents(net, variables, features, noise, times, objective, sampler, keys)
 
 
 def _id_hash(request_id: str) -> int:
@@ -139,18 +130,19 @@ def start_latents(run: Run, items: list[Features], times, seed: int, batch_size:
     model = run.model.with_lengths(items[0].sequence)
     shape = (model.latent_seq_len, model.latent_dim)
     filled = items + items[-1:] * (batch_size - len(items))
-    conds = Conditions(
-        clip=_stack([f.clip for f in filled], (model.clip_seq_len, model.clip_dim)),
-        sync=_stack([f.sync for f in filled], (model.sync_seq_len, model.sync_dim)),
-        text=np.stack([f.text for f in filled]).astype(np.float32),
-    )
-    has_video = np.array([f.clip is not None for f in filled])
+    features = {
+        "clip": _stack([f.clip for f in filled], (model.clip_seq_len, model.clip_dim)),
+        "sync": _stack([f.sync for f in filled], (model.sync_seq_len, model.sync_dim)),
+        "text": np.stack([f.text for f in filled]).astype(np.float32),
+        "has_video": np.array([f.clip is not None for f in filled]),
+        "has_text": np.ones(batch_size, bool),  # an empty prompt has features too
+    }
     noise = np.stack([_noise(seed, f.request.id, shape) for f in filled])
     keys = _keys(seed, [f.request.id for f in filled])
     if put is not None:
-        conds, has_video, noise, keys = put((conds, has_video, noise, keys))
+        features, noise, keys = put((features, noise, keys))
     static = (model, run.objective, run.sampler, sampling.check_times(times))
-    return _sample(run.variables, *static, conds, has_video, noise, keys)
+    return _sample(run.variables, *static, features, noise, keys)
 
 
 def generate_latents(run: Run, items: list[Features], times, seed: int, batch_size: int):

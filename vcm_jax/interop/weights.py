@@ -15,7 +15,8 @@ import numpy as np
 from flax import traverse_util
 
 from vcm_jax.interop.state_dict import check_names, list_few
-from vcm_jax.models import Conditions, MMDiT, ModelConfig
+from vcm_jax.models import MMDiT, ModelConfig
+from vcm_jax.models.conditioned import zero_inputs
 
 # What is not a layer: torch name -> (collection, our name, leading axes of size 1 in torch).
 _SPECIAL = {
@@ -30,15 +31,7 @@ _SPECIAL = {
 
 def abstract_variables(config: ModelConfig) -> dict:
     """Shapes and dtypes of the network's variables, without computing any."""
-    zeros = lambda *shape: np.zeros((1, *shape), np.float32)
-    cond = Conditions(
-        zeros(config.clip_seq_len, config.clip_dim),
-        zeros(config.sync_seq_len, config.sync_dim),
-        zeros(config.text_seq_len, config.text_dim),
-    )
-    x = zeros(config.latent_seq_len, config.latent_dim)
-    time = np.zeros(1, np.float32)
-    return jax.eval_shape(MMDiT(config).init, jax.random.key(0), x, time, time, cond)
+    return jax.eval_shape(MMDiT(config).init, jax.random.key(0), *zero_inputs(config))
 
 
 def _torch_name(path: tuple[str, ...]) -> str:

@@ -234,8 +234,8 @@ def read_audio(
     if not np.isfinite(audio).all():
         bad = np.flatnonzero(~np.isfinite(audio).all(axis=0))
         raise MediaError(
-            f"{shown(path)}: {len(bad)} samples of the sound are NaN or infinite, the first at "
-            f"{start + bad[0] / sample_rate:.3f} s"
+            f"{shown(path)}: {len(bad)} samples of its sound are not finite (NaN or infinite), the "
+            f"first at {start + bad[0] / sample_rate:.3f} s"
         )
     audio = _mono(path, audio)
     if not len(audio):

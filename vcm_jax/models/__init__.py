@@ -1,4 +1,4 @@
-"""The network."""
+"""The network, and what it computes on given variables."""
 
 from vcm_jax.models.config import MODELS as MODELS
 from vcm_jax.models.config import ModelConfig as ModelConfig

@@ -3,8 +3,11 @@
 import dataclasses
 import math
 
-from vcm_jax.records.sequence import SequenceConfig
+from vcm_jax import settings
+from vcm_jax.records.sequence import SYNC_ROWS, SequenceConfig
+from vcm_jax.settings import choice, integer, number, setting
 
+_SIZE = integer(1)
 SYNC_ALIGNMENTS = ("index", "time")
 
 
@@ -12,53 +15,43 @@ SYNC_ALIGNMENTS = ("index", "time")
 class ModelConfig:
     """Sizes of MMAudio's multimodal transformer; lengths are those of one clip.
 
-    `SequenceConfig` computes the lengths from a duration, `with_lengths` puts them in.
+    `SequenceConfig` computes the lengths from a duration; `with_lengths` puts them in.
 
     Attributes:
-      latent_dim, clip_dim, sync_dim, text_dim: channels of the latent and of the raw features.
+      latent_dim, clip_dim, sync_dim, text_dim: channels of the latents and of the raw features.
       hidden_dim, num_heads: D and H; the head size D / H must be even (rotary embedding).
-      depth: all blocks, joint and fused; `fused_depth` of them are fused (latent tokens alone).
-      latent_seq_len, clip_seq_len, sync_seq_len, text_seq_len: N, Tc, Ts (a multiple of 8), Tt.
-      audio_kernel: of the ConvMLP in the audio projector. 7 is what MMAudio's released weights
-        have; SoundVCM's appendix B.3 says 3.
-      sync_alignment: which sync row a latent token takes: "index" spreads the rows evenly, as
-        MMAudio does; "time" takes the nearest in time of Synchformer's overlapping segments.
-      latent_rate: latent tokens a second, which "time" alone looks at.
+      depth: number of all blocks, joint and fused.
+      fused_depth: number of fused blocks, which see the latent tokens alone.
+      latent_seq_len, clip_seq_len, sync_seq_len, text_seq_len: N, Tc, Ts (a multiple of the 8 rows
+        of a Synchformer segment), Tt.
+      audio_kernel: kernel size of the ConvMLP in the audio projector. MMAudio's released weights
+        have 7; SoundVCM's appendix B.3 says 3.
+      sync_alignment: which sync row a latent token takes. "index" spreads the rows evenly, as
+        MMAudio does; "time" takes the row nearest in time, as Synchformer's segments overlap.
+      latent_rate: latent tokens per second; used with "time" alone.
 
     Raises:
       ValueError: when the sizes do not fit each other.
     """
 
-    latent_dim: int
-    clip_dim: int
-    sync_dim: int
-    text_dim: int
-    hidden_dim: int
-    num_heads: int
-    depth: int
-    fused_depth: int
-    latent_seq_len: int
-    clip_seq_len: int
-    sync_seq_len: int
-    text_seq_len: int = 77
-    audio_kernel: int = 7
-    sync_alignment: str = "index"
-    latent_rate: float = 31.25
+    latent_dim: int = setting(accepts=_SIZE)
+    clip_dim: int = setting(accepts=_SIZE)
+    sync_dim: int = setting(accepts=_SIZE)
+    text_dim: int = setting(accepts=_SIZE)
+    hidden_dim: int = setting(accepts=_SIZE)
+    num_heads: int = setting(accepts=_SIZE)
+    depth: int = setting(accepts=_SIZE)
+    fused_depth: int = setting(accepts=integer(0))
+    latent_seq_len: int = setting(accepts=_SIZE)
+    clip_seq_len: int = setting(accepts=_SIZE)
+    sync_seq_len: int = setting(accepts=_SIZE)
+    text_seq_len: int = setting(77, _SIZE)
+    audio_kernel: int = setting(7, _SIZE)
+    sync_alignment: str = setting("index", choice(*SYNC_ALIGNMENTS))
+    latent_rate: float = setting(31.25, number(above=0))
 
     def __post_init__(self):
-        if self.sync_alignment not in SYNC_ALIGNMENTS:
-            raise ValueError(
-                f"model.sync_alignment {self.sync_alignment!r} is not one of "
-                + ", ".join(SYNC_ALIGNMENTS)
-            )
-        if not self.latent_rate > 0:
-            raise ValueError(f"model.latent_rate must be > 0, not {self.latent_rate}")
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.type is not int:
-                continue
-            if not isinstance(value, int) or value < (field.name != "fused_depth"):
-                raise ValueError(f"model.{field.name} must be a positive integer, not {value!r}")
+        settings.check(self, "model")
         if self.hidden_dim % (2 * self.num_heads):
             raise ValueError(
                 f"hidden_dim {self.hidden_dim} over {self.num_heads} heads is not an even head size"
@@ -68,8 +61,8 @@ class ModelConfig:
                 f"depth {self.depth} counts joint and fused blocks: it must be larger than "
                 f"fused_depth {self.fused_depth}"
             )
-        if self.sync_seq_len % 8:
-            raise ValueError(f"sync_seq_len {self.sync_seq_len} must be a multiple of 8")
+        if self.sync_seq_len % SYNC_ROWS:
+            raise ValueError(f"sync_seq_len {self.sync_seq_len} must be a multiple of {SYNC_ROWS}")
         if self.audio_kernel % 2 == 0:
             raise ValueError(f"audio_kernel {self.audio_kernel} must be odd")
 
@@ -116,7 +109,7 @@ def _mmaudio(mode: str, hidden_dim: int, num_heads: int, depth: int, fused_depth
     return config.with_lengths(sequence)
 
 
-# MMAudio's sizes (model/networks.py); large_16k is BiTCAM's, and `demo` trains on a laptop's CPU.
+# MMAudio's sizes (its model/networks.py). large_16k is BiTCAM's; `demo` trains on a laptop's CPU.
 MODELS = {
     "small_16k": _mmaudio("16k", 448, 7, 12, 8),
     "small_44k": _mmaudio("44k", 448, 7, 12, 8),

@@ -5,6 +5,7 @@ of a compiled program is the other yardstick (`benchmarks/train_step.py` prints 
 """
 
 from vcm_jax.models.config import ModelConfig
+from vcm_jax.objectives import Passes
 
 
 def forward_flops(config: ModelConfig) -> dict[str, float]:
@@ -47,15 +48,13 @@ def forward_flops(config: ModelConfig) -> dict[str, float]:
     return cost
 
 
-def vcm_step_flops(config: ModelConfig, instant_ratio: float = 0.75) -> float:
-    """Operations a sample of the VCM training step: 262e9 for small_16k at the ratio 0.75.
+def step_flops(config: ModelConfig, passes: Passes) -> float:
+    """Operations of one training step, per sample: 262e9 for small_16k with VCM's defaults.
 
-    The null branch for all rows, the guided velocity and the later average velocity of the s < t
-    rows, and one differentiated pass, which counts three times; the conditions are encoded once,
-    the null condition once per batch, and the passes that share x_t share its projector.
+    The differentiated pass counts three times. The conditions are encoded once in it, and the
+    empty condition once per batch, which is left out. Passes at x_t share its audio projector.
     """
-    cost, later = forward_flops(config), 1 - instant_ratio
-    passes = 1 + 2 * later + 3
-    repeated = 3 * cost["conditions"] + (3 + later) * cost["audio"]
+    cost = forward_flops(config)
+    repeated = 3 * cost["conditions"] + (3 + passes.elsewhere) * cost["audio"]
     rest = sum(cost.values()) - cost["conditions"] - cost["audio"]
-    return passes * rest + repeated
+    return (passes.at_x_t + passes.elsewhere + 3) * rest + repeated

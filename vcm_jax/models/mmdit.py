@@ -1,4 +1,6 @@
-"""MMAudio's multimodal transformer with a second time embedding (SoundVCM 3.5, B)."""
+"""MMAudio's multimodal transformer with a second time embedding (SoundVCM 3.5 and appendix B)."""
+
+import functools
 
 import flax.linen as nn
 import flax.struct
@@ -8,16 +10,17 @@ import numpy as np
 
 from vcm_jax.models import layers
 from vcm_jax.models.config import ModelConfig
+from vcm_jax.records.sequence import SYNC_ROWS, sync_row_times
 
 
 @flax.struct.dataclass
 class Conditions:
-    """Raw features of a clip; any of them may be the learned empty ones.
+    """Raw features of a clip; any of them may be the empty ones.
 
     Attributes:
-      clip: `B Tc clip_dim`, what is seen (8 fps).
-      sync: `B Ts sync_dim`, how it moves, aligned with the sound.
-      text: `B Tt text_dim`, the prompt's tokens.
+      clip: `B Tc clip_dim`, CLIP's features of the frames (8 fps).
+      sync: `B Ts sync_dim`, Synchformer's features of the motion.
+      text: `B Tt text_dim`, features of the prompt's tokens.
     """
 
     clip: jax.Array
@@ -27,13 +30,13 @@ class Conditions:
 
 @flax.struct.dataclass
 class EncodedConditions:
-    """What the network derives from the conditions alone, before it knows x, t and s.
+    """What the network computes from the conditions alone, without x, t and s.
 
     Attributes:
       clip: `B Tc D` tokens.
       sync: `B Ts D`, not yet spread over the latent tokens.
       text: `B Tt D` tokens.
-      pooled: `B D`, the global condition without its times.
+      pooled: `B D`, the global condition without the embedded times.
     """
 
     clip: jax.Array
@@ -43,10 +46,16 @@ class EncodedConditions:
 
 
 def nearest_exact_rows(source: int, target: int) -> np.ndarray:
-    """Which of `source` rows each of `target` rows takes: PyTorch's "nearest-exact".
+    """The index of the source row that each target row takes, as PyTorch's "nearest-exact" mode.
 
-    The position is computed in float32, as PyTorch does: 192 -> 345 has two positions that are
-    whole numbers and whose float32 product falls just below them.
+    The position is computed in float32, as PyTorch does: from 192 to 345 rows two positions are
+    whole numbers whose float32 products fall just below them.
+
+    Args:
+      source, target: numbers of rows.
+
+    Returns:
+      int32 `target`.
     """
     scale = np.float32(source) / np.float32(target)
     rows = np.floor((np.arange(target, dtype=np.float32) + np.float32(0.5)) * scale)
@@ -54,37 +63,43 @@ def nearest_exact_rows(source: int, target: int) -> np.ndarray:
 
 
 def nearest_time_rows(source: int, target: int, latent_rate: float) -> np.ndarray:
-    """Which of Synchformer's `source` rows is nearest in time to each of `target` latent tokens.
+    """The index of the Synchformer row that is nearest in time to each latent token.
 
-    Segments of 16 frames at 25 fps start every 8 frames and give 8 rows, each of 2 frames, so that
-    rows of neighbouring segments share their times: of two the one that is further inside its
-    segment is taken, which sees as much of what comes as of what was.
+    Rows of neighbouring segments share their times. Of two such rows the one nearer to the centre
+    of its segment is taken: it has seen as many frames before its time as after it.
+
+    Args:
+      source, target: numbers of sync rows and of latent tokens.
+      latent_rate: latent tokens per second.
+
+    Returns:
+      int32 `target`.
     """
-    segment, row = np.divmod(np.arange(source), 8)
-    times = (8 * segment + 2 * row + 1) / 25
+    times, off_centre = sync_row_times(source)
     tokens = (np.arange(target) + 0.5) / latent_rate
-    distance = np.abs(tokens[:, None] - times[None]) + 1e-6 * np.abs(row - 3.5)[None]
+    distance = np.abs(tokens[:, None] - times[None]) + 1e-6 * off_centre[None]
     return distance.argmin(1).astype(np.int32)
 
 
 def _products(primitive, *_, **__) -> bool:
+    """A policy of `jax.checkpoint`: keep the results of matrix products and convolutions."""
     return primitive in (jax.lax.dot_general_p, jax.lax.conv_general_dilated_p)
 
 
-# What a block keeps of its activations for the backward pass; the rest is computed again.
+# What a block keeps of its activations for the backward pass; it recomputes the rest.
 REMAT = {"none": None, "products": _products, "full": jax.checkpoint_policies.nothing_saveable}
 
 
 class MMDiT(nn.Module):
     """The average velocity u(x, t, s, c) (SoundVCM 3.5; MMAudio, model/networks.py).
 
-    Parameters are in the collection "params"; "stats" holds what the data determine and no
-    gradient changes: `latent_mean`, `latent_std` (`C`) and `empty_text` (`Tt text_dim`).
+    Parameters are in the collection "params". The collection "stats" holds what the data determine
+    and no gradient changes: `latent_mean`, `latent_std` (`C`) and `empty_text` (`Tt text_dim`).
 
     Attributes:
       config: sizes.
-      dtype: of activations and matrix products; parameters are float32, and so are
-        normalisations, softmax and the result (at least).
+      dtype: dtype of activations and matrix products. Parameters are float32; normalisations,
+        softmax and the result are at least float32.
       remat: what a block keeps for the backward pass, a key of `REMAT`.
     """
 
@@ -94,9 +109,9 @@ class MMDiT(nn.Module):
 
     def setup(self):
         c, zeros = self.config, nn.initializers.zeros
-        dense = lambda *args, **kwargs: layers.Dense(*args, **kwargs, dtype=self.dtype)
-        mlp = lambda kernel_size=None: layers.GatedMLP(c.mlp_dim, kernel_size, dtype=self.dtype)
         width = c.hidden_dim
+        dense = functools.partial(layers.Dense, dtype=self.dtype)
+        mlp = functools.partial(layers.GatedMLP, c.mlp_dim, dtype=self.dtype)
 
         self.audio_input_proj_0 = dense(width, 7)
         self.audio_input_proj_2 = mlp(c.audio_kernel)
@@ -122,7 +137,7 @@ class MMDiT(nn.Module):
         ]
         self.final_layer = FinalLayer(c.latent_dim, dtype=self.dtype)
 
-        self.sync_pos_emb = self.param("sync_pos_emb", zeros, (8, c.sync_dim))
+        self.sync_pos_emb = self.param("sync_pos_emb", zeros, (SYNC_ROWS, c.sync_dim))
         self.empty_clip_feat = self.param("empty_clip_feat", zeros, (c.clip_dim,))
         self.empty_sync_feat = self.param("empty_sync_feat", zeros, (c.sync_dim,))
         self.latent_mean = self.variable("stats", "latent_mean", jnp.zeros, (c.latent_dim,))
@@ -138,7 +153,10 @@ class MMDiT(nn.Module):
     def null_conditions(self, batch_size: int) -> Conditions:
         """Raw features of the empty condition: learned for video, the text encoder's for ""."""
         c = self.config
-        fill = lambda row, length: jnp.broadcast_to(row, (batch_size, length, row.shape[-1]))
+
+        def fill(row, length):
+            return jnp.broadcast_to(row, (batch_size, length, row.shape[-1]))
+
         return Conditions(
             clip=fill(self.empty_clip_feat[None, None], c.clip_seq_len),
             sync=fill(self.empty_sync_feat[None, None], c.sync_seq_len),
@@ -146,10 +164,11 @@ class MMDiT(nn.Module):
         )
 
     def encode_conditions(self, cond: Conditions) -> EncodedConditions:
-        """All that does not depend on x, t and s; once per clip, whatever the number of steps.
+        """Everything that does not depend on x, t and s; computed once per clip, for any number of
+        steps.
 
         Raises:
-          ValueError: when a feature has another shape than the config says.
+          ValueError: when the shape of a feature is not that of the config.
         """
         c = self.config
         for name, length, width in (
@@ -164,14 +183,21 @@ class MMDiT(nn.Module):
                 )
         clip = self.clip_input_proj_1(self.clip_input_proj_0(cond.clip))
         text = self.text_input_proj_1(self.text_input_proj_0(cond.text))
-        position = jnp.tile(self.sync_pos_emb, (c.sync_seq_len // 8, 1))[None]
+        position = jnp.tile(self.sync_pos_emb, (c.sync_seq_len // SYNC_ROWS, 1))[None]
         sync = self.sync_input_proj_2(nn.selu(self.sync_input_proj_0(cond.sync + position)))
-        mean = lambda tokens: layers.at_least_float32(tokens).mean(1)
+
+        def mean(tokens):
+            return layers.at_least_float32(tokens).mean(1)
+
         pooled = self.clip_cond_proj(mean(clip)) + self.text_cond_proj(mean(text))
         return EncodedConditions(clip, sync, text, self.global_cond_mlp(pooled))
 
     def velocity(self, x, t, s, enc: EncodedConditions):
-        """As `__call__`, from encoded conditions: `B N C` in at least float32."""
+        """As `__call__`, from encoded conditions: `B N C`, at least float32.
+
+        Raises:
+          ValueError: when the shape of x is not that of the config.
+        """
         c = self.config
         if x.shape[1:] != (c.latent_seq_len, c.latent_dim):
             raise ValueError(
@@ -179,8 +205,8 @@ class MMDiT(nn.Module):
                 f"(B, {c.latent_seq_len}, {c.latent_dim})"
             )
         global_c = (self.t_embed(t) + self.h_embed(s - t) + enc.pooled)[:, None]
-        # The frame-aligned condition has only Ts distinct rows: modulations are computed on those
-        # and then spread over the N latent tokens.
+        # The frame-aligned condition has only Ts distinct rows. Modulations are computed from those
+        # and then spread over the N latent tokens, which saves matrix products.
         frame_c = nn.silu(global_c + enc.sync)
         active_c = nn.silu(global_c)
         if c.sync_alignment == "time":
@@ -194,8 +220,13 @@ class MMDiT(nn.Module):
 
         latent = self.audio_input_proj_2(nn.selu(self.audio_input_proj_0(x)))
         clip, text = enc.clip, enc.text
-        joint = lambda block, *args: block(*args, rows, latent_angles, clip_angles)
-        fused = lambda block, *args: block(*args, rows, latent_angles)
+
+        def joint(block, *args):
+            return block(*args, rows, latent_angles, clip_angles)
+
+        def fused(block, *args):
+            return block(*args, rows, latent_angles)
+
         if self.remat != "none":
             joint, fused = (nn.remat(call, policy=REMAT[self.remat]) for call in (joint, fused))
         for block in self.joint_blocks:
@@ -206,7 +237,7 @@ class MMDiT(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """Modulation by the global condition and a convolution to the latent's channels."""
+    """Modulation by the global condition, then a convolution to the channels of the latents."""
 
     features: int
     dtype: jnp.dtype = jnp.float32

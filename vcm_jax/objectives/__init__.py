@@ -1,98 +1,62 @@
-"""Training objectives: pure functions of a network u(x, t, s, cond), one file each."""
+"""Training objectives: pure functions of a network u(x, t, s, cond), one file each.
+
+To add one, write its file and add its settings class to `OBJECTIVES` (docs/objectives.md).
+"""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
-from vcm_jax.objectives import (
-    common,
-    flow_matching,
-    meanflow,
-    reflow,
-    shortcut,
-    soflow,
-    split_meanflow,
-    vcm,
-    wcfm,
-)
+from vcm_jax.objectives.base import Objective as Objective
+from vcm_jax.objectives.base import Passes as Passes
+from vcm_jax.objectives.flow_matching import FlowMatchingConfig
+from vcm_jax.objectives.meanflow import MeanFlowConfig
+from vcm_jax.objectives.reflow import ReflowConfig
+from vcm_jax.objectives.shortcut import ShortcutConfig
+from vcm_jax.objectives.soflow import SoFlowConfig
+from vcm_jax.objectives.split_meanflow import SplitMeanFlowConfig
+from vcm_jax.objectives.vcm import VCMConfig
+from vcm_jax.objectives.wcfm import WCFMConfig
 
-
-@dataclasses.dataclass(frozen=True)
-class Objective:
-    """What a run needs of its objective.
-
-    Attributes:
-      config: dataclass of its settings.
-      loss: as `vcm_loss`.
-      draw: (key, batch_size, num_instant, step, steps, config) -> t, s, lam of a batch.
-      velocity: (net, config) -> u: makes of the network net(x, t, s, cond) the average velocity
-        that samplers take.
-      instant_only: u(x, t, s, c) is known at s = t alone: Euler steps, guided when sampled.
-      noised: (x0, x1, t, config) -> x_t.
-    """
-
-    config: type
-    loss: Callable
-    draw: Callable
-    velocity: Callable = lambda net, config: net
-    instant_only: bool = False
-    noised: Callable = lambda x0, x1, t, config: common.noised(x0, x1, t)
-
-
-OBJECTIVES = {
-    "vcm": Objective(vcm.VCMConfig, vcm.vcm_loss, vcm.draw),
-    "flow_matching": Objective(
-        flow_matching.FlowMatchingConfig,
-        flow_matching.flow_matching_loss,
-        flow_matching.draw,
-        instant_only=True,
-    ),
-    "soflow": Objective(
-        soflow.SoFlowConfig,
-        soflow.soflow_loss,
-        soflow.draw,
-        velocity=soflow.velocity,
-        noised=lambda x0, x1, t, config: soflow.noised(x0, x1, t, config.noising),
-    ),
-    "meanflow": Objective(meanflow.MeanFlowConfig, meanflow.meanflow_loss, meanflow.draw),
-    "split_meanflow": Objective(
-        split_meanflow.SplitMeanFlowConfig,
-        split_meanflow.split_meanflow_loss,
-        split_meanflow.draw,
-    ),
-    "shortcut": Objective(shortcut.ShortcutConfig, shortcut.shortcut_loss, shortcut.draw),
-    "reflow": Objective(reflow.ReflowConfig, reflow.reflow_loss, reflow.draw, instant_only=True),
-    "wcfm": Objective(wcfm.WCFMConfig, wcfm.wcfm_loss, wcfm.draw, instant_only=True),
+# {name in `config.objective.name`: settings class}
+OBJECTIVES: dict[str, type[Objective]] = {
+    cls.name: cls
+    for cls in (
+        VCMConfig,
+        FlowMatchingConfig,
+        SoFlowConfig,
+        MeanFlowConfig,
+        SplitMeanFlowConfig,
+        ShortcutConfig,
+        ReflowConfig,
+        WCFMConfig,
+    )
 }
 
 
-def objective_of(config) -> tuple[str, Objective]:
-    """The name and the objective that settings belong to."""
-    for name, objective in OBJECTIVES.items():
-        if type(config) is objective.config:
-            return name, objective
-    raise TypeError(f"{type(config).__name__} are not the settings of an objective")
-
-
-def make_settings(name: str, **settings):
-    """The settings of a named objective, its defaults where none are given.
+def make_settings(name: str, **settings) -> Objective:
+    """The settings of a named objective; those that are not given have their defaults.
 
     Raises:
-      ValueError: an unknown name, a setting that this objective does not have, one out of range.
+      ValueError: for an unknown name, a setting that this objective does not have, or a value out
+        of its range.
     """
     if name not in OBJECTIVES:
         raise ValueError(f"objective.name {name!r} is not one of {', '.join(OBJECTIVES)}")
-    config = OBJECTIVES[name].config
-    known = [field.name for field in dataclasses.fields(config)]
+    known = [field.name for field in dataclasses.fields(OBJECTIVES[name])]
     if foreign := sorted(set(settings) - set(known)):
         raise ValueError(
             f"objective {name} has no setting {', '.join(foreign)}; it has {', '.join(known)} "
-            f"(a config of its own settings: --config=FILE.py:{name})"
+            f"(for a config with its own settings: --config=FILE.py:{name})"
         )
-    return config(**{key: tuple(v) if isinstance(v, list) else v for key, v in settings.items()})
+    values = {key: tuple(v) if isinstance(v, list) else v for key, v in settings.items()}
+    return OBJECTIVES[name](**values)
 
 
-def read_section(section: Mapping) -> tuple[object, dict]:
-    """(settings, the rest) of a config's section `objective`: a name, settings, *_prob of the data.
+def read_section(section: Mapping) -> tuple[Objective, dict]:
+    """Reads the section `objective` of a config: `name`, settings, and probabilities of dropout.
+
+    Returns:
+      The settings of the objective, and the entries whose names end in "_prob".
 
     Raises:
       ValueError: as `make_settings`.

@@ -2,42 +2,40 @@
 
 import dataclasses
 
-from vcm_jax.objectives import common, times
+from vcm_jax.objectives import common
+from vcm_jax.objectives.base import Objective, Passes
+from vcm_jax.settings import TIME_INTERVAL, number, setting
 
 
 @dataclasses.dataclass(frozen=True)
-class FlowMatchingConfig:
+class FlowMatchingConfig(Objective):
     """Settings of the objective; the defaults are MMAudio's.
 
     Attributes:
       guidance_scale, guidance_interval: w of classifier-free guidance, and the times t at which it
-        applies, when the run is sampled; training does not see them.
+        applies, when the run is sampled. They do not affect training.
       time_mean, time_std: mu and sigma of the logit-normal times.
-
-    Raises:
-      ValueError: when a setting is out of its range.
     """
 
-    guidance_scale: float = 4.5
-    guidance_interval: tuple[float, float] = (0.0, 1.0)
-    time_mean: float = 0.0
-    time_std: float = 1.0
+    name = "flow_matching"
+    instant_only = True
+    guidance_scale: float = setting(4.5, number(0))
+    guidance_interval: tuple[float, float] = setting((0.0, 1.0), TIME_INTERVAL)
+    time_mean: float = setting(0.0, number())
+    time_std: float = setting(1.0, number(above=0))
 
-    def __post_init__(self):
-        common.check_settings(self)
+    def loss(self, u, *batch, **options):
+        return flow_matching_loss(u, *batch, self, **options)
 
-
-def draw(key, batch_size: int, num_instant: int, step, steps: int, config):
-    """t = s, `B` each, logit-normal; and no lambda."""
-    del step, steps
-    t, s = times.sample_times(key, batch_size, num_instant, config.time_mean, config.time_std)
-    return t, s, None
+    def passes(self) -> Passes:
+        return Passes()
 
 
 def pair_mse(u, x0, x1, t, cond, null_cond, is_null):
-    """(u(x_t, t, t, c) - (x1 - x0))^2, mean over N and C, and x1 - x0: `B`, `B N C`.
+    """The error of the instantaneous velocity on given pairs of data and noise.
 
-    What flow matching does with given pairs; one network evaluation, differentiated.
+    Returns:
+      The mean over N and C of (u(x_t, t, t, c) - (x1 - x0))^2, `B`, and x1 - x0, `B N C`.
     """
     x0, x1, t = map(common.at_least_float32, (x0, x1, t))
     cond = common.select_rows(is_null, null_cond, cond)
@@ -58,14 +56,14 @@ def flow_matching_loss(
     config: FlowMatchingConfig,
     *,
     num_instant: int,
-    constrain=lambda tree: tree,
+    constrain=common.identity,
 ):
     """The flow matching loss: the mean of (u(x_t, t, t, c) - (x1 - x0))^2.
 
-    Its minimum is the marginal velocity E[x1 - x0 | x_t]. Network evaluations: the differentiated
-    pass alone.
+    It is minimal at the marginal velocity E[x1 - x0 | x_t]. It costs the differentiated pass alone.
 
-    Args, returns: as `vcm_loss`; `s`, `lam`, `num_instant` and `constrain` are of no effect.
+    Arguments and results are those of `vcm_loss`; `s`, `lam`, `num_instant` and `constrain` have
+    no effect.
     """
     del s, lam, config, num_instant, constrain
     mse, v = pair_mse(u, x0, x1, t, cond, null_cond, is_null)

@@ -1,38 +1,33 @@
-"""Rectified flow: flow matching on the pairs that a trained model makes (Liu et al. 2022)."""
+"""Rectified flow: flow matching on the pairs that a trained run makes (Liu et al. 2022)."""
 
 import dataclasses
 
 from vcm_jax.objectives import common
-from vcm_jax.objectives.flow_matching import draw as draw
-from vcm_jax.objectives.flow_matching import flow_matching_loss
+from vcm_jax.objectives.flow_matching import FlowMatchingConfig, flow_matching_loss
+from vcm_jax.settings import TEXT, integer, number, setting
 
 
 @dataclasses.dataclass(frozen=True)
-class ReflowConfig:
+class ReflowConfig(FlowMatchingConfig):
     """Settings of the objective.
 
-    The teacher's guidance is in its samples, so that the student needs none: its guidance_scale
-    is 1. The distribution of the times is MMAudio's, as the teacher's.
+    The samples of the teacher are guided, so that the student needs no guidance: its
+    `guidance_scale` is 1. Its times are distributed as MMAudio's.
 
     Attributes:
-      teacher: workdir of the trained run that makes data out of noise.
-      teacher_steps: of its sampler, uniform.
-      guidance_scale, guidance_interval: as `FlowMatchingConfig`'s.
-      time_mean, time_std: mu and sigma of the logit-normal times.
-
-    Raises:
-      ValueError: when a setting is out of its range.
+      guidance_scale, guidance_interval, time_mean, time_std: see `FlowMatchingConfig`.
+      teacher: workdir of the trained run that turns noise into data.
+      teacher_steps: steps of the teacher's sampler, of equal length.
     """
 
-    teacher: str = ""
-    teacher_steps: int = 25
-    guidance_scale: float = 1.0
-    guidance_interval: tuple[float, float] = (0.0, 1.0)
-    time_mean: float = 0.0
-    time_std: float = 1.0
+    name = "reflow"
+    needs_teacher = True
+    guidance_scale: float = setting(1.0, number(0))
+    teacher: str = setting("", TEXT)
+    teacher_steps: int = setting(25, integer(1))
 
-    def __post_init__(self):
-        common.check_settings(self, teacher_steps=(lambda n: n >= 1, "must be >= 1"))
+    def loss(self, u, *batch, **options):
+        return reflow_loss(u, *batch, self, **options)
 
 
 def reflow_loss(
@@ -48,17 +43,28 @@ def reflow_loss(
     config: ReflowConfig,
     *,
     num_instant: int,
-    constrain=lambda tree: tree,
+    constrain=common.identity,
 ):
     """Flow matching on given pairs: x0 is what the teacher's sampler makes of the noise x1.
 
-    With the exact teacher the pairs lie on the flow's trajectories, u(x_t, t, t, c) = x1 - x0 has
-    no error left, and one Euler step is exact. Network evaluations: the differentiated pass alone,
-    beside what the teacher needs to make x0 (its steps, twice that with guidance).
+    With an exact teacher the pairs lie on trajectories of the flow. Then u(x_t, t, t, c) = x1 - x0
+    has no error left, and one Euler step is exact. It costs the differentiated pass alone, and the
+    steps with which the teacher makes x0 (two evaluations each with guidance).
 
-    Args, returns: as `vcm_loss`; `s`, `lam`, `num_instant` and `constrain` are of no effect.
+    Arguments and results are those of `vcm_loss`; `s`, `lam`, `num_instant` and `constrain` have
+    no effect.
     """
     return flow_matching_loss(
-        u, x0, x1, t, s, lam, cond, null_cond, is_null, config,
-        num_instant=num_instant, constrain=constrain,
-    )  # fmt: skip
+        u,
+        x0,
+        x1,
+        t,
+        s,
+        lam,
+        cond,
+        null_cond,
+        is_null,
+        config,
+        num_instant=num_instant,
+        constrain=constrain,
+    )

@@ -7,87 +7,88 @@ import jax.numpy as jnp
 import numpy as np
 
 from vcm_jax.objectives import common, times
-from vcm_jax.objectives.guidance import smooth_decay
-
-_KINDS = (lambda kind: kind in ("linear", "trigonometric"), "must be linear or trigonometric")
+from vcm_jax.objectives.base import Objective, Passes
+from vcm_jax.objectives.guidance import guided_target, smooth_decay
+from vcm_jax.settings import choice, number, setting
 
 
 @dataclasses.dataclass(frozen=True)
-class SoFlowConfig:
-    """Settings of the objective; the defaults are the ones of SoFlow's code on ImageNet.
+class SoFlowConfig(Objective):
+    """Settings of the objective; the defaults are those of SoFlow's code on ImageNet.
 
-    BiTCAM's page gives no other values for its S-16k and L-16k models than the end of the schedule,
-    lambda 0.1 to 0.001, which is the default here (SoFlow's own is 0.002).
+    Of the settings of its S-16k and L-16k models BiTCAM's page gives the schedule of lambda alone:
+    0.1 to 0.001, which is the default here (SoFlow's own ends at 0.002).
 
     Attributes:
-      parameterisation: of f(x, t, s) = a x + b u(x, t, s); "euler" has a = 1, b = s - t,
-        "trigonometric" a = cos(pi/2 (s - t)), b = sin(pi/2 (s - t)).
-      noising: "linear" has x_t = (1 - t) x0 + t x1, "trigonometric" cos(pi/2 t) x0 +
-        sin(pi/2 t) x1.
+      parameterisation: of f(x, t, s) = a x + b u(x, t, s). "euler" has a = 1, b = s - t;
+        "trigonometric" has a = cos(pi/2 (s - t)), b = sin(pi/2 (s - t)).
+      noising: "linear" has x_t = (1 - t) x0 + t x1; "trigonometric" has
+        x_t = cos(pi/2 t) x0 + sin(pi/2 t) x1.
       guidance_scale: w; 1 is no guidance and no mixing.
-      mix_ratio: m, how much of the guided velocity is the sample's and not the network's own.
-      decay_start, decay_rate: where guidance begins to fall to 0 at t = 1, and kappa, how fast; see
-        `guidance.smooth_decay`.
+      mix_ratio: m, the fraction of the guided velocity that comes from the sample instead of the
+        network.
+      decay_start, decay_rate: where guidance begins to decay to 0 at t = 1, and kappa, how fast;
+        see `guidance.smooth_decay`.
       p, eps: of the adaptive weights.
-      instant_ratio: the part of the rows with s = t (the velocity loss).
-      lambda_init, lambda_end: of the schedule that moves l to t.
+      instant_ratio: the fraction of the rows with s = t (the velocity loss).
+      lambda_init, lambda_end: of the schedule that moves l towards t.
       time_mean, time_std: of the logit-normal t of the velocity loss.
-      jump_mean, jump_std, later_mean, later_std: of t and of s in the consistency loss.
-
-    Raises:
-      ValueError: when a setting is out of its range.
+      jump_mean, jump_std, later_mean, later_std: of the logit-normal t and s of the consistency
+        loss.
     """
 
-    parameterisation: str = "euler"
-    noising: str = "linear"
-    guidance_scale: float = 3.0
-    mix_ratio: float = 0.25
-    decay_start: float = 0.8
-    decay_rate: float = 0.025
-    p: float = 1.0
-    eps: float = 0.01
-    instant_ratio: float = 0.75
-    lambda_init: float = 1 / 10
-    lambda_end: float = 1 / 1000
-    time_mean: float = -0.2
-    time_std: float = 1.0
-    jump_mean: float = 0.2
-    jump_std: float = 0.8
-    later_mean: float = -1.0
-    later_std: float = 0.8
+    name = "soflow"
+    parameterisation: str = setting("euler", choice("euler", "trigonometric"))
+    noising: str = setting("linear", choice("linear", "trigonometric"))
+    guidance_scale: float = setting(3.0, number(0))
+    mix_ratio: float = setting(0.25, number(0, 1))
+    decay_start: float = setting(0.8, number(0, 1))
+    decay_rate: float = setting(0.025, number(above=0))
+    p: float = setting(1.0, number(0))
+    eps: float = setting(0.01, number(above=0))
+    instant_ratio: float = setting(0.75, number(0, 1))
+    lambda_init: float = setting(1 / 10, number(above=0, high=1))
+    lambda_end: float = setting(1 / 1000, number(above=0, high=1))
+    time_mean: float = setting(-0.2, number())
+    time_std: float = setting(1.0, number(above=0))
+    jump_mean: float = setting(0.2, number())
+    jump_std: float = setting(0.8, number(above=0))
+    later_mean: float = setting(-1.0, number())
+    later_std: float = setting(0.8, number(above=0))
 
-    def __post_init__(self):
-        common.check_settings(
-            self,
-            parameterisation=(
-                lambda kind: kind in ("euler", "trigonometric"),
-                "must be euler or trigonometric",
-            ),
-            noising=_KINDS,
-            decay_start=(lambda start: 0 <= start <= 1, "must be in [0, 1]"),
-            decay_rate=(lambda rate: rate > 0, "must be > 0"),
-            jump_std=(lambda std: std > 0, "must be > 0"),
-        )
+    def loss(self, u, *batch, **options):
+        return soflow_loss(u, *batch, self, **options)
 
+    def passes(self) -> Passes:
+        later, guides = 1 - self.instant_ratio, self.guidance_scale != 1
+        mixes = guides and self.mix_ratio < 1
+        return Passes(at_x_t=(guides and self.mix_ratio > 0) + later * mixes, elsewhere=later)
 
-def draw(key, batch_size: int, num_instant: int, step, steps: int, config: SoFlowConfig):
-    """t and s `B`, and the scalar lambda of the step, see `soflow_loss`."""
-    keys = jax.random.split(key, 3)
-    instant = jnp.arange(batch_size) < num_instant
-    shape = (batch_size,)
-    velocity_t = times.logit_normal(keys[0], shape, config.time_mean, config.time_std)
-    t = times.logit_normal(keys[1], shape, config.jump_mean, config.jump_std)
-    s = times.logit_normal(keys[2], shape, config.later_mean, config.later_std)
-    t = jnp.maximum(jnp.where(instant, velocity_t, t), times.MIN_GAP)
-    s = jnp.where(instant, t, jnp.minimum(s, t - times.MIN_GAP))
-    return t, s, times.lambda_schedule(step, steps, config.lambda_init, config.lambda_end)
+    def draw(self, key, batch_size: int, num_instant: int, step, steps: int):
+        """t and s `B`, and the scalar lambda of the step, see `soflow_loss`."""
+        keys = jax.random.split(key, 3)
+        instant = jnp.arange(batch_size) < num_instant
+        shape = (batch_size,)
+        velocity_t = times.logit_normal(keys[0], shape, self.time_mean, self.time_std)
+        t = times.logit_normal(keys[1], shape, self.jump_mean, self.jump_std)
+        s = times.logit_normal(keys[2], shape, self.later_mean, self.later_std)
+        t = jnp.maximum(jnp.where(instant, velocity_t, t), times.MIN_GAP)
+        s = jnp.where(instant, t, jnp.minimum(s, t - times.MIN_GAP))
+        return t, s, times.lambda_schedule(step, steps, self.lambda_init, self.lambda_end)
+
+    def velocity(self, net):
+        """u = (f - x) / (s - t), and the instantaneous velocity at s = t."""
+        return velocity(net, self.parameterisation)
+
+    def noised(self, x0, x1, t):
+        return noised(x0, x1, t, self.noising)
 
 
 def noised(x0, x1, t, kind: str):
-    """x_t `B N C` of linear or trigonometric noising; t is `B` or a scalar."""
-    t = common.expand(t, x0)
+    """x_t `B N C` of linear or trigonometric noising; t is `B`."""
     if kind == "linear":
-        return (1 - t) * x0 + t * x1
+        return common.noised(x0, x1, t)
+    t = common.expand(t, x0)
     return jnp.cos(np.pi / 2 * t) * x0 + jnp.sin(np.pi / 2 * t) * x1
 
 
@@ -111,16 +112,16 @@ def _slope(kind: str) -> float:
     return 1.0 if kind == "euler" else np.pi / 2
 
 
-def velocity(net, config: SoFlowConfig):
-    """The network as an average velocity u = (f - x) / (s - t), and as the instant one at s = t.
+def velocity(net, parameterisation: str):
+    """The average velocity u = (f - x) / (s - t) of a network, and its limit at s = t.
 
     `net(x, t, s, cond)` -> `u(x, t, s, cond)`.
     """
-    if config.parameterisation == "euler":
+    if parameterisation == "euler":
         return net
 
     def u(x, t, s, cond):
-        out, (a, b) = net(x, t, s, cond), _coefficients(t, s, config.parameterisation)
+        out, (a, b) = net(x, t, s, cond), _coefficients(t, s, parameterisation)
         gap = jnp.where(s == t, 1, s - t)
         a, b = jnp.where(s == t, 0, (a - 1) / gap), jnp.where(s == t, np.pi / 2, b / gap)
         return common.expand(a, x) * x + common.expand(b, x) * out
@@ -141,21 +142,24 @@ def soflow_loss(
     config: SoFlowConfig,
     *,
     num_instant: int,
-    constrain=lambda tree: tree,
+    constrain=common.identity,
 ):
-    """SoFlow's velocity loss on the first rows and its consistency loss on the others.
+    """SoFlow's velocity loss on the s = t rows and its consistency loss on the others.
 
-    The first `num_instant` rows: d/ds f(x_t, t, t) aims at the guided velocity v, weight
-    1 / (|db/ds| (mse + eps)^p). The others: f(x_t, t, s) aims at sg f(x_l, l, s), where
-    l = t + (s - t) lam and x_l = x_t + (l - t) v; their mse is that of the difference quotient
-    (f(x_t, t, s) - sg f(x_l, l, s)) / (t - l) and their weight (t - l) / (2 |b(t, s)| (mse +
-    eps)^p); the 1/2, which BiTCAM's page does not have, is that of the released gradients. Network
-    evaluations, in forward passes over the batch with r = num_instant / B: the unconditional
-    velocity of all rows 1, the guided velocity and f(x_l, l, s) of the others 2 (1 - r), and the
-    differentiated pass. Where w = 1 or m = 1, the passes that have no effect are left out.
+    In the first `num_instant` rows d/ds f(x_t, t, t) is trained towards the guided velocity v, with
+    the weight 1 / (|db/ds| (mse + eps)^p). In the others f(x_t, t, s) is trained towards
+    sg f(x_l, l, s), where l = t + (s - t) lam and x_l = x_t + (l - t) v. Their mse is that of the
+    difference quotient (f(x_t, t, s) - sg f(x_l, l, s)) / (t - l), and their weight is
+    (t - l) / (2 |b(t, s)| (mse + eps)^p). The 1/2 is that of the released gradients; BiTCAM's page
+    does not have it.
 
-    Args, returns: as `vcm_loss`, but for `u`, the network in f = a x + b u, and no
-    `aux["target"]`; `lam` is a scalar or `B`.
+    Network evaluations, in forward passes over the batch with r = num_instant / B: the
+    unconditional velocity of all rows 1, the guided velocity and f(x_l, l, s) of the s < t rows
+    2 (1 - r), and the differentiated pass. Passes that have no effect are left out: where w = 1 or
+    m is 0 or 1.
+
+    Arguments and results are those of `vcm_loss`, except that `u` is the network in f = a x + b u,
+    `lam` is a scalar or `B`, and `aux` has no `target`.
     """
     n, batch_size = num_instant, x0.shape[0]
     common.check_rows(n, batch_size)
@@ -168,11 +172,23 @@ def soflow_loss(
     out = net(x_t, t, s, cond)
     unguided = config.guidance_scale == 1
     decay = smooth_decay(t, config.decay_start, config.decay_rate)
-    v_g = common.guided_target(
-        lambda x, t, c: slope * net(x, t, t, c), slope * out[:n], x_t, v, t, cond, null_cond,
-        is_null, scale=1 if unguided else 1 + decay * (config.guidance_scale - 1),
-        mix_ratio=1.0 if unguided else config.mix_ratio, constrain=constrain,
-    )  # fmt: skip
+
+    def instant(x, t, s, c):
+        return slope * net(x, t, s, c)
+
+    v_g = guided_target(
+        instant,
+        slope * out[:n],
+        x_t,
+        v,
+        t,
+        cond,
+        null_cond,
+        is_null,
+        scale=1 if unguided else 1 + decay * (config.guidance_scale - 1),
+        mix_ratio=1.0 if unguided else config.mix_ratio,
+        constrain=constrain,
+    )
     error, scale = slope * out[:n] - v_g[:n], jnp.full(n, 1 / slope, x_t.dtype)
     if n < batch_size:
         x_, t_, s_, v_, cond_ = later((x_t, t, s, v_g, cond))

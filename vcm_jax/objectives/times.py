@@ -1,9 +1,9 @@
-"""When: samplers of t and s, and the schedule of the step between them (SoundVCM 3.2)."""
+"""Times: how t and s are drawn, and the schedule of l between them (SoundVCM 3.2)."""
 
 import jax
 import jax.numpy as jnp
 
-# t - s and t - l are at least this: closer averages differ by less than rounding (SoundVCM 3.2).
+# The smallest t - s and t - l (SoundVCM 3.2): over less, average velocities differ by rounding.
 MIN_GAP = 1e-4
 
 
@@ -29,18 +29,19 @@ def sample_times(key, batch_size: int, num_instant: int, mean: float, std: float
 
 
 def sample_dyadic(key, batch_size: int, finest: int):
-    """Intervals of a dyadic grid: lengths 1, 1/2, ..., 2/finest, each as often (Frans et al. 2024).
+    """Intervals of a dyadic grid (Frans et al. 2024).
 
-    An interval starts at a multiple of its length.
+    Lengths are 1, 1/2, ..., 2/finest, all equally likely; an interval starts at a multiple of its
+    length.
 
     Returns:
       t, s: float32 `B` each, 0 <= s < t <= 1.
     """
     level_key, place_key = jax.random.split(key)
     level = jax.random.randint(level_key, (batch_size,), 0, finest.bit_length() - 1)
-    parts = 2**level
-    place = jax.random.randint(place_key, (batch_size,), 0, parts)
-    return (place + 1) / parts, place / parts
+    intervals = 2**level
+    place = jax.random.randint(place_key, (batch_size,), 0, intervals)
+    return (place + 1) / intervals, place / intervals
 
 
 def lambda_schedule(step, steps: int, initial: float, final: float):
@@ -49,10 +50,17 @@ def lambda_schedule(step, steps: int, initial: float, final: float):
 
 
 def intermediate_time(t, s, lam):
-    """l just below t, and the part of the way from t to s that it really is (SoundVCM eq. 13).
+    """l just below t, and its fraction of the way from t to s (SoundVCM eq. 13).
 
-    l = min(t + (s - t) lambda, t - 1e-4), and lambda' = (l - t) / (s - t) after that clamp, so
-    that eq. 7 holds exactly. s < t, `B` each -> l, lambda', `B` each.
+    l = min(t + (s - t) lambda, t - 1e-4). The fraction lambda' = (l - t) / (s - t) is computed
+    after that clamp, so that eq. 7 holds exactly.
+
+    Args:
+      t, s: times `B`, s < t.
+      lam: lambda, a scalar or `B`.
+
+    Returns:
+      l and lambda', `B` each.
     """
     l = jnp.minimum(t + (s - t) * lam, t - MIN_GAP)
     return l, (l - t) / (s - t)

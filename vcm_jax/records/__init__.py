@@ -1,1 +1,1 @@
-"""Records of extracted clips: lengths, schema, reading and mixing."""
+"""Records of extracted clips: their lengths, schema, files, and mixtures of several sources."""

@@ -1,14 +1,14 @@
-"""tf.train.Example without TensorFlow: named byte strings, packed and found again without a copy.
+"""tf.train.Example without TensorFlow: named byte strings, packed and located without copies.
 
-Example { Features { map<string, Feature { BytesList { bytes } }> } }: every field on the way is
-length-delimited, with number 1 (tag 0a) or 2 (tag 12).
+An Example is the message Features { map<string, Feature { BytesList { bytes } }> }. All of its
+fields are length-delimited, with field number 1 (tag 0x0a) or 2 (tag 0x12).
 """
 
 from collections.abc import Mapping
 
 
 def _varint(value: int) -> bytes:
-    """A protocol buffer's variable-length integer."""
+    """Encode an integer as a varint of protocol buffers."""
     out = bytearray()
     while value > 127:
         out.append(value & 127 | 128)
@@ -21,7 +21,7 @@ def _delimited(tag: bytes, *content: bytes) -> bytes:
 
 
 def pack(features: Mapping[str, bytes]) -> bytes:
-    """An Example of one byte string a feature, as TensorFlow Datasets reads them."""
+    """Pack one byte string per feature into an Example, as TensorFlow Datasets reads it."""
     entries = []
     for name, value in features.items():
         feature = _delimited(b"\n", _delimited(b"\n", value))
@@ -31,7 +31,11 @@ def pack(features: Mapping[str, bytes]) -> bytes:
 
 
 def _content(data: bytes, position: int, tag: int) -> tuple[int, int]:
-    """(start, end) of the content of the field at `position`, which must have this tag."""
+    """(start, end) of the content of the field at `position`.
+
+    Raises:
+      ValueError, IndexError: the field has another tag, or is cut off.
+    """
     if data[position] != tag:
         raise ValueError(f"tag {data[position]:#x} at byte {position}, not {tag:#x}")
     position, length, shift = position + 1, 0, 0
@@ -48,10 +52,10 @@ def _content(data: bytes, position: int, tag: int) -> tuple[int, int]:
 
 
 def unpack(data: bytes) -> dict[str, tuple[int, int]]:
-    """{feature: (start, end) of its byte string in `data`}.
+    """Locate the features of an Example: {name: (start, end) of its byte string in `data`}.
 
     Raises:
-      ValueError, IndexError: not such an Example.
+      ValueError, IndexError: not an Example as `pack` makes it.
     """
     spans = {}
     position, end = _content(data, 0, 0x0A)

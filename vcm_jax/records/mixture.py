@@ -1,4 +1,4 @@
-"""Batches from weighted sources of records, in an order that is a function of (seed, index)."""
+"""Batches from weighted sources of records, in an order that depends on (seed, index) alone."""
 
 import bisect
 import ctypes
@@ -14,8 +14,10 @@ from absl import logging
 
 from vcm_jax.records.schema import RecordError
 
-MAX_DAMAGED = 100  # damaged records that one process skips before it gives up
-_THREADS = 8  # that fill batches; also how many batches are read ahead at most
+MAX_DAMAGED = 100  # different damaged records that one process passes over before it gives up
+# Of a source: beyond these bounds sums of weights are no longer precise.
+LEAST_WEIGHT, LARGEST_WEIGHT = 1e-6, 1e6
+_THREADS = 8  # threads that fill batches, and the number of batches that are read ahead
 _FEATURES = ("latent_mean", "latent_std", "clip", "sync", "text")
 
 
@@ -23,21 +25,24 @@ def parse_source(text: str) -> tuple[str, float]:
     """'PATH=WEIGHT' -> (PATH, WEIGHT); without '=WEIGHT' the weight is 1.
 
     Raises:
-      ValueError: when the weight is not a positive number.
+      ValueError: the weight is not a number between LEAST_WEIGHT and LARGEST_WEIGHT.
     """
     path, _, weight = text.rpartition("=") if "=" in text else (text, "", "1")
     try:
         value = float(weight)
     except ValueError:
         value = -1.0
-    if not path or not 0 < value < float("inf"):
-        raise ValueError(f"data source {text!r} must be 'PATH=WEIGHT' with a weight above 0")
+    if not path or not LEAST_WEIGHT <= value <= LARGEST_WEIGHT:
+        raise ValueError(
+            f"data source {text!r} must be 'PATH=WEIGHT' with a weight between {LEAST_WEIGHT:g} "
+            f"and {LARGEST_WEIGHT:g}"
+        )
     return path, value
 
 
 @dataclasses.dataclass(frozen=True)
 class Shapes:
-    """Shapes of one record's features, for the modalities that a record may lack."""
+    """Shapes of a record's clip (Tc, Dc) and sync (Ts, Ds) features, which records may lack."""
 
     clip: tuple[int, int]
     sync: tuple[int, int]
@@ -49,8 +54,11 @@ def check_sources(sources: Sequence, weights: Sequence[float]) -> None:
     if not names or len(names) != len(weights):
         raise ValueError(f"{len(names)} data sources and {len(weights)} weights")
     for i, (name, source, weight) in enumerate(zip(names, sources, weights)):
-        if not 0 < weight < float("inf"):
-            raise ValueError(f"data source {name}: weight {weight} must be a number above 0")
+        if not LEAST_WEIGHT <= weight <= LARGEST_WEIGHT:
+            raise ValueError(
+                f"data source {name}: weight {weight} must lie between {LEAST_WEIGHT:g} and "
+                f"{LARGEST_WEIGHT:g}"
+            )
         if not len(source):
             raise ValueError(f"data source {name}: no records")
         if name in names[:i]:
@@ -58,15 +66,15 @@ def check_sources(sources: Sequence, weights: Sequence[float]) -> None:
 
 
 class Mixture:
-    """An endless sequence of records: index -> (source, record), by (seed, index) alone.
+    """An endless sequence of records, which depends on the sources, weights and seed alone.
 
-    Sources take turns by weight whatever their sizes; each is shuffled anew every epoch. Random
-    access, picklable, no state.
+    Sources take turns according to their weights, whatever their sizes. Each is shuffled again in
+    every epoch. A mixture has random access and no state, and can be pickled.
 
     Args:
       sources: random-access sequences of records (RecordSource).
       weights: one positive number each.
-      seed: of the order.
+      seed: determines the order.
 
     Raises:
       ValueError: see `check_sources`.
@@ -75,7 +83,7 @@ class Mixture:
     def __init__(self, sources: Sequence, weights: Sequence[float], seed: int):
         self.sources = list(sources)
         check_sources(self.sources, weights)
-        # Records are numbered through the sources, and the order is one of these numbers.
+        # The records of all sources have consecutive numbers; the order is a sequence of these.
         self._ends = list(itertools.accumulate(map(len, self.sources)))
         orders = [
             grain.MapDataset.range(end - len(source), end).seed(seed + i).shuffle().repeat()
@@ -97,23 +105,26 @@ class Mixture:
         source, record = self.locate(index)
         return self.sources[source][record]
 
-    def read(self, index: int) -> tuple[dict, list[str]]:
-        """The record at a global index, or in place of a damaged one the next of its source that
-        is not, and what was wrong with those passed over.
+    def read(self, index: int) -> tuple[dict, dict[tuple[int, int], str]]:
+        """The record at a global index; for a damaged one, the next whole record of its source.
+
+        Returns:
+          The record, and what is wrong with the damaged ones before it, by (source, record).
 
         Raises:
-          RecordError: MAX_DAMAGED records in a row are damaged.
+          RecordError: all records of the source, or more than MAX_DAMAGED in a row, are damaged.
         """
-        source, record = self.locate(index)
-        damaged = []
-        while True:
+        number, first = self.locate(index)
+        source, damaged = self.sources[number], {}
+        for offset in range(min(len(source), MAX_DAMAGED + 1)):
+            record = (first + offset) % len(source)
             try:
-                return self.sources[source][record], damaged
+                return source[record], damaged
             except RecordError as error:
-                damaged.append(str(error))
-                if len(damaged) > MAX_DAMAGED:
-                    raise
-            record = (record + 1) % len(self.sources[source])
+                damaged[number, record] = str(error)
+        raise RecordError(
+            f"{len(damaged)} records in a row are damaged, the last: {damaged[number, record]}"
+        )
 
 
 def mix(sources: Sequence, weights: Sequence[float], seed: int) -> Mixture:
@@ -122,23 +133,25 @@ def mix(sources: Sequence, weights: Sequence[float], seed: int) -> Mixture:
 
 
 class _ReadBatch(grain.transforms.Map):
-    """Step -> this process's rows of its batch, and what damaged records were passed over."""
+    """Step -> this process's rows of the batch, and the damaged records that were passed over."""
 
-    def __init__(self, mixed: Mixture, shapes: Shapes, batch_size: int, part: int, parts: int):
+    def __init__(
+        self, mixed: Mixture, shapes: Shapes, batch_size: int, process: int, processes: int
+    ):
         self.mixed, self.shapes = mixed, shapes
-        self.batch_size, self.rows = batch_size, batch_size // parts
-        self.offset = part * self.rows
+        self.batch_size, self.rows = batch_size, batch_size // processes
+        self.offset = process * self.rows
 
     def map(self, step: int):
-        batch, skipped = None, []
+        batch, skipped = None, {}
         first = int(step) * self.batch_size + self.offset
         for row in range(self.rows):
             record, damaged = self.mixed.read(first + row)
-            skipped += damaged
+            skipped |= damaged
             if batch is None:
                 batch = self._allocate(record)
             for name in _FEATURES:
-                # These zeros are never looked at: the step puts the learned empty features there.
+                # The step replaces these zeros by the learned features of an empty condition.
                 _copy(record.get(name), batch[name][row])
             batch["has_video"][row] = "clip" in record
             batch["has_text"][row] = record["caption"] != ""
@@ -154,7 +167,7 @@ class _ReadBatch(grain.transforms.Map):
 
 
 def _copy(source: np.ndarray | None, target: np.ndarray) -> None:
-    """target = source, byte by byte: a record's arrays are not aligned, which slows numpy down."""
+    """Copy bytes: the arrays of a record are not aligned, and numpy copies such arrays slowly."""
     if source is None:
         target[...] = 0
     elif source.shape == target.shape and source.dtype == target.dtype:
@@ -170,32 +183,34 @@ def batches(
     batch_size: int,
     first_step: int,
     last_step: int,
-    part: int = 0,
-    parts: int = 1,
+    process: int = 0,
+    processes: int = 1,
     num_workers: int = 0,
     max_damaged: int = MAX_DAMAGED,
 ):
-    """An iterator over this process's rows of the batches `first_step` ... `last_step` - 1.
+    """Iterate over this process's rows of the batches `first_step` ... `last_step` - 1.
 
     Args:
-      mixed: what `mix` gives.
+      mixed: of `mix`.
       shapes: of clip and sync features.
-      batch_size: global; each of `parts` processes gets its `part`, in order.
-      first_step, last_step: of the run; sample i of step k has global index k batch_size + i, so
-        that a run resumes at any step, on any number of processes, on the same data.
-      num_workers: processes that read ahead; 0 reads in threads, which is faster from local disks.
-      max_damaged: damaged records that are passed over, each with a line in the log.
+      batch_size: global.
+      first_step, last_step: of the run. Sample i of step k has the index k batch_size + i in the
+        mixture, so that a run resumes at any step, with any number of processes, on the same data.
+      process, processes: index and number of processes; each gets a block of rows, in order.
+      num_workers: processes that read ahead. 0 reads in threads, which is faster on local disks.
+      max_damaged: different damaged records that are passed over, each with one line in the log.
 
     Yields:
-      dicts of numpy arrays with leading axis `batch_size / parts`.
+      dicts of numpy arrays with the leading axis `batch_size / processes`.
 
     Raises:
-      RecordError: more damaged records than that.
+      RecordError: more than `max_damaged` records are damaged.
+      ValueError: the processes do not divide the batch.
     """
-    if batch_size % parts:
-        raise ValueError(f"batch_size {batch_size} does not divide over {parts} processes")
+    if batch_size % processes:
+        raise ValueError(f"batch_size {batch_size} does not divide over {processes} processes")
     dataset = grain.MapDataset.range(first_step, last_step)
-    dataset = dataset.map(_ReadBatch(mixed, shapes, batch_size, part, parts))
+    dataset = dataset.map(_ReadBatch(mixed, shapes, batch_size, process, processes))
     ahead = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_THREADS)
     dataset = dataset.to_iter_dataset(ahead)
     if num_workers:
@@ -205,18 +220,21 @@ def batches(
 
 
 def _report_damage(found, max_damaged: int):
-    count = 0
+    """The batches alone. A damaged record comes again in every epoch, and counts once."""
+    known = set()
     for batch, skipped in found:
-        for line in skipped:
-            count += 1
-            logging.warning("damaged record %d passed over: %s", count, line)
-            if count > max_damaged:
-                raise RecordError(f"{count} damaged records, the last: {line}")
+        for place, line in skipped.items():
+            if place in known:
+                continue
+            known.add(place)
+            logging.warning("damaged record %d passed over: %s", len(known), line)
+            if len(known) > max_damaged:
+                raise RecordError(f"{len(known)} damaged records, the last: {line}")
         yield batch
 
 
 def _start_worker(index: int, count: int) -> None:
-    """A worker leaves SIGTERM and Ctrl-C to the run, which still reads, and dies with it."""
+    """Make a worker ignore SIGTERM and Ctrl-C, which the run handles, and die with the run."""
     del index, count
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -226,5 +244,5 @@ def _start_worker(index: int, count: int) -> None:
 
 
 def record_ids(mixed: Mixture, step: int, batch_size: int) -> list[str]:
-    """The ids of the batch that step `step` (0 is the first) trains on; reads the records."""
+    """The ids of the batch on which step `step` (from 0 on) trains; reads the records."""
     return [mixed.read(step * batch_size + row)[0]["id"] for row in range(batch_size)]

@@ -1,14 +1,18 @@
-"""Records: the one schema of extracted clips, their files, and the manifest that makes them whole.
+"""Records: the schema of extracted clips and their files.
 
-A records folder holds NAME.array_record files, manifest.json (written last), empty_text.npy (the
-text encoder's features of ""), codec/ (what turns the latents into sound), and, where captions
-repeat, text_table (an ArrayRecord file): the text features of each caption, once. A record is a
-tf.train.Example as TensorFlow Datasets writes them (arrays as bytes), so that `tfds.data_source`
-reads the same files; nothing here needs TensorFlow.
+A records folder holds shards (NAME.array_record), manifest.json (written last), empty_text.npy
+(the text encoder's features of ""), codec/ (the codec that turns the latents into sound) and
+text_table (an ArrayRecord file with the text features of each caption, stored once). A record is a
+tf.train.Example whose arrays are bytes, as TensorFlow Datasets writes them, so that
+`tfds.data_source` reads the same files. Nothing here needs TensorFlow.
+
+ArrayRecord files carry a checksum of every record, and their reader checks it.
 """
 
-import dataclasses
+import base64
+import errno
 import functools
+import hashlib
 import json
 from collections.abc import Iterable, Mapping
 
@@ -17,12 +21,13 @@ from array_record.python import array_record_module
 from etils import epath
 
 from vcm_jax.atomic import atomic_path
+from vcm_jax.media.names import IdError, check_id
 from vcm_jax.records import example
-from vcm_jax.records.sequence import SequenceConfig
 
 VERSION = 2
-MANIFEST, EMPTY_TEXT, TEXT_TABLE = "manifest.json", "empty_text.npy", "text_table"
-# Any larger group ruins random access; float16 features hardly compress.
+EMPTY_TEXT, TEXT_TABLE = "empty_text.npy", "text_table"
+ROW_HASH = 8  # bytes
+# Larger groups make random access slow; float16 features hardly compress.
 _WRITER_OPTIONS = "group_size:1,uncompressed"
 _DTYPES = {
     "latent_mean": np.float32,  # N C
@@ -30,24 +35,30 @@ _DTYPES = {
     "clip": np.float16,  # Tc Dc
     "sync": np.float16,  # Ts Ds
     "text": np.float16,  # Tt Dt
-    "text_row": np.int32,  # a scalar, in place of `text`: its row in the text table
+    "text_row": np.int32,  # a scalar that replaces `text`: its row in the text table
 }
 
 
 class RecordError(ValueError):
-    """Records that cannot be written or read; the one-line message names them and says why."""
+    """Records that cannot be written or read; the one-line message names them and the reason."""
 
 
 def serialize(record: Mapping) -> bytes:
-    """Pack a record: {id: str, caption: str, latent_mean, latent_std, text or text_row[, clip,
-    sync]}.
+    """Pack a record.
 
-    Latents become float32, features float16. A record without video lacks clip and sync; one whose
-    text features are in the folder's text table has `text_row` (an integer) in place of `text`.
+    Args:
+      record: id and caption (strings), latent_mean and latent_std (N, C), and text (Tt, Dt) or
+        text_row (the row of the caption in the text table); records with video also have clip
+        (Tc, Dc) and sync (Ts, Ds). Latents become float32, features float16.
 
     Raises:
-      RecordError: a value that is not finite, also one too large for float16.
+      RecordError: a value that is not finite or too large for float16, or an id that leads out of
+        a folder.
     """
+    try:
+        check_id(record["id"])
+    except IdError as error:
+        raise RecordError(str(error)) from None
     values, shapes = {}, {}
     for name, dtype in _DTYPES.items():
         if name in record:
@@ -56,7 +67,7 @@ def serialize(record: Mapping) -> bytes:
             if not np.isfinite(array).all():
                 raise RecordError(f"{record['id']}: {name} is not finite as {np.dtype(dtype).name}")
             values[name], shapes[name] = array.tobytes(), array.shape
-    # A feature beyond those that TFDS is told of: it makes a record readable by itself.
+    # TFDS does not know this feature. It makes a record readable without the manifest.
     schema = json.dumps({"version": VERSION, "shapes": shapes}).encode()
     texts = {"schema": schema, "id": record["id"].encode(), "caption": record["caption"].encode()}
     return example.pack(texts | values)
@@ -73,10 +84,11 @@ def _parse_schema(schema: bytes) -> dict:
 
 
 def deserialize(data: bytes) -> dict:
-    """Unpack what `serialize` packed; the arrays are read-only views, which are not aligned.
+    """Unpack what `serialize` packed. The arrays are read-only views and not aligned.
 
     Raises:
-      RecordError: not a record, or one of another version.
+      RecordError: not a record, or one of another version, or with an id that leads out of a
+        folder, as earlier versions allowed.
     """
     record = {}
     try:
@@ -91,8 +103,10 @@ def deserialize(data: bytes) -> dict:
             record[name] = np.frombuffer(data, dtype, count, start).reshape(shape)
     except RecordError:
         raise
-    except Exception as error:  # damaged bytes can raise whatever the steps above raise
+    except Exception as error:  # damaged bytes can raise any error above
         raise RecordError(f"not a record: {type(error).__name__}: {error}") from error
+    if record["id"].startswith("/") or ".." in record["id"].split("/"):
+        raise RecordError(f"its id {record['id']!r} leads out of a folder")
     return record
 
 
@@ -108,39 +122,48 @@ def write_shard(path, records: Iterable[bytes]) -> None:
         finally:
             writer.close()
         if temporary.stat().st_size < size:
-            raise OSError(f"{path}: could not be written whole (is the disk full?)")
+            reason = "could not be written completely (is the disk full?)"
+            raise OSError(errno.ENOSPC, reason, str(path))
 
 
 def write_text_table(folder, features: Iterable[np.ndarray]) -> dict:
-    """Write the text features that records name by `text_row`; returns Manifest.text_table.
+    """Write the text features to which the `text_row` of records refers.
 
     Args:
       folder: of the records.
-      features: (Tt, Dt) each, in the order of their rows; any iterable, nothing is kept.
+      features: (Tt, Dt) each, in the order of their rows. They are written as they come.
+
+    Returns:
+      Manifest.text_table.
 
     Raises:
       RecordError: features that are not finite as float16.
     """
-    path, rows = epath.Path(folder) / TEXT_TABLE, 0
+    path, hashes = epath.Path(folder) / TEXT_TABLE, []
 
     def packed():
-        nonlocal rows
-        for array in features:
+        for row, array in enumerate(features):
             with np.errstate(over="ignore"):
                 array = np.asarray(array).astype(np.float16)
             if not np.isfinite(array).all():
-                raise RecordError(f"{path}: text features of row {rows} are not finite as float16")
-            rows += 1
+                raise RecordError(f"{path}: text features of row {row} are not finite as float16")
+            hashes.append(hash_row(array.tobytes()))
             yield array.tobytes()
 
     write_shard(path, packed())
-    return {"rows": rows, "bytes": path.stat().length}
+    encoded = base64.b64encode(b"".join(hashes)).decode()
+    return {"rows": len(hashes), "bytes": path.stat().length, "hashes": encoded}
+
+
+def hash_row(data: bytes) -> bytes:
+    """Hash (ROW_HASH bytes) of a row of the text table."""
+    return hashlib.sha256(data).digest()[:ROW_HASH]
 
 
 def latent_sums(mean: np.ndarray, std: np.ndarray) -> np.ndarray:
-    """Sums (4, C) float64 over a clip's latents (N, C): 1, mean, mean^2, std^2.
+    """Sums (4, C) float64 of 1, mean, mean^2 and std^2 over a clip's latents (N, C).
 
-    Sums of clips add up; `latent_statistics` makes of them what training needs.
+    The sums of several clips can be added; `latent_statistics` takes the total.
     """
     mean, std = np.asarray(mean, np.float64), np.asarray(std, np.float64)
     return np.stack([np.ones_like(mean), mean, mean**2, std**2]).sum(axis=1)
@@ -149,91 +172,19 @@ def latent_sums(mean: np.ndarray, std: np.ndarray) -> np.ndarray:
 def latent_statistics(sums: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Mean and std per channel, (C,) each, of latents drawn as mean + std * normal.
 
-    The variance is that of the means plus the average of std^2.
+    Their variance is the variance of the means plus the mean of std^2.
+
+    Args:
+      sums: (4, C), of `latent_sums`.
     """
     mean, mean_square, variance = sums[1:] / sums[0]
     return mean, np.sqrt(np.maximum(mean_square - mean**2, 0) + variance)
 
 
-@dataclasses.dataclass(frozen=True)
-class Manifest:
-    """What a records folder holds.
-
-    Attributes:
-      sequence: lengths of every clip.
-      encoders: Encoders.spec() of what made the features.
-      codec: {name, fingerprint, latent_dim} of what made the latents.
-      has_video: whether records have clip and sync features.
-      num_records: in all.
-      num_failures: clips left out.
-      fields: {name: {"shape": [...], "dtype": str}} of the arrays in each record as it is read.
-      latent_mean, latent_std: per channel, of the drawn latents.
-      shards: [{"name", "records", "bytes"}] in reading order.
-      fingerprint: hash of the records.
-      text_table: {"rows", "bytes"} of the text table, or None: the records hold the text features.
-    """
-
-    sequence: SequenceConfig
-    encoders: dict
-    codec: dict
-    has_video: bool
-    num_records: int
-    num_failures: int
-    fields: dict
-    latent_mean: list[float]
-    latent_std: list[float]
-    shards: list[dict]
-    fingerprint: str
-    text_table: dict | None = None
-    version: int = VERSION
-
-    @property
-    def latent_dim(self) -> int:
-        """C: channels of the latents."""
-        return self.codec["latent_dim"]
-
-
 def describe_fields(record: Mapping) -> dict:
-    """Manifest.fields of a record."""
+    """`Manifest.fields` for a record."""
     return {
         name: {"shape": list(record[name].shape), "dtype": record[name].dtype.name}
         for name in _DTYPES
         if name in record
     }
-
-
-def write_manifest(folder, manifest: Manifest) -> None:
-    """Write manifest.json, atomically: from then on the folder counts as whole."""
-    with atomic_path(epath.Path(folder) / MANIFEST) as temporary:
-        temporary.write_text(json.dumps(dataclasses.asdict(manifest), indent=1) + "\n")
-
-
-def read_manifest(folder) -> Manifest:
-    """Read manifest.json.
-
-    Raises:
-      RecordError: no such folder, no manifest, a damaged one, or one of another version.
-    """
-    folder = epath.Path(folder)
-    path = folder / MANIFEST
-    try:
-        there = folder.is_dir()
-    except ImportError as error:  # epath loads what a remote file system needs when it is used
-        raise RecordError(f"{folder}: {error}") from error
-    if not there:
-        raise RecordError(f"{folder}: no such records folder")
-    if not path.exists():
-        raise RecordError(
-            f"{folder}: no {MANIFEST}: not a records folder, or an extraction that is not "
-            "finished (run its command again)"
-        )
-    try:
-        content = json.loads(path.read_text())
-        if content["version"] != VERSION:
-            raise RecordError(
-                f"{folder}: records of version {content['version']}, this program reads "
-                f"version {VERSION}: extract again"
-            )
-        return Manifest(**content | {"sequence": SequenceConfig(**content["sequence"])})
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise RecordError(f"{path}: damaged ({error})") from error

@@ -1,35 +1,36 @@
-"""Random access to a folder of records, with checks of what it holds."""
+"""Random access to a records folder, with checks of its contents."""
 
 import operator
 
 import numpy as np
+from absl import logging
 from array_record.python import array_record_data_source
 from etils import epath
 
+from vcm_jax.records.manifest import MANIFEST, hash_empty_text, read_manifest, row_hashes
 from vcm_jax.records.schema import (
     EMPTY_TEXT,
-    MANIFEST,
     TEXT_TABLE,
     RecordError,
     deserialize,
+    hash_row,
     latent_statistics,
     latent_sums,
-    read_manifest,
 )
 
-CHECKED_CLIPS = 64  # that the statistics are compared with when training starts
+CHECKED_CLIPS = 64  # training compares the statistics with so many clips when it starts
 
 
 class RecordSource:
-    """Random access to a records folder: picklable, for any number of threads and processes.
+    """Random access to a records folder. Picklable; threads and processes may share it.
 
     Attributes:
-      path: the folder, local or of a remote file system that etils.epath knows (gs://...).
+      path: the folder, local or on a remote file system that etils.epath knows (gs://...).
       manifest: its Manifest.
 
     Raises:
-      RecordError: the folder is not whole: no manifest, a shard that is missing, too many or cut
-        off, no records.
+      RecordError: the folder is not complete: it has no manifest or no records, or a shard is
+        missing, cut off or not in the manifest.
     """
 
     def __init__(self, path):
@@ -57,14 +58,16 @@ class RecordSource:
         self._texts = None
         if self.manifest.text_table:
             self._texts = self._open([TEXT_TABLE], self.manifest.text_table["rows"])
+            # A row is compared with its hash when it is first read, then the entry becomes None.
+            self._row_hashes = row_hashes(self.manifest) or [None] * len(self._texts)
 
     def _open(self, names: list[str], count: int):
         try:
-            # Picklable itself: each process opens the files when it first reads from them.
+            # It is picklable: each process opens the files when it first reads from them.
             reader = array_record_data_source.ArrayRecordDataSource(
                 [str(self.path / name) for name in names]
             )
-        except Exception as error:  # its C++ code raises what it likes
+        except Exception as error:  # its C++ code raises errors of many types
             raise RecordError(f"{self.path}: unreadable ({error})") from error
         if len(reader) != count:
             raise RecordError(f"{self.path}: {len(reader)} records, the manifest says {count}")
@@ -72,19 +75,37 @@ class RecordSource:
 
     @property
     def empty_text(self) -> np.ndarray:
-        """The text encoder's features of the empty text, (Tt, Dt) float32."""
-        with (self.path / EMPTY_TEXT).open("rb") as file:
-            return np.load(file)
+        """The text encoder's features of the empty text, (Tt, Dt) float32.
+
+        Raises:
+          RecordError: they are missing, damaged, or of another shape than the text features.
+        """
+        path = self.path / EMPTY_TEXT
+        try:
+            with path.open("rb") as file:
+                features = np.load(file)
+        except Exception as error:  # np.load raises errors of many types on damaged files
+            raise RecordError(f"{path}: missing or damaged ({error})") from error
+        wanted = self.manifest.fields.get("text", {}).get("shape", list(features.shape))
+        if features.dtype != np.float32 or list(features.shape) != wanted:
+            raise RecordError(
+                f"{path}: {features.dtype} {features.shape}, needed is float32 {tuple(wanted)}"
+            )
+        if not np.isfinite(features).all():
+            raise RecordError(f"{path}: the features are not finite")
+        if self.manifest.empty_text not in (None, hash_empty_text(features)):
+            raise RecordError(f"{path}: not the features that were written")
+        return features
 
     def __len__(self) -> int:
         return self.manifest.num_records
 
     def __getitem__(self, index: int) -> dict:
-        """Record `index`: see `serialize` for its fields; `text` is always there.
+        """Record `index` with the fields that `serialize` names; `text` is always there.
 
         Raises:
           IndexError: no such record.
-          RecordError: damaged, or not as the manifest says; names the folder and the record.
+          RecordError: damaged, or different from the manifest; names the folder and the record.
         """
         index = operator.index(index)
         if not 0 <= index < len(self):
@@ -92,10 +113,10 @@ class RecordSource:
         try:
             record = deserialize(self._reader[index])
             if self._texts is not None:
-                row = int(record.pop("text_row"))
                 shape = self.manifest.fields["text"]["shape"]
-                record["text"] = np.frombuffer(self._texts[row], np.float16).reshape(shape)
-        except Exception as error:  # the C++ reader has no class of its own for damaged bytes
+                data = self._read_text(int(record.pop("text_row")))
+                record["text"] = np.frombuffer(data, np.float16).reshape(shape)
+        except Exception as error:  # the C++ reader has no error type for damaged bytes
             raise RecordError(f"{self.path}, record {index}: {error}") from error
         for name, field in self.manifest.fields.items():
             if name not in record or list(record[name].shape) != field["shape"]:
@@ -106,20 +127,39 @@ class RecordSource:
                 )
         return record
 
+    def _read_text(self, row: int) -> bytes:
+        data = self._texts[row]
+        if self._row_hashes[row] not in (None, hash_row(data)):
+            raise RecordError(f"row {row} of {TEXT_TABLE} is not the one that was written")
+        self._row_hashes[row] = None
+        return data
+
     def check_statistics(self, count: int = CHECKED_CLIPS) -> None:
         """Compare the manifest's latent statistics with those of some clips, evenly chosen.
+
+        Damaged clips among them are passed over, as in training.
 
         Means may be off by ten standard errors (from the spread between the clips) and a tenth of
         the standard deviation, stds by a factor of 2: more than chance does, less than latents of
         another codec or scale. All clips together must agree to 0.1%.
 
         Raises:
-          RecordError: they do not fit the records.
+          RecordError: they do not fit the records, or all the clips are damaged.
         """
         count = min(count, len(self))
         chosen = np.linspace(0, len(self) - 1, count).round().astype(int)
-        clips = [self[i] for i in chosen]
-        sums = np.stack([latent_sums(clip["latent_mean"], clip["latent_std"]) for clip in clips])
+        sums = []
+        for i in chosen:
+            try:
+                clip = self[i]
+            except RecordError as error:
+                logging.warning("damaged record passed over: %s", error)
+                damaged = error
+                continue
+            sums.append(latent_sums(clip["latent_mean"], clip["latent_std"]))
+        if not sums:
+            raise RecordError(f"all {count} records that were read are damaged, as in: {damaged}")
+        sums, count = np.stack(sums), len(sums)
         mean, std = latent_statistics(sums.sum(axis=0))
         told_mean = np.array(self.manifest.latent_mean)
         told_std = np.array(self.manifest.latent_std)

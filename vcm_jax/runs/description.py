@@ -1,14 +1,11 @@
 """The description of a run: run.json and the codec, which generating needs beside the weights."""
 
-import contextlib
 import dataclasses
-import os
-import secrets
-import shutil
 from pathlib import Path
 
 from vcm_jax.atomic import read_json, write_json
 from vcm_jax.codec import copy_codec
+from vcm_jax.hashes import open_seal, seal
 from vcm_jax.models import ModelConfig
 from vcm_jax.records.sequence import SequenceConfig
 
@@ -51,16 +48,9 @@ def write(workdir, config: dict, model: ModelConfig, manifest, codec_folder) -> 
     """
     workdir = Path(workdir)
     described = Description(config, model, manifest.sequence, manifest.encoders, manifest.codec)
-    write_json(workdir / _FILE, dataclasses.asdict(described))
-    if (workdir / _CODEC).exists():
-        return
-    temporary = workdir / f".{_CODEC}.{secrets.token_hex(4)}.tmp"
-    try:
-        copy_codec(codec_folder, temporary)
-        with contextlib.suppress(FileExistsError):  # the same codec, by another process
-            os.rename(temporary, workdir / _CODEC)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    write_json(workdir / _FILE, seal(dataclasses.asdict(described)))
+    if not (workdir / _CODEC).exists():
+        copy_codec(codec_folder, workdir / _CODEC)
 
 
 def read(workdir) -> Description:
@@ -71,7 +61,8 @@ def read(workdir) -> Description:
     """
     path = Path(workdir) / _FILE
     try:
-        found = read_json(path, [field.name for field in dataclasses.fields(Description)])
+        names = [field.name for field in dataclasses.fields(Description)]
+        found = open_seal(read_json(path, names), path)
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"{workdir} is not the workdir of a run: it has no {_FILE}") from None
     for name in ("config", "model", "sequence", "encoders", "codec"):
@@ -79,7 +70,7 @@ def read(workdir) -> Description:
             raise ValueError(f"{path} is damaged: its {name!r} is not a JSON object")
     try:
         model, sequence = ModelConfig(**found["model"]), SequenceConfig(**found["sequence"])
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(
             f"{path} is damaged, or a newer version of this program wrote it: {error}"
         ) from None

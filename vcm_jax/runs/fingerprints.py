@@ -7,12 +7,12 @@ changes the sum; any other damage is missed with a probability of about 2^-32.
 """
 
 import functools
-import hashlib
-import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
 
 _UNSIGNED = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}
 
@@ -25,21 +25,67 @@ def _words(array):
     return bits.astype(jnp.uint32)
 
 
-def _positions(shape: tuple[int, ...]):
-    """The index of every element in row-major order, uint32, modulo 2^32."""
-    found, stride = jnp.zeros(shape, jnp.uint32), 1
+def _sum_block(block, start, shape: tuple[int, ...]):
+    """The sum over a block of an array.
+
+    Args:
+      block: some of the array's elements, a box.
+      start: the index of the block's first element along every axis.
+      shape: of the whole array.
+    """
+    words = _words(block)
+    if words.ndim > len(shape):  # the two words of 64-bit numbers
+        start, shape = (*start, 0), (*shape, 2)
+    position, stride = jnp.zeros(words.shape, jnp.uint32), 1  # in row-major order, modulo 2^32
     for axis in reversed(range(len(shape))):
-        step = np.uint32(stride % 2**32)
-        found = found + jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * step
+        index = jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
+        index += jnp.uint32(start[axis])
+        position += index * np.uint32(stride % 2**32)
         stride *= shape[axis]
-    return found
+    spread = position * np.uint32(0x9E3779B1)  # 2^32 over the golden ratio
+    return (words * (spread ^ (spread >> 15) | 1)).sum(dtype=jnp.uint32)
 
 
 @jax.jit
-def _fingerprint(array):
-    words = _words(array)
-    spread = _positions(words.shape) * np.uint32(0x9E3779B1)  # 2^32 over the golden ratio
-    return (words * (spread ^ (spread >> 15) | 1)).sum(dtype=jnp.uint32)
+def _sum_whole(array):
+    return _sum_block(array, (0,) * array.ndim, array.shape)
+
+
+@functools.partial(jax.jit, static_argnames=("mesh", "spec"))
+def _sum_shards(array, mesh, spec):
+    """The sums over the blocks of an array that is split over a mesh: one for each device."""
+
+    def on_device(block):
+        start = []
+        for axis, size in enumerate(block.shape):
+            names = spec[axis] if axis < len(spec) else None
+            start.append(jax.lax.axis_index(names) * size if names else 0)
+        return _sum_block(block, start, array.shape)[None]
+
+    every = PartitionSpec(mesh.axis_names)
+    return jax.shard_map(on_device, mesh=mesh, in_specs=spec, out_specs=every)(array)
+
+
+def _dispatch(leaf):
+    """Starts the computation for an array; `_collect` waits for it.
+
+    Nothing is exchanged between devices here: these programs do not depend on each other, and
+    different processes could run them in a different order.
+    """
+    if not isinstance(leaf, jax.Array):
+        return _sum_whole(leaf)
+    if leaf.is_fully_replicated or not isinstance(leaf.sharding, NamedSharding):
+        return _sum_whole(leaf.addressable_data(0))
+    return _sum_shards(leaf, leaf.sharding.mesh, leaf.sharding.spec)
+
+
+def _collect(leaf, found) -> int:
+    """The sum over an array, or over the blocks that count as this process's."""
+    if not found.shape:
+        return int(found)
+    first = {shard.device for shard in leaf.addressable_shards if shard.replica_id == 0}
+    sums = [shard.data for shard in found.addressable_shards if shard.device in first]
+    return sum(int(value[0]) for value in jax.device_get(sums)) % 2**32
 
 
 def fingerprints(tree) -> dict[str, int]:
@@ -49,13 +95,12 @@ def fingerprints(tree) -> dict[str, int]:
       tree: arrays of any shape, on any mesh; every process of a run must call this alike.
     """
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    # One small program for each shape, all dispatched before the first result is waited for.
-    found = jax.device_get([_fingerprint(leaf) for _, leaf in leaves])
+    # One small program for each shape; all are started before the first one is waited for.
+    started = [_dispatch(leaf) for _, leaf in leaves]
+    sums = [_collect(leaf, found) for (_, leaf), found in zip(leaves, started)]
+    split = [bool(found.shape) for found in started]
+    if jax.process_count() > 1 and any(split):
+        every = multihost_utils.process_allgather(np.asarray(sums, np.uint32))
+        sums = np.where(split, every.sum(0, dtype=np.uint32), every[0]).tolist()
     keystr = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
-    return {keystr(path): int(value) for (path, _), value in zip(leaves, found)}
-
-
-def checksum(content: dict) -> str:
-    """A hash of a JSON object."""
-    text = json.dumps(content, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return {keystr(path): value for (path, _), value in zip(leaves, sums)}

@@ -8,6 +8,7 @@ import jax
 from absl import logging
 from ml_collections import ConfigDict
 
+from vcm_jax.claim import ClaimError
 from vcm_jax.devices import distributed, preemption
 from vcm_jax.records.schema import RecordError
 from vcm_jax.runs import averages, checkpoint
@@ -41,7 +42,7 @@ def train(config: ConfigDict, workdir: str, dry_run: bool = False) -> None:
         # However the run ends, a checkpoint that is being written in the background is finished.
         with contextlib.ExitStack() as stack:
             _train(config, Path(workdir), stack, dry_run)
-    except (RecordError, checkpoint.CheckpointError, resume.ResumeError) as error:
+    except (RecordError, checkpoint.CheckpointError, resume.ResumeError, ClaimError) as error:
         raise SetupError(str(error)) from error
 
 

@@ -11,6 +11,7 @@ from absl import logging
 from clu import parameter_overview
 from ml_collections import ConfigDict
 
+from vcm_jax.claim import hold
 from vcm_jax.codec import load_codec
 from vcm_jax.devices import sharding
 from vcm_jax.records import mixture
@@ -49,10 +50,15 @@ def open_checkpoints(
 ) -> tuple[checkpoint.Saver, checkpoint.Saver]:
     """(saver of checkpoints, saver of EMA snapshots); both finish their saves when they close.
 
+    The workdir stays locked until `stack` is closed.
+
     Raises:
+      ClaimError: another run works in the workdir.
       StorageError: the workdir cannot be written to.
     """
     checkpoint.check_writable(workdir)
+    if is_leader():
+        stack.enter_context(hold(workdir))
     managers = (
         checkpoint.open_manager(workdir, config.keep_every or None),
         averages.open_snapshots(workdir),
@@ -77,7 +83,8 @@ def init_or_restore(
 ) -> TrainState:
     """The state that the loop starts from: a new one, or that of the latest whole checkpoint.
 
-    A damaged checkpoint is moved aside, and the log says so.
+    Damaged checkpoints after that one are moved aside, and the log says so. If all are damaged,
+    nothing is moved: the run must not start again from step 0 without being told to.
 
     Args:
       config, workdir: of the run.
@@ -88,31 +95,36 @@ def init_or_restore(
 
     Raises:
       ResumeError: the checkpoint is another run's.
-      CheckpointError: the checkpoint cannot be read, or all of them are damaged.
+      CheckpointError: a checkpoint cannot be read, or all of them are damaged.
     """
-    if saver.manager.latest_step() is None:
+    steps = sorted(saver.manager.all_steps(), reverse=True)
+    if not steps:
         state = program.init(*start)
         if is_leader():
             overview = parameter_overview.get_parameter_overview(state.params, include_stats=False)
             logging.info("\n%s", overview)
         return state
     target = sharding.place(program.abstract, program.shardings)
-    while (step := saver.manager.latest_step()) is not None:
+    for place, step in enumerate(steps):
         try:
             saved = checkpoint.read_meta(saver.manager, step)
             changes = resume.check(saved, meta, config.allow_config_change)
             state = checkpoint.restore(saver.manager, target, step)
         except checkpoint.DamagedError as error:
-            damaged = checkpoint.set_aside(saver.manager, workdir, step)
-            logging.warning("%s; it is kept as %s", error, damaged)
+            if jax.process_count() > 1 and isinstance(error, checkpoint.UnreadableError):
+                raise  # other processes may have read it, and are waiting for this one
+            logging.warning("%s", error)
             continue
+        for damaged in steps[:place]:
+            kept = checkpoint.set_aside(saver.manager, workdir, damaged)
+            logging.warning("the damaged checkpoint %d is kept as %s", damaged, kept)
         for line in changes:
             logging.warning("changed since the last start: %s", line)
         logging.info("resuming after step %d", int(state.step))
         return state
     raise checkpoint.CheckpointError(
-        f"{workdir}: every checkpoint is damaged; they are kept in {damaged.parent}. Give another "
-        "--workdir to start again"
+        f"{saver.manager.directory}: all checkpoints are damaged ({', '.join(map(str, steps))}): "
+        "delete this folder to start again from step 0, or give another --workdir"
     )
 
 
@@ -152,8 +164,8 @@ def _reader(config: ConfigDict, setup: Setup):
         mixture.batches,
         shapes=_shapes(setup),
         batch_size=config.batch_size,
-        part=index,
-        parts=count,
+        process=index,
+        processes=count,
     )
 
 
@@ -211,7 +223,7 @@ def make_evaluation(
         teacher=setup.teacher,
         teacher_variables=program.teacher_variables,
         best=best,
-        figure_steps=config.eval_sample_steps,
+        sample_steps=config.eval_sample_steps,
         max_clips=min(config.eval_clips, sum(map(len, setup.val[0]))),  # each clip once
     )
 

@@ -1,4 +1,4 @@
-"""What a run carries from step to step, its optimizer and its learning rate."""
+"""What a run carries from step to step, its optimizer and its learning-rate schedule."""
 
 import dataclasses
 from typing import Any
@@ -8,19 +8,21 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from vcm_jax.models import Conditions, MMDiT
+from vcm_jax.models import MMDiT
+from vcm_jax.models.conditioned import zero_inputs
+from vcm_jax.settings import Range, check, integer, number, setting
 
 
 @flax.struct.dataclass
 class TrainState:
-    """Everything a checkpoint holds of a run; randomness is a function of (seed, step).
+    """Everything that a checkpoint holds of a run; randomness is a function of (seed, step).
 
     Attributes:
-      step: int32 scalar, steps that are done.
+      step: int32 scalar, the number of steps that are done.
       params: float32 parameters.
       stats: what the data determine: latent statistics, features of the empty text.
       opt_state: of the optimizer.
-      ema: power-function averages of the parameters, by their width ("0.05").
+      ema: EMA weights by their width ("0.05"), pytrees like `params`.
     """
 
     step: jax.Array
@@ -30,46 +32,47 @@ class TrainState:
     ema: dict[str, Any]
 
 
+def _increase(steps) -> bool:
+    if not isinstance(steps, tuple | list) or not all(map(integer(0).holds, steps)):
+        return False
+    return list(steps) == sorted(set(steps))
+
+
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW, warm-up, a learning rate that falls in steps; the defaults are SoundVCM's (4.3).
+    """AdamW and its learning-rate schedule; the defaults are SoundVCM's (section 4.3).
+
+    The learning rate rises linearly from 0 and then falls in steps.
 
     Attributes:
-      learning_rate: at its peak.
-      warmup_steps: linear, from 0.
-      decay_steps: after each of them the rate is `decay_factor` times what it was.
+      learning_rate: the highest learning rate.
+      warmup_steps: length of the linear rise.
+      decay_steps: at each of these steps the learning rate is multiplied by `decay_factor`.
       b1, b2, eps, weight_decay: of AdamW.
-      clip_norm: of the global gradient norm.
+      clip_norm: gradients are scaled down to at most this global norm.
 
     Raises:
       ValueError: when a setting is out of its range.
     """
 
-    learning_rate: float = 1e-4
-    warmup_steps: int = 1_000
-    decay_steps: tuple[int, ...] = (240_000, 270_000)
-    decay_factor: float = 0.1
-    b1: float = 0.9
-    b2: float = 0.95
-    eps: float = 1e-6
-    weight_decay: float = 1e-6
-    clip_norm: float = 1.0
+    learning_rate: float = setting(1e-4, number(above=0))
+    warmup_steps: int = setting(1_000, integer(0))
+    decay_steps: tuple[int, ...] = setting(
+        (240_000, 270_000), Range("step numbers that increase", _increase)
+    )
+    decay_factor: float = setting(0.1, number(above=0))
+    b1: float = setting(0.9, number(0, below=1))
+    b2: float = setting(0.95, number(0, below=1))
+    eps: float = setting(1e-6, number(above=0))
+    weight_decay: float = setting(1e-6, number(0))
+    clip_norm: float = setting(1.0, number(above=0))
 
     def __post_init__(self):
-        for name in ("learning_rate", "decay_factor", "eps", "clip_norm"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"optimizer.{name} must be > 0, not {getattr(self, name)}")
-        for name in ("b1", "b2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"optimizer.{name} must be in [0, 1), not {getattr(self, name)}")
-        if not self.weight_decay >= 0 or not self.warmup_steps >= 0:
-            raise ValueError("optimizer.weight_decay and optimizer.warmup_steps must be >= 0")
-        if list(self.decay_steps) != sorted(set(self.decay_steps)):
-            raise ValueError(f"optimizer.decay_steps must increase, not {self.decay_steps}")
+        check(self, "optimizer")
 
 
 def learning_rate_schedule(config: OptimizerConfig):
-    """step (0 for the first update) -> learning rate."""
+    """A function step -> learning rate; step is 0 for the first update."""
 
     def schedule(step):
         step = jnp.asarray(step, jnp.float32)
@@ -95,27 +98,22 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
 
 
 def make_init(net: MMDiT, stats, optimizer, sigma_rels):
-    """(key, params=None) -> TrainState before the first step; jit it with the state's shardings.
+    """A function (key, params=None) -> TrainState before the first step.
 
-    `params` come in place of random ones.
+    It is meant to be jitted with the state's shardings as `out_shardings`. Given `params` take the
+    place of random ones.
 
     Args:
       net: the network.
       stats: its collection "stats".
       optimizer: of `make_optimizer`.
-      sigma_rels: widths of the averages; they start as copies and forget that at once.
+      sigma_rels: widths of the EMA weights. They start as copies of the parameters, which the
+        first update replaces.
     """
-    c = net.config
-    cond = Conditions(
-        jnp.zeros((1, c.clip_seq_len, c.clip_dim)),
-        jnp.zeros((1, c.sync_seq_len, c.sync_dim)),
-        jnp.zeros((1, c.text_seq_len, c.text_dim)),
-    )
 
     def init(key, params=None):
         if params is None:
-            x, time = jnp.zeros((1, c.latent_seq_len, c.latent_dim)), jnp.zeros(1)
-            params = net.init(key, x, time, time, cond)["params"]
+            params = net.init(key, *zero_inputs(net.config))["params"]
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             params=params,

@@ -3,7 +3,6 @@
 import dataclasses
 
 from vcm_jax.objectives import read_section
-from vcm_jax.objectives.reflow import ReflowConfig
 from vcm_jax.runs import averages, description
 from vcm_jax.training.step import Teacher
 
@@ -19,7 +18,7 @@ def load_teacher(settings, net, manifest):
     Raises:
       ValueError: when there is no teacher, or it has other sizes, features or latents.
     """
-    if not isinstance(settings, ReflowConfig):
+    if not settings.needs_teacher:
         return None, None
     if not settings.teacher:
         raise ValueError("objective.teacher is empty: name the workdir of a trained run")
@@ -45,5 +44,6 @@ def load_teacher(settings, net, manifest):
                 f"objective.teacher {workdir} was trained with other {what} than the records have: "
                 f"{getattr(described, what)}, not {getattr(manifest, what)}"
             )
-    teacher = Teacher(net, read_section(described.config["objective"])[0], settings.teacher_steps)
+    objective, _ = read_section(described.config["objective"])
+    teacher = Teacher(net, objective, settings.teacher_steps)
     return teacher, averages.restore_weights(workdir)

@@ -1,4 +1,8 @@
-"""The parts of an extraction: files of a fixed share of the clips, and journals of those begun."""
+"""The shards of an extraction: each holds a fixed range of the clips, and a journal while it grows.
+
+On disk a shard is called part-NNNNN, as it was in the first version: its records
+(part-NNNNN.array_record) and a summary of them (part-NNNNN.json), which is written last.
+"""
 
 import hashlib
 import json
@@ -11,25 +15,25 @@ from flax import serialization
 from vcm_jax.atomic import atomic_path
 from vcm_jax.records.schema import describe_fields, deserialize, write_shard
 
-_HEADER = struct.Struct("<QI")  # bytes of an entry of a journal, and their CRC
+_HEADER = struct.Struct("<QI")  # length in bytes of a journal entry, and its CRC
 
 
-def part_paths(out: Path, chunk: int) -> tuple[Path, Path]:
-    """(records, description) of a chunk; the description is written last."""
-    return out / f"part-{chunk:05d}.array_record", out / f"part-{chunk:05d}.json"
+def shard_paths(out: Path, number: int) -> tuple[Path, Path]:
+    """Paths of a shard's records and of its summary; the shard is done if the summary exists."""
+    return out / f"part-{number:05d}.array_record", out / f"part-{number:05d}.json"
 
 
-def write_part(out: Path, chunk: int, packed: list[bytes], sums: list, failures: list) -> None:
-    """Write a chunk's records, and what `read_part` returns about them.
+def finish_shard(out: Path, number: int, packed: list[bytes], sums: list, failures: list) -> None:
+    """Write a shard's records and its summary.
 
     Args:
       out: records folder.
-      chunk: number of the part.
+      number: of the shard.
       packed: serialized records.
-      sums: `records.latent_sums` of each.
-      failures: [(id, reason)] of what was left out.
+      sums: `records.schema.latent_sums` of each record.
+      failures: [(id, reason)] of the clips that were left out.
     """
-    path, description = part_paths(out, chunk)
+    path, summary = shard_paths(out, number)
     content = {"records": len(packed), "bytes": 0, "failures": failures}
     content["hash"] = hashlib.sha256(b"".join(packed)).hexdigest()[:16]
     if packed:
@@ -37,25 +41,25 @@ def write_part(out: Path, chunk: int, packed: list[bytes], sums: list, failures:
         content["bytes"] = path.stat().st_size
         content["sums"] = sum(sums[1:], start=sums[0]).tolist()
         content["fields"] = describe_fields(deserialize(packed[0]))
-    with atomic_path(description) as temporary:
+    with atomic_path(summary) as temporary:
         temporary.write_text(json.dumps(content) + "\n")
 
 
-def read_part(out: Path, chunk: int) -> dict:
-    """{records, bytes, failures, hash[, sums, fields]} of a chunk that is done."""
-    return json.loads(part_paths(out, chunk)[1].read_text())
+def read_summary(out: Path, number: int) -> dict:
+    """{records, bytes, failures, hash[, sums, fields]} of a shard that is done."""
+    return json.loads(shard_paths(out, number)[1].read_text())
 
 
 class Journal:
-    """What is done of a chunk that is not: each clip's results, safe from a kill.
+    """The results of a shard's clips so far; a kill at any moment costs the current clip at most.
 
     Attributes:
-      entries: of the first clips of the chunk, in order: [(id, serialized record, sums)] or
-        [(id, None, reason)] each.
+      entries: the results of the shard's first clips, in order. The results of one clip are a list
+        of (id, serialized record, latent sums) and (id, None, reason).
     """
 
-    def __init__(self, out: Path, chunk: int):
-        self._path = out / f"part-{chunk:05d}.journal"
+    def __init__(self, out: Path, number: int):
+        self._path = out / f"part-{number:05d}.journal"
         self.entries, good = [], 0
         data = self._path.read_bytes() if self._path.exists() else b""
         while len(data) >= good + _HEADER.size:
@@ -67,12 +71,12 @@ class Journal:
             content = serialization.msgpack_restore(entry)
             self.entries.append([tuple(item.values()) for item in content.values()])
             good += _HEADER.size + size
-        if good < len(data):  # killed while it wrote
+        if good < len(data):  # the process was killed while it wrote the last entry
             with open(self._path, "r+b") as file:
                 file.truncate(good)
 
     def append(self, results: list[tuple]) -> None:
-        """Note the results of the next clip."""
+        """Add the results of the next clip."""
         entry = serialization.msgpack_serialize(
             {str(i): {str(k): v for k, v in enumerate(r)} for i, r in enumerate(results)}
         )
@@ -80,10 +84,10 @@ class Journal:
             file.write(_HEADER.pack(len(entry), zlib.crc32(entry)) + entry)
         self.entries.append(results)
 
-    def finish(self, out: Path, chunk: int) -> None:
-        """Make the part of it."""
+    def finish(self, out: Path, number: int) -> None:
+        """Write the shard from the entries, and remove the journal."""
         results = [result for entry in self.entries for result in entry]
         done = [(packed, other) for _, packed, other in results if packed is not None]
         failures = [(name, other) for name, packed, other in results if packed is None]
-        write_part(out, chunk, [p for p, _ in done], [sums for _, sums in done], failures)
+        finish_shard(out, number, [p for p, _ in done], [sums for _, sums in done], failures)
         self._path.unlink(missing_ok=True)

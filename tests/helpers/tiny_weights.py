@@ -1,0 +1,57 @@
+"""Tiny files in the layouts of MMAudio's public ones."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import tiny_codecs
+import tiny_encoders
+import torch
+from weight_server import NAMES
+
+from vcm_jax.interop.weights import torch_shapes
+from vcm_jax.models import MODELS
+from vcm_jax.pretrained import table
+
+_SIZES = dict(hidden_dim=16, num_heads=2, depth=2, fused_depth=1, clip_dim=12, sync_dim=16)
+
+
+def use_tiny_sizes(monkeypatch) -> None:
+    """Makes the networks, codecs and encoders tiny."""
+    for mode in NAMES:
+        tiny = dataclasses.replace(MODELS[f"small_{mode}"], text_dim=16, **_SIZES)
+        monkeypatch.setitem(MODELS, f"small_{mode}", tiny)
+    tiny_codecs.shrink(monkeypatch)
+    tiny_encoders.use_tiny_sizes(monkeypatch)
+
+
+def network(mode: str, seed: int = 0) -> dict[str, np.ndarray]:
+    """A state dict as MMAudio's files have it."""
+    rng = np.random.default_rng(seed)
+    shapes = torch_shapes(MODELS[f"small_{mode}"])
+    return {
+        name: rng.standard_normal(shape).astype(np.float32)
+        for name, shape in shapes.items()
+        if not name.startswith("h_embed.")
+    }
+
+
+def write_served(folder: Path) -> None:
+    """The files of `weight_server`'s folder; `use_tiny_sizes` comes first."""
+    release, hub = folder / "release", folder / "hub"
+    mmaudio, clip = hub / "hkchengrex/MMAudio/weights", hub / table.ENCODERS[1].repo
+    bigvgan = hub / table.CODECS["44k"][1].repo
+    for place in (release, mmaudio, clip, bigvgan):
+        place.mkdir(parents=True)
+    for mode, name in NAMES.items():
+        tiny_encoders.save(mmaudio / f"{name}.pth", network(mode))
+        vae, vocoder = tiny_codecs.state_dicts(mode)
+        tiny_encoders.save(release / f"v1-{mode[:2]}.pth", vae)
+        tensors = {key: torch.from_numpy(value) for key, value in vocoder.items()}
+        target = release / "best_netG.pt" if mode == "16k" else bigvgan / "bigvgan_generator.pt"
+        torch.save({"generator": tensors}, target)
+    encoders = tiny_encoders.write_weights(folder / "encoders")
+    (encoders / "synchformer_state_dict.pth").rename(release / "synchformer_state_dict.pth")
+    tiny_encoders.write_vocabulary(clip, "pair")
+    for name in ("open_clip_pytorch_model.bin", "open_clip_config.json"):
+        (encoders / "clip" / name).rename(clip / name)

@@ -1,0 +1,94 @@
+"""The network on given variables: it encodes conditions once, and samples latents from noise.
+
+Features are a dict, as batches of records are: `clip` `B Tc clip_dim`, `sync` `B Ts sync_dim` and
+`text` `B Tt text_dim`, and bool `has_video` and `has_text` `B`, which say where they count.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from vcm_jax import sampling
+from vcm_jax.models.config import ModelConfig
+from vcm_jax.models.mmdit import Conditions
+from vcm_jax.objectives.common import select_rows
+
+
+def zero_inputs(config: ModelConfig):
+    """(x, t, s, cond) of one row, zeros: arguments with which a network can be initialised."""
+    c = config
+    time = jnp.zeros(1)
+    cond = Conditions(
+        jnp.zeros((1, c.clip_seq_len, c.clip_dim)),
+        jnp.zeros((1, c.sync_seq_len, c.sync_dim)),
+        jnp.zeros((1, c.text_seq_len, c.text_dim)),
+    )
+    return jnp.zeros((1, c.latent_seq_len, c.latent_dim)), time, time, cond
+
+
+def fill_conditions(features, null: Conditions) -> Conditions:
+    """The features, with the empty ones (`null`, 1 row) where a modality is missing or dropped."""
+
+    def fill(has, name):
+        return select_rows(has, features[name], getattr(null, name))
+
+    return Conditions(
+        clip=fill(features["has_video"], "clip"),
+        sync=fill(features["has_video"], "sync"),
+        text=fill(features["has_text"], "text"),
+    )
+
+
+def repeat_rows(tree, size: int):
+    """A pytree of one row, repeated to `size` rows."""
+    return jax.tree.map(lambda a: jnp.broadcast_to(a, (size, *a.shape[1:])), tree)
+
+
+def encode_features(net, variables, features):
+    """The network as a velocity, and the encoded conditions that it takes.
+
+    The empty condition is encoded once for the whole batch.
+
+    Args:
+      net: MMDiT.
+      variables: {"params": ..., "stats": ...}.
+      features: see the top of this file.
+
+    Returns:
+      u(x, t, s, cond), cond and null_cond; the latter two with B rows.
+    """
+
+    def u(x, t, s, cond):
+        return net.apply(variables, x, t, s, cond, method="velocity")
+
+    def encode(conditions):
+        return net.apply(variables, conditions, method="encode_conditions")
+
+    null = net.apply(variables, 1, method="null_conditions")
+    cond = encode(fill_conditions(features, null))
+    return u, cond, repeat_rows(encode(null), features["has_video"].shape[0])
+
+
+def sample_latents(
+    net,
+    variables,
+    features,
+    noise,
+    times,
+    objective,
+    sampler: sampling.Sampler = sampling.OWN_SAMPLER,
+    keys=None,
+):
+    """Latents sampled from noise, in the units of the training data (not normalised): `B N C`.
+
+    Args:
+      net, variables, features: as `encode_features`'s.
+      noise: standard normal, `B N C`.
+      times: of the sampler, decreasing, as `sampling.sample`'s.
+      objective: the objective that the network was trained with.
+      sampler: how it is sampled.
+      keys: random keys of a restart sampler, one for each row.
+    """
+    u, cond, null_cond = encode_features(net, variables, features)
+    x0 = sampler(objective, u, noise, times, cond, null_cond, keys)
+    stats = variables["stats"]
+    return x0 * stats["latent_std"][None, None] + stats["latent_mean"][None, None]

@@ -1,0 +1,126 @@
+"""What the program asks of a training objective."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import ClassVar
+
+from vcm_jax.objectives import common, times
+from vcm_jax.settings import TIME_INTERVAL, check, number, setting
+
+
+@dataclasses.dataclass(frozen=True)
+class Passes:
+    """The network evaluations of one training step, in forward passes over the whole batch.
+
+    Every objective has one differentiated pass on top of these.
+
+    Attributes:
+      at_x_t: passes without gradient at the noised samples x_t of the differentiated pass.
+      elsewhere: passes without gradient at other points, and tangents of a JVP.
+    """
+
+    at_x_t: float = 0.0
+    elsewhere: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """All evaluations, the differentiated pass included."""
+        return self.at_x_t + self.elsewhere + 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """The settings of an objective, and everything that the program asks of it.
+
+    A subclass declares its settings as fields with ranges (`vcm_jax.settings`), sets `name`, and
+    defines `loss` and `passes`; the other methods have defaults. Instances are hashable, so that
+    they can be static arguments of `jax.jit`.
+
+    Attributes:
+      name: what `config.objective.name` calls it.
+      instant_only: the network learns u(x, t, t, c) alone, the instantaneous velocity. All rows of
+        a batch then have s = t, and sampling takes Euler steps with classifier-free guidance, for
+        which the settings need `guidance_scale` and `guidance_interval`. Other objectives need
+        `instant_ratio`, the fraction of the rows that have s = t.
+      needs_jvp: the loss differentiates the network in forward mode.
+      needs_teacher: the data x0 come from the sampler of a trained run; the settings need
+        `teacher` and `teacher_steps`.
+
+    Raises:
+      ValueError: when a setting is out of its range.
+    """
+
+    name: ClassVar[str]
+    instant_only: ClassVar[bool] = False
+    needs_jvp: ClassVar[bool] = False
+    needs_teacher: ClassVar[bool] = False
+
+    def __post_init__(self):
+        check(self, "objective")
+
+    def loss(self, u: Callable, *batch, **options):
+        """(scalar loss, aux) of one batch; arguments and results as `vcm.vcm_loss`'s."""
+        raise NotImplementedError
+
+    def passes(self) -> Passes:
+        """The cost of one training step in network evaluations."""
+        raise NotImplementedError
+
+    def num_instant(self, batch_size: int) -> int:
+        """How many rows of a batch have s = t; they come first."""
+        return batch_size if self.instant_only else round(self.instant_ratio * batch_size)
+
+    def draw(self, key, batch_size: int, num_instant: int, step, steps: int):
+        """The times of a batch: (t, s, lam), with t and s float32 `B`.
+
+        By default t and s are logit-normal, with `time_mean` and `time_std`, and lam is None.
+
+        Args:
+          key: of the random numbers.
+          batch_size: B.
+          num_instant: the number of rows with s = t, which come first.
+          step, steps: number of the training step, from 0, and of all steps.
+        """
+        del step, steps
+        t, s = times.sample_times(key, batch_size, num_instant, self.time_mean, self.time_std)
+        return t, s, None
+
+    def velocity(self, net: Callable) -> Callable:
+        """The average velocity u(x, t, s, cond) that samplers take, from the network.
+
+        The network itself by default; an objective whose network predicts another quantity
+        converts it here.
+        """
+        return net
+
+    def noised(self, x0, x1, t):
+        """x_t `B N C` from data, noise and times `B`: (1 - t) x0 + t x1 by default."""
+        return common.noised(x0, x1, t)
+
+
+@dataclasses.dataclass(frozen=True)
+class GuidedObjective(Objective):
+    """Settings that the objectives with guidance inside the training target share.
+
+    Attributes:
+      guidance_scale: w of SoundVCM eq. 15; 1 is no guidance.
+      mix_ratio: m of SoundVCM eq. 16; 1 does not use the network's own guided velocity.
+      guidance_interval: times t, both ends included, at which guidance and mixing apply.
+      p, eps: of the adaptive weight, SoundVCM eq. 11; p = 0 is the plain mean squared error.
+      instant_ratio: r, the fraction of the rows with s = t.
+      time_mean, time_std: mu and sigma of the logit-normal times.
+    """
+
+    guidance_scale: float = setting(4.0, number(0))
+    mix_ratio: float = setting(0.25, number(0, 1))
+    guidance_interval: tuple[float, float] = setting((0.0, 0.8), TIME_INTERVAL)
+    p: float = setting(1.0, number(0))
+    eps: float = setting(0.01, number(above=0))
+    instant_ratio: float = setting(0.75, number(0, 1))
+    time_mean: float = setting(-0.4, number())
+    time_std: float = setting(1.0, number(above=0))
+
+    @property
+    def needs_null(self) -> bool:
+        """Whether the target needs the network's unconditional velocity."""
+        return self.mix_ratio > 0 and self.guidance_scale != 1
