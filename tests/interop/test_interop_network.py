@@ -5,6 +5,7 @@ import functools
 import json
 import re
 import types
+from pathlib import Path
 
 import golden
 import jax
@@ -159,6 +160,7 @@ def run_folder(tmp_path, known):
 def describe(folder, objective, **settings):
     config = {"objective": {"name": objective} | settings}
     run = {"config": config, "model": dataclasses.asdict(CONFIG)}
+    run |= dict.fromkeys(("sequence", "encoders", "codec"), {})
     (folder / "run.json").write_text(json.dumps(run))
 
 
@@ -167,6 +169,16 @@ def test_import_command_writes_what_init_from_reads(run_folder):
     restored = averages.restore_weights(out)
     expected = import_network.network_from_torch(one_time(), CONFIG)
     jax.tree.map(np.testing.assert_array_equal, restored, expected)
+
+
+def test_imported_weights_that_were_damaged_are_refused(run_folder):
+    out = run_folder()
+    largest = max(filter(Path.is_file, out.rglob("*")), key=lambda path: path.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+    with pytest.raises(checkpoint.CheckpointError, match="checkpoints/0"):
+        averages.restore_weights(out)
 
 
 def test_torch_and_jax_sample_alike(run_folder, tmp_path, monkeypatch):
@@ -256,7 +268,7 @@ def test_what_cannot_be_exported(run_folder, tmp_path):
     refused("one time only.*'vcm'", "--convention=mmaudio")
     refused("is a folder: name a file", out=tmp_path)
     refused(r"no checkpoint of step 7; there are \[0\]", "--step=7")
-    refused("no average of sigma_rel 0.3, only 0", "--sigma_rel=0.3")
+    refused("no EMA of sigma_rel 0.3, only 0", "--sigma_rel=0.3")
     describe(run, "soflow", parameterisation="trigonometric")
     refused("settings of soflow the network is not the average velocity")
 
