@@ -27,12 +27,13 @@ class _Conversion:
     """One kind of conversion.
 
     Attributes:
-      convert: takes the positional argument, if there is one, and the flags by their names.
+      convert: takes the positional argument, if there is one, and the flags by their names; returns
+        an exit code, or None for 0.
       argument: what the positional argument after the kind is; "" if there is none.
       required, optional: names of its flags.
     """
 
-    convert: Callable[..., None]
+    convert: Callable[..., int | None]
     argument: str
     required: tuple[str, ...]
     optional: tuple[str, ...] = ()
@@ -59,7 +60,7 @@ def define_flags() -> None:
     flags.DEFINE_float("duration", None, "features: seconds of each clip (8).")
 
 
-def main(args, rest: list[str]) -> None:
+def main(args, rest: list[str]) -> int | None:
     kind, *files = rest or [""]
     if kind not in _CONVERSIONS:
         raise ValueError(f"{kind!r} cannot be imported: give {POSITIONAL}")
@@ -74,7 +75,7 @@ def main(args, rest: list[str]) -> None:
         raise ValueError(f"{kind} needs {', '.join(missing)}")
     if foreign := sorted(given.keys() - set(known)):
         raise ValueError(f"{kind} takes no --{foreign[0]}")
-    conversion.convert(*files, **given)
+    return conversion.convert(*files, **given)
 
 
 if __name__ == "__main__":
