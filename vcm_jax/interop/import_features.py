@@ -8,7 +8,6 @@ id that comes again (a row per piece of a long sound) gets #2, #3, ...
 A conversion that was stopped goes on where it was when it is started again.
 """
 
-import csv
 import dataclasses
 import hashlib
 import json
@@ -24,6 +23,8 @@ from tqdm import tqdm
 from vcm_jax.atomic import atomic_path
 from vcm_jax.codec import copy_codec, load_codec
 from vcm_jax.interop.state_dict import list_few, read_state_dict
+from vcm_jax.media.clips import printable
+from vcm_jax.media.tables import TableError, read_table
 from vcm_jax.records.manifest import Manifest, write_empty_text, write_manifest
 from vcm_jax.records.schema import (
     VERSION,
@@ -139,23 +140,22 @@ def read_rows(path) -> list[tuple[str, str]]:
       FeatureError: unreadable, other columns, or a row without an id.
     """
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, delimiter="\t", strict=True)
-            header = [name.strip() for name in reader.fieldnames or ()]
-            reader.fieldnames = header
-            rows = list(reader)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise FeatureError(f"{path}: unreadable ({error})") from None
+        header, table = read_table(path)
+    except TableError as error:
+        raise FeatureError(str(error)) from None
     column = next((name for name in ("caption", "label") if name in header), None)
     if "id" not in header or column is None:
         raise FeatureError(
             f"{path}: its columns are {', '.join(map(repr, header))}; needed are 'id' and "
             "'caption' (or 'label'), separated by tabs"
         )
-    ids = [(row["id"] or "").strip() for row in rows]
-    if "" in ids:
-        raise FeatureError(f"{path}: row {ids.index('') + 1} below the header has no id")
-    return list(zip(_unique(ids), [(row[column] or "").strip() for row in rows], strict=True))
+    for line, row in table:
+        if not row["id"]:
+            raise FeatureError(f"{path}, line {line}: no id")
+        if printable(row[column]) != row[column]:
+            raise FeatureError(f"{path}, line {line}: the {column} is not UTF-8")
+    ids = _unique([printable(row["id"]) for _, row in table])
+    return list(zip(ids, [row[column] for _, row in table], strict=True))
 
 
 def _unique(ids: list[str]) -> list[str]:
