@@ -202,7 +202,7 @@ def _replace(args, name, text):
         (lambda a: _edit_meta(a, std={"shape": [5, 25, 4]}), "the N of mean"),
         (lambda a: _replace(a, "tsv", "id\tlabel\na\tb\n"), "has 1 rows, .* 6 clips"),
         (lambda a: _replace(a, "tsv", "id,label\na,b\n"), "needed are 'id' and 'caption'"),
-        (lambda a: _replace(a, "tsv", "id\tlabel\na\tb\n\tc\n"), "line 3 has no id"),
+        (lambda a: _replace(a, "tsv", "id\tlabel\na\tb\n\tc\n"), "clips.tsv, line 3: no id"),
         (lambda a: a.update(tsv="nowhere.tsv"), "nowhere.tsv: unreadable"),
         (lambda a: a.update(codec="nowhere"), "not a codec folder"),
         (lambda a: a.update(empty_text=a["tsv"]), "clips.tsv: truncated, or not a PyTorch file"),

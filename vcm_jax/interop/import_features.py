@@ -26,6 +26,7 @@ from vcm_jax.codec import copy_codec, load_codec
 from vcm_jax.hashes import short_hash
 from vcm_jax.interop.memmaps import FeatureError, Tensor, open_tensors
 from vcm_jax.interop.state_dict import list_few, read_state_dict
+from vcm_jax.media.clips import printable
 from vcm_jax.media.tables import read_table, write_table
 from vcm_jax.records.manifest import Manifest, write_empty_text, write_manifest
 from vcm_jax.records.schema import (
@@ -51,18 +52,20 @@ def read_rows(path) -> list[tuple[str, str]]:
       FeatureError: other columns, or a row without an id.
       TableError: the file cannot be read, or a row has too many or too few fields.
     """
-    header, rows = read_table(path)
+    header, table = read_table(path)
     column = next((name for name in ("caption", "label") if name in header), None)
     if "id" not in header or column is None:
         raise FeatureError(
             f"{path}: its columns are {', '.join(map(repr, header))}; needed are 'id' and "
             "'caption' (or 'label'), separated by tabs"
         )
-    for line, row in rows:
+    for line, row in table:
         if not row["id"]:
-            raise FeatureError(f"{path}: line {line} has no id")
-    ids = _unique([row["id"] for _, row in rows])
-    return [(name, row[column]) for name, (_, row) in zip(ids, rows, strict=True)]
+            raise FeatureError(f"{path}, line {line}: no id")
+        if printable(row[column]) != row[column]:
+            raise FeatureError(f"{path}, line {line}: the {column} is not UTF-8")
+    ids = _unique([printable(row["id"]) for _, row in table])
+    return list(zip(ids, [row[column] for _, row in table], strict=True))
 
 
 def _unique(ids: list[str]) -> list[str]:
