@@ -234,6 +234,18 @@ def test_a_library_that_hides_a_full_disk(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["script.py"]
 
 
+def test_a_pipe_or_a_folder_is_never_replaced(tmp_path):
+    """As root, moving a file onto /dev/null would replace the device."""
+    pipe, link = tmp_path / "pipe", tmp_path / "link"
+    os.mkfifo(pipe)
+    link.symlink_to(pipe)
+    for path in (pipe, link, tmp_path):
+        with pytest.raises(ValueError, match="is not a regular file"):
+            write_json(path, {})
+    assert pipe.is_fifo() and link.is_symlink()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "pipe"]
+
+
 def test_atomic_path_takes_the_longest_names(tmp_path):
     write_json(tmp_path / ("x" * 255), {"a": 1})
     assert read_json(tmp_path / ("x" * 255), ["a"]) == {"a": 1}
@@ -256,3 +268,26 @@ def test_damaged_json_names_the_file(tmp_path, content, message):
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ValueError, match=f"run.json is damaged: .*{message}"):
         read_json(path, ["model", "codec"])
+
+
+@pytest.mark.parametrize(
+    "argument, line",
+    [
+        ("--length=nan", "error: --length=nan is not a finite number"),
+        ("--length=inf", "error: --length=inf is not a finite number"),
+        ("--folder=", "error: --folder is empty: give a value or leave it out"),
+    ],
+)
+def test_no_command_gets_a_number_that_is_none_or_an_empty_path(argument, line):
+    def define_flags():
+        cli.flags.DEFINE_float("length", 1.0, "")
+        cli.flags.DEFINE_string("folder", None, "")
+        cli.flags.DEFINE_string("prompt", "", "")
+
+    seen = []
+    module = types.SimpleNamespace(
+        __name__="module", define_flags=define_flags, main=lambda args: seen.append(args.prompt)
+    )
+    done = run_command(module, argument)
+    assert (done.code, done.err, seen) == (1, line + "\n", [])
+    assert run_command(module, "--prompt=", "--length=2").code == 0 and seen == [""]
