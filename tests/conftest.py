@@ -1,6 +1,9 @@
 """Test settings: deterministic, strict about ranks, slow tests on request."""
 
+import ctypes
+import gc
 import os
+import resource
 from pathlib import Path
 
 import environment  # noqa: F401 (comes first: it sets variables that jax reads)
@@ -10,6 +13,8 @@ import pytest
 from absl import logging
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+LARGE = 2 * 2**30  # bytes
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -25,6 +30,18 @@ def compilation_cache(tmp_path_factory):
         jax.config.update("jax_compilation_cache_dir", str(folder / "jax_cache"))
     jax.config.update("jax_compilation_cache_max_size", 2**30)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def memory():
+    """Releases compiled programs after a module if the process has become large (on Linux)."""
+    yield
+    status = Path("/proc/self/statm")
+    pages = int(status.read_text().split()[1]) if status.exists() else 0
+    if pages * resource.getpagesize() > LARGE:
+        jax.clear_caches()
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)  # the allocator keeps what was freed otherwise
 
 
 @pytest.fixture(autouse=True)
