@@ -1,16 +1,16 @@
-"""SoundVCM's ablations (Table 2): one setting other than in the main run.
+"""SoundVCM's ablations (Table 2): one setting differs from the main run.
 
     python -m vcm_jax.main --config=configs/ablations.py:w=2 --workdir=runs/w2 \\
         --config.data.sources="('records/vggsound/train=1', 'records/audio_text=1')"
 
 w (guidance scale: 1, 2, 3, 4), m (mixing ratio: 0.25, 0.5, 0.75, 1), r (part of the s = t rows: 0,
-0.25, 0.5, 0.75), p (adaptive weight: 0, 0.5, 1, 1.5), lambda_end (1/250, 1/500, 1/1000); several
-with commas, as in w=2,m=1. `base=impacts` changes the demo's config instead:
---config=configs/ablations.py:base=impacts,r=0. `sync=time` is this project's own: each latent frame
+0.25, 0.5, 0.75), p (adaptive weight: 0, 0.5, 1, 1.5), lambda_end (1/250, 1/500, 1/1000). Commas
+separate several of them, as in w=2,m=1. `base=impacts` changes the demo's config instead:
+--config=configs/ablations.py:base=impacts,r=0. `sync=time` is not in the paper: each latent frame
 takes the sync row nearest to it in time, for rows of overlapping segments.
 
-Cost: as the main run. Expected, by the paper's FD_PANNs, 5.95 in the main run: r = 0 and p = 0 are
-far worse (30.8 and 20.0), guidance helps (12.4 at w = 1), a small m helps (6.8 at m = 1),
+Cost: that of the main run. Expected FD_PANNs, by the paper (5.95 in the main run): r = 0 and p = 0
+are far worse (30.8 and 20.0), guidance helps (12.4 at w = 1), a small m helps (6.8 at m = 1), and
 lambda_end hardly matters (6.1 and 6.2).
 """
 

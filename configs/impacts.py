@@ -1,17 +1,17 @@
-"""The demo: balls that bounce, a network of 1.6M parameters, minutes on a laptop's CPU.
+"""The demo: bouncing balls and a network of 1.6M parameters, minutes on a laptop's CPU.
 
     bash launch/demo.sh
 
-makes the data and runs everything; the training alone is
+makes the data and runs everything. The training alone is
 
     XLA_FLAGS=--xla_force_host_platform_device_count=2 \\
         python -m vcm_jax.main --config=configs/impacts.py --workdir=runs/impacts
 
-and with another objective, as in `configs/s16k.py`, --config=configs/impacts.py:soflow.
+--config=configs/impacts.py:soflow trains with another objective, see `configs/s16k.py`.
 
 Cost: 7.6 minutes on two CPU cores (160 samples/s).
-Expected on 200 test clips: onset F1 0.83 in one step and 0.91 in four, where the true sound scores
-0.99, the codec's round trip 0.95, and sound for another clip's video 0.27.
+Expected on 200 test clips: onset F1 0.83 in one step and 0.91 in four. The true sound scores 0.99,
+the codec's round trip 0.95, and sound for another clip's video 0.27.
 """
 
 from ml_collections import ConfigDict

@@ -4,13 +4,13 @@
         --config.data.sources="('records/vggsound/train=1', 'records/audio_text=1')"
 
 --config=configs/s16k.py:OBJECTIVE trains with another objective: flow_matching (MMAudio's), soflow
-(BiTCAM's S-16k), meanflow, split_meanflow, shortcut, wcfm, or reflow, which also wants
---config.objective.teacher=WORKDIR, a trained run. All drop the whole condition of a row at once
+(BiTCAM's S-16k), meanflow, split_meanflow, shortcut, wcfm, or reflow. reflow also needs a trained
+run, --config.objective.teacher=WORKDIR. All of them drop the whole condition of a row at once
 (objective.null_prob), so that they can be compared; video_drop_prob and text_drop_prob drop one
 modality alone.
 
-Sources are folders made by `python -m vcm_jax.features.extract`; the weights say how often each is
-drawn, whatever its size. The paper mixes video-text-audio and text-audio half and half.
+The sources are folders made by `python -m vcm_jax.features.extract`. The weights say how often each
+of them is drawn, whatever its size. The paper draws video-text-audio and text-audio equally often.
 
 Cost: the paper reports 30 hours on four H100 for 300,000 steps of 512 samples.
 Expected, with the paper's features, data and metrics (VGGSound test, 1 / 4 evaluations):
@@ -25,7 +25,7 @@ from ml_collections.config_dict import placeholder
 from vcm_jax.models import ModelConfig
 from vcm_jax.objectives import OBJECTIVES, make_settings
 
-# Fields of the network that a run may change; its lengths follow from the data's duration.
+# The sizes of the network that a run may change. Its lengths follow from the duration of the data.
 MODEL_FIELDS = {
     field.name: field.type
     for field in dataclasses.fields(ModelConfig)
@@ -34,7 +34,7 @@ MODEL_FIELDS = {
 
 
 def objective_config(name: str) -> ConfigDict:
-    """An objective's own settings, at the defaults that its file explains, and the dropout."""
+    """The settings of an objective, with the defaults that its file explains, and the dropout."""
     return ConfigDict(
         dict(
             name=name,
@@ -74,13 +74,13 @@ def get_config(objective: str = "vcm") -> ConfigDict:
     )
     config.ema_sigma_rels = (0.05, 0.10)
 
-    config.snapshot_every = 10_000  # of the averages, for widths that are chosen afterwards
+    config.snapshot_every = 10_000  # EMA snapshots, from which other widths can be made later
 
-    config.accumulate = 1  # microbatches of a batch, one after another
-    config.remat = "none"  # or "products", "full": less memory, more to compute
+    config.accumulate = 1  # microbatches of a batch, computed one after another
+    config.remat = "none"  # or "products", "full": less memory, more computation
     config.on_nonfinite = "stop"  # or "skip"
     config.allow_config_change = False
-    config.profile = ""  # "START:STOP": a trace of these steps
+    config.profile = ""  # "START:STOP" traces these steps
     config.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))
     config.data = ConfigDict(dict(dir="", sources=(), val_sources=(), num_workers=2))
 
@@ -91,7 +91,8 @@ def get_config(objective: str = "vcm") -> ConfigDict:
     config.eval_batches = 4
     config.sample_every = 10_000  # sounds and spectrograms of validation clips
     config.sample_clips = 4
-    # What validation clips are generated in, the first for `best/`; (): none are.
+    # Numbers of steps in which validation clips are generated, the first one for `best/`; () for
+    # none.
     config.eval_sample_steps = (25,) if OBJECTIVES[objective].instant_only else (1, 4)
     config.eval_clips = 64
     return config

@@ -3,10 +3,10 @@
     python -m vcm_jax.main --config=configs/s44k.py --workdir=runs/s44k \\
         --config.data.sources="('records/clips=1', 'records/sounds=1')"
 
-with records whose codec has 40 channels. --config=configs/s44k.py:OBJECTIVE trains with another
+The records need a codec with 40 channels. --config=configs/s44k.py:OBJECTIVE trains with another
 objective, see `configs/s16k.py`.
 
-No few-step model of this size is published: MMAudio's own takes 25 steps with guidance.
+No few-step model of this size has been published: MMAudio's model takes 25 guided steps.
 """
 
 from ml_collections import ConfigDict

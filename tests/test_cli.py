@@ -234,6 +234,18 @@ def test_a_library_that_hides_a_full_disk(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["script.py"]
 
 
+def test_a_pipe_or_a_folder_is_never_replaced(tmp_path):
+    """As root, moving a file onto /dev/null would replace the device."""
+    pipe, link = tmp_path / "pipe", tmp_path / "link"
+    os.mkfifo(pipe)
+    link.symlink_to(pipe)
+    for path in (pipe, link, tmp_path):
+        with pytest.raises(ValueError, match="is not a regular file"):
+            write_json(path, {})
+    assert pipe.is_fifo() and link.is_symlink()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "pipe"]
+
+
 def test_atomic_path_takes_the_longest_names(tmp_path):
     write_json(tmp_path / ("x" * 255), {"a": 1})
     assert read_json(tmp_path / ("x" * 255), ["a"]) == {"a": 1}

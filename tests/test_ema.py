@@ -51,7 +51,7 @@ def test_tracking_and_reconstruction():
 
 
 def test_bad_targets():
-    with pytest.raises(ValueError, match="one width a snapshot"):
+    with pytest.raises(ValueError, match="must have one entry for every snapshot"):
         ema.posthoc_coefficients([1, 2], [0.05], 2, 0.05)
     with pytest.raises(ValueError, match="not a snapshot's step"):
         ema.posthoc_coefficients([1, 2], [0.05, 0.05], 3, 0.05)

@@ -19,13 +19,17 @@ def atomic_path(path):
     """A temporary path beside `path` to write to, moved onto `path` when the block succeeds.
 
     The name keeps no suffix: say the format where a library would guess it from the name.
-    An exception in the block removes the temporary file and leaves `path` as it was.
+    An exception in the block removes the temporary file and leaves `path` as it was. A device or a
+    pipe, such as /dev/null, must never be replaced by a file: it is refused.
 
     Raises:
+      ValueError: `path` is there and is not a regular file.
       OSError: `path` cannot be written; its `filename` is `path`, also where a library inside the
         block named the temporary file, or none at all for a full disk.
     """
     path = Path(path)
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is not a regular file: give another path")
     # A short name: that of the file itself may be as long as the file system allows.
     temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -20,6 +20,7 @@ Exit codes: 0 done; 1 the line on stderr says what is wrong; 3 done, but some cl
 (LEFT_OUT); 74 an output cannot be written (UNWRITABLE_CODE); 130 interrupted by Ctrl-C.
 """
 
+import math
 import os
 import re
 import sys
@@ -88,12 +89,18 @@ def define_run_flags() -> None:
     flags.DEFINE_integer("checkpoint", None, "Training step of the checkpoint (the latest).")
 
 
+def define_duration(default: float, text: str) -> None:
+    """--duration in seconds: 0 or more, and finite."""
+    flags.DEFINE_float("duration", default, text)
+    flags.register_validator(
+        "duration", lambda seconds: 0 <= seconds < math.inf, "must be finite and not negative"
+    )
+
+
 def define_truth_flags() -> None:
     """--captions and --duration, of the commands that compare sounds with true ones."""
     flags.DEFINE_string("captions", None, "TSV with columns id and caption.")
-    flags.DEFINE_float(
-        "duration", 0.0, "Seconds compared, from the start (0: all).", lower_bound=0.0
-    )
+    define_duration(0.0, "Seconds compared, from the start (0: all).")
 
 
 def run(

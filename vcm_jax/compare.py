@@ -32,7 +32,7 @@ def define_flags():
     flags.DEFINE_integer("steps", 1, "Network evaluations of a run without @N.", lower_bound=1)
     flags.DEFINE_integer("clips", 200, "Maximum number of clips.", lower_bound=2)
     flags.DEFINE_integer("shown", 6, "Clips in the page.", lower_bound=1)
-    flags.DEFINE_integer("draws", 1000, "Bootstrap draws.", lower_bound=100)
+    flags.DEFINE_integer("draws", 1000, "Bootstrap draws.", 100, 1_000_000)
     flags.DEFINE_integer("seed", 0, "Seed of the runs' noise and of the bootstrap, any integer.")
 
 

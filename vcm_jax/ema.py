@@ -1,7 +1,7 @@
-"""Power-function moving averages of the parameters, and their post-hoc reconstruction.
+"""EMA weights with power-function profiles, and their post-hoc reconstruction.
 
-EDM2 (Karras et al. 2024, section 3 and appendix C). The profile of an average of width
-`sigma_rel` at time T is (gamma + 1) t^gamma / T^(gamma + 1), 0 <= t <= T.
+After EDM2 (Karras et al. 2024, section 3 and appendix C). EMA weights of width `sigma_rel` at time
+T are the parameters averaged with the profile (gamma + 1) t^gamma / T^(gamma + 1), 0 <= t <= T.
 """
 
 import jax
@@ -9,12 +9,13 @@ import numpy as np
 
 
 def gamma_from_sigma_rel(sigma_rel: float) -> float:
-    """The exponent of a profile whose standard deviation is `sigma_rel` of its length.
+    """The exponent gamma of the profile whose standard deviation is `sigma_rel` times its length.
 
-    The largest real root of g^3 + 7 g^2 + (16 - u) g + (12 - u), u = sigma_rel^-2.
+    It is the largest real root of g^3 + 7 g^2 + (16 - u) g + (12 - u), u = sigma_rel^-2.
 
     Raises:
-      ValueError: when no profile is that wide (sigma_rel is above about 0.29) or it is <= 0.
+      ValueError: when `sigma_rel` is not above 0, or so large (above about 0.29) that no profile
+        has that width.
     """
     if not 0 < sigma_rel < 12**-0.5:
         raise ValueError(f"sigma_rel {sigma_rel} must lie between 0 and {12**-0.5:.4f}")
@@ -23,16 +24,22 @@ def gamma_from_sigma_rel(sigma_rel: float) -> float:
 
 
 def update(average, params, step, gamma: float):
-    """The average after step number `step` (the first is 1); pytrees of the same structure.
+    """The EMA weights after a training step.
 
-    beta = (1 - 1 / step)^(gamma + 1): 0 at the first step, so the initial value is forgotten.
+    average <- beta average + (1 - beta) params, beta = (1 - 1 / step)^(gamma + 1). At the first
+    step beta is 0, so that the initial value has no influence.
+
+    Args:
+      average, params: EMA weights and parameters, pytrees of the same structure.
+      step: number of the step; the first is 1.
+      gamma: exponent of the profile.
     """
     beta = (1 - 1 / step) ** (gamma + 1)
     return jax.tree.map(lambda a, p: (beta * a + (1 - beta) * p).astype(a.dtype), average, params)
 
 
 def _inner_product(t_a, gamma_a, t_b, gamma_b):
-    """Integral of the product of two profiles (EDM2 eq. 149)."""
+    """The integral of the product of two profiles (EDM2 eq. 149)."""
     ratio = t_a / t_b
     exponent = np.where(t_a < t_b, gamma_b, -gamma_a)
     scale = (gamma_a + gamma_b + 1) * np.maximum(t_a, t_b)
@@ -42,23 +49,24 @@ def _inner_product(t_a, gamma_a, t_b, gamma_b):
 def posthoc_coefficients(
     snapshot_steps, snapshot_sigma_rels, target_step: float, target_sigma_rel: float
 ) -> np.ndarray:
-    """Weights of stored averages whose sum is an average of another width (EDM2 algorithm 3).
+    """Coefficients that combine stored EMA weights to those of another width (EDM2 algorithm 3).
 
     Args:
-      snapshot_steps, snapshot_sigma_rels: when each snapshot was stored, and its width; `n` each.
+      snapshot_steps, snapshot_sigma_rels: step and width of every snapshot, `n` each.
       target_step: one of the steps.
-      target_sigma_rel: the width that is wanted.
+      target_sigma_rel: the width to reconstruct.
 
     Returns:
-      `n` float64 coefficients that sum to 1; those of snapshots later than the target are 0.
+      `n` float64 coefficients that sum to 1; those of snapshots after the target are 0.
 
     Raises:
-      ValueError: when the lengths differ or the target is not one of the steps.
+      ValueError: when the lengths differ, or the target is not one of the steps.
     """
     steps = np.asarray(snapshot_steps, np.float64)
     if steps.ndim != 1 or steps.shape != np.shape(snapshot_sigma_rels) or not steps.size:
         raise ValueError(
-            f"{steps.shape} steps and {np.shape(snapshot_sigma_rels)} widths: one width a snapshot"
+            f"snapshot_steps {steps.shape} and snapshot_sigma_rels "
+            f"{np.shape(snapshot_sigma_rels)} must have one entry for every snapshot"
         )
     if target_step not in steps:
         raise ValueError(f"target step {target_step} is not a snapshot's step: {np.unique(steps)}")

@@ -69,8 +69,8 @@ def evaluate(args) -> tuple[dict, str]:
 def main(args) -> int:
     if args.json and not Path(args.json).absolute().parent.is_dir():
         raise EvaluateError(f"--json={args.json}: no such folder")
-    if args.json and Path(args.json).is_dir():
-        raise EvaluateError(f"--json={args.json} is a folder")
+    if args.json and Path(args.json).exists() and not Path(args.json).is_file():
+        raise EvaluateError(f"--json={args.json} is not a regular file")
     result, table = evaluate(args)
     print(table)
     for name, reason in result["left_out"].items():

@@ -21,7 +21,7 @@ from absl import flags
 from tqdm import tqdm
 
 from vcm_jax import sampling
-from vcm_jax.cli import LEFT_OUT, define_run_flags, run
+from vcm_jax.cli import LEFT_OUT, define_duration, define_run_flags, run
 from vcm_jax.generation.outputs import generate_files, is_folder, plan
 from vcm_jax.generation.records import generate_records
 from vcm_jax.generation.run import Run, load_run
@@ -42,7 +42,7 @@ def define_flags():
         ["mp4", "wav", "flac"],
         "Format of the files in a folder (mp4; wav for --records and prompts).",
     )
-    flags.DEFINE_integer("steps", 1, "Steps of the sampler, of equal length.", lower_bound=1)
+    flags.DEFINE_integer("steps", 1, "Steps of the sampler, of equal length.", 1, 1000)
     flags.DEFINE_list("times", [], "Decreasing times in place of --steps, such as 1,0.6,0.")
     flags.DEFINE_float(
         "guidance_scale",
@@ -52,12 +52,7 @@ def define_flags():
     )
     flags.DEFINE_list("guidance_interval", None, "Times at which that guidance applies: 0,0.8.")
     flags.DEFINE_bool("restart", False, "After every step, predict the data and add new noise.")
-    flags.DEFINE_float(
-        "duration",
-        0.0,
-        "Seconds: the maximum for a video, the length for a prompt.",
-        lower_bound=0.0,
-    )
+    define_duration(0.0, "Seconds: the maximum for a video, the length for a prompt.")
     flags.DEFINE_integer("batch_size", 8, "Clips at a time.", lower_bound=1)
     flags.DEFINE_integer("seed", 0, "Seed of the noise, any integer.")
     flags.DEFINE_string("codec", None, "Codec folder (the run's own), e.g. with another vocoder.")

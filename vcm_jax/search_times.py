@@ -136,7 +136,7 @@ def define_flags():
     define_run_flags()
     flags.DEFINE_string("records", "", "Records whose conditions are used (the run's own).")
     flags.DEFINE_integer("steps", 4, "Steps of the sampler.", lower_bound=1)
-    flags.DEFINE_integer("grid", 32, "Number of equal intervals of the time grid.", lower_bound=2)
+    flags.DEFINE_integer("grid", 32, "Number of equal intervals of the time grid.", 2, 1000)
     flags.DEFINE_integer("clips", 16, "Number of records.", lower_bound=1)
     flags.DEFINE_integer("seed", 0, "Seed of the noise, any integer.")
     flags.DEFINE_float("guidance_scale", None, "As in vcm_jax.generate.")

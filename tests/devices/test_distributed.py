@@ -1,4 +1,4 @@
-"""How processes find each other, what is read from the environment, and who reads which rows."""
+"""How processes find each other, and which rows of a batch each of them reads."""
 
 import os
 import signal
@@ -77,7 +77,7 @@ def test_slurm(change, ids):
         ((8, 1, 1), 4, [(0, 2), (1, 2)]),
         ((2, 2, 2), 4, [(0, 2), (1, 2)]),
         ((4, 2, 1), 2, [(0, 4), (1, 4), (2, 4), (3, 4)]),
-        # The model is split across processes: two read the same rows.
+        # The model is split over processes: two of them read the same rows.
         ((2, 1, 4), 2, [(0, 2), (0, 2), (1, 2), (1, 2)]),
         ((1, 1, 8), 4, [(0, 1), (0, 1)]),
     ],
@@ -92,13 +92,13 @@ def test_every_process_reads_the_rows_of_its_devices(sizes, per_process, parts, 
             lambda self, shape, ours=ours: {device: whole[device] for device in ours},
         )  # fmt: skip
         assert sharding.process_part(mesh, 16) == part
-    # Devices in an order that gives a process rows here and there.
+    # An order of the devices that scatters the rows of a process over the batch.
     scattered = {d: whole[d] for d in jax.devices()[::4]}
     monkeypatch.setattr(
         jax.sharding.NamedSharding, "addressable_devices_indices_map", lambda *_: scattered
     )
     if len({index[0].start for index in scattered.values()}) > 1 and sizes == (8, 1, 1):
-        with pytest.raises(ValueError, match="not one part of the batch"):
+        with pytest.raises(ValueError, match="not one block of the batch"):
             sharding.process_part(mesh, 16)
 
 

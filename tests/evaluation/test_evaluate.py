@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 
 import caches
 import golden
@@ -303,8 +304,15 @@ def test_a_clip_that_cannot_be_compared_costs_no_other(tmp_path):
     assert done.code == 1 and "fewer than 2 clips can be compared" in done.err
 
 
-@pytest.mark.parametrize("json_flag", ["", "nowhere/x.json", "."])
+@pytest.mark.parametrize("duration", ["inf", "1e400", "nan", "-1", "x"])
+def test_durations_that_are_no_lengths(tmp_path, duration):
+    done = run_command(evaluate, "--pred=a", "--truth=b", f"--duration={duration}")
+    assert done.code == 1 and "duration" in done.err and done.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("json_flag", ["", "nowhere/x.json", ".", "pipe"])
 def test_bad_flags_end_before_any_work(tmp_path, json_flag, monkeypatch):
+    os.mkfifo(tmp_path / "pipe")
     truth = write_sounds(tmp_path / "truth", {"a": clicks(2), "b": clicks(3)})
     pred = write_sounds(tmp_path / "pred", {"a": clicks(2), "b": clicks(3)})
     monkeypatch.setattr(evaluate, "evaluate", None)

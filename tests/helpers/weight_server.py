@@ -73,7 +73,7 @@ class WeightServer:
     def downloads(self, name: str) -> list[tuple[str | None, int]]:
         """(range that was asked for, bytes sent) of each request for a file's contents."""
         return [
-            (headers.get("Range"), sent)
+            (headers.get("range"), sent)
             for method, file, headers, sent in list(self.log)
             if method == "GET" and file == name and sent
         ]
@@ -94,7 +94,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _serve(self):
         name = self.path.rpartition("/")[2]
-        self.entry = [self.command, name, dict(self.headers), 0]
+        headers = {key.lower(): value for key, value in self.headers.items()}
+        self.entry = [self.command, name, headers, 0]
         self.owner.log.append(self.entry)
         with contextlib.suppress(ConnectionError):
             self._route(name)

@@ -101,7 +101,7 @@ def test_from_sounds_and_videos_to_a_checked_cache(folders, installed, tmp_path)
     rows = (out / "names.tsv").read_text().splitlines()
     assert "zxpo56cpUBU_000007-0\tzxpo56cpUBU_000007-0__" in rows
 
-    av_benchmark.run(wanted, out, batch_size=2, num_workers=0)
+    av_benchmark.extract_features(wanted, out, batch_size=2, num_workers=0)
     assert set(av_benchmark.read_cache(out / "cache/synchformer_video.pth")) == set(names)
     assert not list(out.glob(".*"))
 
@@ -115,13 +115,13 @@ def test_from_sounds_and_videos_to_a_checked_cache(folders, installed, tmp_path)
     # A clip that is dropped on the way is not passed over.
     (installed / "drops").write_text("")
     with pytest.raises(BenchmarkError, match="imagebind_video.pth lacks 1 of 3 .* dropped: clip"):
-        av_benchmark.run(changed, out, batch_size=2, num_workers=0)
+        av_benchmark.extract_features(changed, out, batch_size=2, num_workers=0)
     assert not (out / "cache").exists()
     (installed / "drops").unlink()
-    av_benchmark.run(changed, out, batch_size=2, num_workers=0)
+    av_benchmark.extract_features(changed, out, batch_size=2, num_workers=0)
     (out / "cache/marker").write_text("kept")
     av_benchmark.prepare(changed, out)
-    av_benchmark.run(changed, out, batch_size=2, num_workers=0)
+    av_benchmark.extract_features(changed, out, batch_size=2, num_workers=0)
     assert (out / "cache/marker").exists(), "what is complete is left alone"
 
 
@@ -134,7 +134,7 @@ def test_captions_lead_to_clap(folders, installed, tmp_path):
         "name,caption", 'clip,"a ""bell"", loud"', "deep__other,rain",
     ]  # fmt: skip
     with pytest.raises(BenchmarkError, match="no extract_text.py"):
-        av_benchmark.run(wanted, tmp_path / "out", 2, 0)
+        av_benchmark.extract_features(wanted, tmp_path / "out", 2, 0)
     assert "clap_ms_text" in av_benchmark.expected_files(wanted)
 
 
@@ -145,7 +145,7 @@ def test_where_it_is_not_installed(folders, tmp_path, monkeypatch):
     with pytest.raises(
         BenchmarkError, match="git clone https://github.com/hkchengrex/av-benchmark"
     ):
-        av_benchmark.run(wanted, tmp_path / "out", 2, 0)
+        av_benchmark.extract_features(wanted, tmp_path / "out", 2, 0)
 
 
 def test_what_it_cannot_be_run_on(folders, tmp_path):

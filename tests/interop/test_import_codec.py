@@ -1,7 +1,8 @@
-"""From PyTorch files to a codec folder: what is read, what is refused."""
+"""Conversion of PyTorch files to a codec folder: what is read, what is refused."""
 
 import numpy as np
 import pytest
+from commands import run_command
 from tiny_codecs import shrink, state_dicts
 
 from vcm_jax.codec import load_codec
@@ -46,13 +47,14 @@ def files(monkeypatch, tmp_path):
 
 
 def convert(vae, vocoder, out):
-    import_torch.main(["codec", f"--vae={vae}", f"--vocoder={vocoder}", f"--out={out}"])
+    arguments = ("codec", f"--vae={vae}", f"--vocoder={vocoder}", f"--out={out}")
+    return run_command(import_torch, *arguments, positional=import_torch.POSITIONAL)
 
 
-def test_both_modes(files, tmp_path, capsys):
+def test_both_modes(files, tmp_path):
     for mode, rate in (("16k", 16_000), ("44k", 44_100)):
-        convert(files[f"vae {mode}"], files[f"vocoder {mode}"], tmp_path / mode)
-        assert f"codec of mode {mode}" in capsys.readouterr().out
+        done = convert(files[f"vae {mode}"], files[f"vocoder {mode}"], tmp_path / mode)
+        assert done.code == 0 and f"codec of mode {mode}" in done.out
         codec = load_codec(tmp_path / mode)
         assert (codec.mode, codec.sample_rate) == (mode, rate)
         expected = import_codec.codec_from_torch(*state_dicts(mode), mode)
@@ -80,19 +82,18 @@ def test_weight_norm_is_torchs(old):
         np.testing.assert_allclose(folded["0.weight"], weight, rtol=1e-5, atol=1e-7)
 
 
-def message(capsys, vae, vocoder, out):
-    """The one line with which the command ends; nothing is written."""
-    with pytest.raises(SystemExit) as stop:
-        convert(vae, vocoder, out)
-    assert not out.exists()
-    text = str(stop.value)
-    assert text.startswith("error: ") and "\n" not in text
+def message(vae, vocoder, out):
+    """The one line that the command ends with; nothing is written."""
+    done = convert(vae, vocoder, out)
+    assert done.code == 1 and not out.exists()
+    (text,) = done.err.splitlines()
+    assert text.startswith("error: ")
     return text
 
 
-def test_files_that_do_not_fit(files, tmp_path, capsys):
+def test_files_that_do_not_fit(files, tmp_path):
     def refused(vae, vocoder):
-        return message(capsys, files.get(vae, vae), files.get(vocoder, vocoder), tmp_path / "out")
+        return message(files.get(vae, vae), files.get(vocoder, vocoder), tmp_path / "out")
 
     text = refused("vocoder 16k", "vocoder 16k")
     assert "vocoder-16k.pt: not a VAE of the modes 16k and 44k" in text
@@ -128,14 +129,14 @@ def test_files_that_do_not_fit(files, tmp_path, capsys):
 def test_a_folder_in_use_is_left_alone(files, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "notes.txt").write_text("mine")
-    with pytest.raises(SystemExit, match="is there already: give another folder or remove it"):
-        convert(files["vae 16k"], files["vocoder 16k"], tmp_path / "out")
+    done = convert(files["vae 16k"], files["vocoder 16k"], tmp_path / "out")
+    assert done.code == 1 and "is there already: give another folder or remove it" in done.err
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["notes.txt"]
 
 
-def test_missing_torch_is_said(files, tmp_path, monkeypatch, capsys):
+def test_missing_torch_is_said(files, tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "torch", None)
-    text = message(capsys, files["vae 16k"], files["vocoder 16k"], tmp_path / "out")
+    text = message(files["vae 16k"], files["vocoder 16k"], tmp_path / "out")
     assert "needs PyTorch: pip install torch" in text
 
 
@@ -151,3 +152,19 @@ def test_a_halved_epsilon_would_be_seen():
 def test_shapes_are_refused_without_files():
     with pytest.raises(StateDictError, match="missing: data_mean, data_std, decoder.conv_in"):
         import_codec.codec_from_torch({"a": np.zeros(3)}, {}, "16k")
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([], "'' cannot be imported: give codec, network FILE, or features FOLDER"),
+        (["vocoder"], "'vocoder' cannot be imported"),
+        (["network", "--out=x"], "network: give `network FILE` and flags"),
+        (["codec", "file", "--out=x"], "codec file: give `codec` and flags"),
+        (["codec", "--vae=a", "--out=x"], "codec needs --vocoder"),
+        (["network", "a.pth", "--out=x", "--vae=b"], "network takes no --vae"),
+    ],
+)
+def test_arguments_that_do_not_fit(arguments, message):
+    done = run_command(import_torch, *arguments, positional=import_torch.POSITIONAL)
+    assert done.code == 1 and message in done.err

@@ -1,12 +1,15 @@
 """MMAudio's memory-mapped features to records: what comes out, and what is refused."""
 
 import json
+import re
 import tracemalloc
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from commands import run_command
 
+from vcm_jax.cli import LEFT_OUT
 from vcm_jax.codec.linear import LinearCodec
 from vcm_jax.interop import import_features, import_torch
 from vcm_jax.interop.import_features import FeatureError
@@ -70,14 +73,15 @@ def features(tmp_path):
 
 def convert(args):
     options = [f"--{name}={value}" for name, value in args.items() if name != "folder"]
-    import_torch.main(["features", str(args["folder"]), *options])
+    arguments = ("features", args["folder"], *options)
+    return run_command(import_torch, *arguments, positional=import_torch.POSITIONAL)
 
 
-def test_records_hold_the_rows_in_their_order(features, monkeypatch, capsys):
+def test_records_hold_the_rows_in_their_order(features, monkeypatch):
     monkeypatch.setattr(import_features, "_SHARD", 4)
     arrays, args = features
-    convert(args)
-    assert "6 records, 0 clips left out" in capsys.readouterr().out
+    done = convert(args)
+    assert (done.code, "6 records, 0 clips left out" in done.out) == (0, True)
     source = RecordSource(args["out"])
     assert [source[i]["id"] for i in range(6)] == ["-b_2", "a", "c", "a#3", "a#2", "a#4"]
     assert source[1]["caption"] == "the 1. label" and source[5]["caption"] == 'so-called "rain"'
@@ -112,7 +116,11 @@ def test_sets_without_pictures_go_with_those_that_have_them(features, tmp_path, 
         assert getattr(ours, what) == getattr(theirs, what)
 
 
-def test_a_stopped_conversion_goes_on(features, tmp_path, monkeypatch):
+class Interruption(Exception):
+    pass
+
+
+def test_an_interrupted_conversion_resumes(features, tmp_path, monkeypatch):
     _, args = features
     monkeypatch.setattr(import_features, "_SHARD", 2)
     convert(args | {"out": tmp_path / "whole"})
@@ -121,21 +129,21 @@ def test_a_stopped_conversion_goes_on(features, tmp_path, monkeypatch):
     def interrupted(record):
         calls.append(record["id"])
         if len(calls) == 4:
-            raise KeyboardInterrupt
+            raise Interruption
         return serialize(record)
 
     monkeypatch.setattr(import_features, "serialize", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Interruption):
         convert(args)
     assert not (args["out"] / "manifest.json").exists()
     convert(args)
-    assert len(calls) == 4 + 4, "the first part, of two records, is kept"
+    assert len(calls) == 4 + 4, "the first shard, of two records, is kept"
     whole, resumed = RecordSource(tmp_path / "whole"), RecordSource(args["out"])
     assert whole.manifest == resumed.manifest
     other = args | {"empty_text": tmp_path / "other.npy"}
     np.save(other["empty_text"], np.zeros((7, 6)))
-    with pytest.raises(SystemExit, match="holds records made from something else"):
-        convert(other)
+    refused = convert(other)
+    assert refused.code == 1 and "was made with other settings (empty_text" in refused.err
 
 
 def test_few_samples_are_in_memory(tmp_path):
@@ -145,19 +153,20 @@ def test_few_samples_are_in_memory(tmp_path):
     tensors = import_features.open_tensors(tmp_path / "many")
     rows = [(str(i), "") for i in range(count)]
     tracemalloc.start()
-    import_features._convert_part(tmp_path / "part.array_record", tensors, rows, 0)
+    import_features._convert_shard(tmp_path / "part.array_record", tensors, rows, 0)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     size = sum(tensor.path.stat().st_size for tensor in tensors.values())
     assert peak < size / 10, (peak, size)
 
 
-def test_what_is_not_finite_is_left_out_and_listed(features, capsys):
+def test_what_is_not_finite_is_left_out_and_listed(features):
     arrays, args = features
     arrays["sync_features"][2, 0, 0] = 1e6  # beyond float16
     (args["folder"] / "sync_features.memmap").write_bytes(arrays["sync_features"].tobytes())
-    convert(args)
-    assert "5 records, 1 clips left out (listed in failures.tsv)" in capsys.readouterr().out
+    done = convert(args)
+    assert done.code == LEFT_OUT
+    assert "5 records, 1 clips left out (listed in failures.tsv)" in done.out
     listed = (args["out"] / "failures.tsv").read_text().splitlines()
     assert listed == ["id\treason", "c\tc: sync is not finite as float16"]
     assert [RecordSource(args["out"])[i]["id"] for i in (1, 2)] == ["a", "a#3"]
@@ -183,7 +192,7 @@ def _replace(args, name, text):
 @pytest.mark.parametrize(
     "damage, message",
     [
-        (lambda a: _cut(a, "std.memmap", 100), r"std.memmap: 100 bytes, 1200 were expected .*cut"),
+        (lambda a: _cut(a, "std.memmap", 100), r"std.memmap: 100 bytes, 1200 were expected .*trun"),
         (lambda a: (a["folder"] / "std.memmap").unlink(), "std.memmap: no such file"),
         (lambda a: _cut(a, "meta.json", 50), "meta.json: damaged"),
         (lambda a: (a["folder"] / "meta.json").unlink(), "it has no meta.json"),
@@ -193,24 +202,26 @@ def _replace(args, name, text):
         (lambda a: _edit_meta(a, std={"shape": [5, 25, 4]}), "the N of mean"),
         (lambda a: _replace(a, "tsv", "id\tlabel\na\tb\n"), "has 1 rows, .* 6 clips"),
         (lambda a: _replace(a, "tsv", "id,label\na,b\n"), "needed are 'id' and 'caption'"),
-        (lambda a: _replace(a, "tsv", "id\tlabel\na\tb\n\tc\n"), "row 2 below the header"),
+        (lambda a: _replace(a, "tsv", "id\tlabel\na\tb\n\tc\n"), "line 3 has no id"),
         (lambda a: a.update(tsv="nowhere.tsv"), "nowhere.tsv: unreadable"),
         (lambda a: a.update(codec="nowhere"), "not a codec folder"),
         (lambda a: a.update(empty_text=a["tsv"]), "clips.tsv: truncated, or not a PyTorch file"),
         (lambda a: np.save(a["empty_text"], np.zeros((3, 6))), r"are \(3, 6\), those of"),
-        (lambda a: a.update(duration=8), "25 x 4 per clip, 8 s with the codec .* give 250 x 4"),
+        (
+            lambda a: a.update(duration=8),
+            "25 x 4 for each clip, but 8 s with the codec .* give 250 x 4",
+        ),
         (
             lambda a: LinearCodec(np.zeros(160), np.eye(9, 160), 1.0).save(a["codec"]),
-            "25 x 4 per clip, 0.8 s with the codec .* give 25 x 9",
+            "25 x 4 for each clip, but 0.8 s with the codec .* give 25 x 9",
         ),
     ],
 )
 def test_bad_input_is_one_line_and_nothing_is_written(features, damage, message):
     _, args = features
     damage(args)
-    with pytest.raises(SystemExit, match=message) as error:
-        convert(args)
-    assert "\n" not in str(error.value)
+    done = convert(args)
+    assert done.code == 1 and len(done.err.splitlines()) == 1 and re.search(message, done.err)
     assert not args["out"].exists()
 
 
@@ -218,8 +229,8 @@ def test_a_folder_with_something_else_in_it_is_left_alone(features):
     _, args = features
     args["out"].mkdir()
     (args["out"] / "thesis.tex").write_text("")
-    with pytest.raises(SystemExit, match="is there already"):
-        convert(args)
+    done = convert(args)
+    assert done.code == 1 and "holds other files and no settings.json" in done.err
     assert [path.name for path in args["out"].iterdir()] == ["thesis.tex"]
 
 

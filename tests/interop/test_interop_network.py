@@ -3,12 +3,15 @@
 import dataclasses
 import functools
 import json
+import re
 import types
+from pathlib import Path
 
 import golden
 import jax
 import numpy as np
 import pytest
+from commands import run_command
 
 from vcm_jax import sampling
 from vcm_jax.interop import export_torch, import_network, import_torch, state_dict
@@ -122,6 +125,23 @@ def save(path, tensors):
     return str(path)
 
 
+def imported(file, out):
+    """What the import command did."""
+    arguments = ("network", str(file), f"--out={out}")
+    return run_command(import_torch, *arguments, positional=import_torch.POSITIONAL)
+
+
+def exported(workdir, out, *options):
+    """What the export command did."""
+    return run_command(export_torch, f"--workdir={workdir}", f"--out={out}", *options)
+
+
+def assert_refused(done, message):
+    """The command ended with one line that matches."""
+    assert done.code == 1 and len(done.err.splitlines()) == 1
+    assert re.search(message, done.err), done.err
+
+
 @pytest.fixture
 def run_folder(tmp_path, known):
     """The workdir of a run with these weights, made through the import command."""
@@ -129,7 +149,8 @@ def run_folder(tmp_path, known):
     def make(objective="vcm", tensors=None):
         out = tmp_path / "run"
         file = save(tmp_path / "mmaudio.pth", tensors or one_time())
-        import_torch.main(["network", file, f"--out={out}"])
+        done = imported(file, out)
+        assert (done.code, "weights of tiny for --config.init_from" in done.out) == (0, True)
         describe(out, objective)
         return out
 
@@ -139,15 +160,25 @@ def run_folder(tmp_path, known):
 def describe(folder, objective, **settings):
     config = {"objective": {"name": objective} | settings}
     run = {"config": config, "model": dataclasses.asdict(CONFIG)}
+    run |= dict.fromkeys(("sequence", "encoders", "codec"), {})
     (folder / "run.json").write_text(json.dumps(run))
 
 
-def test_import_command_writes_what_init_from_reads(run_folder, capsys):
+def test_import_command_writes_what_init_from_reads(run_folder):
     out = run_folder(tensors=one_time() | {"t_embed.freqs": np.zeros(128, np.float32)})
-    assert "tiny, to start from with --config.init_from" in capsys.readouterr().out
     restored = averages.restore_weights(out)
     expected = import_network.network_from_torch(one_time(), CONFIG)
     jax.tree.map(np.testing.assert_array_equal, restored, expected)
+
+
+def test_imported_weights_that_were_damaged_are_refused(run_folder):
+    out = run_folder()
+    largest = max(filter(Path.is_file, out.rglob("*")), key=lambda path: path.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+    with pytest.raises(checkpoint.CheckpointError, match="checkpoints/0"):
+        averages.restore_weights(out)
 
 
 def test_torch_and_jax_sample_alike(run_folder, tmp_path, monkeypatch):
@@ -158,7 +189,7 @@ def test_torch_and_jax_sample_alike(run_folder, tmp_path, monkeypatch):
     variables = variables_from_torch(two_times(), CONFIG)
     monkeypatch.setattr(import_network, "network_from_torch", lambda *_: variables)
     file = tmp_path / "ours.pth"
-    export_torch.main([f"--workdir={run_folder()}", f"--out={file}"])
+    assert exported(run_folder(), file).code == 0
     model = AverageVelocity.from_state_dict(torch.load(file, weights_only=True))
     x, t, s, cond = inputs()
     features = [torch.from_numpy(getattr(cond, name)) for name in ("clip", "sync", "text")]
@@ -179,7 +210,7 @@ def test_torch_and_jax_sample_alike(run_folder, tmp_path, monkeypatch):
     # What export_torch wrote is taken back as it is.
     monkeypatch.undo()
     monkeypatch.setattr(import_network, "MODELS", {"tiny": CONFIG})
-    import_torch.main(["network", str(file), f"--out={tmp_path / 'back'}"])
+    assert imported(file, tmp_path / "back").code == 0
     back = averages.restore_weights(tmp_path / "back")
     jax.tree.map(np.testing.assert_array_equal, back, variables)
 
@@ -224,21 +255,20 @@ def test_torch_matches_the_reference_in_full_size(shared):
 def test_what_cannot_be_exported(run_folder, tmp_path):
     torch = pytest.importorskip("torch")
     run, file = run_folder("flow_matching"), tmp_path / "fm.pth"
-    export_torch.main([f"--workdir={run}", f"--out={file}", "--convention=mmaudio"])
+    assert exported(run, file, "--convention=mmaudio").code == 0
     found = torch.load(file, weights_only=True)
     np.testing.assert_allclose(found["final_layer.conv.bias"], one_time()["final_layer.conv.bias"])
     other = tmp_path / "other.pth"
 
     def refused(message, *options, out=other):
-        with pytest.raises(SystemExit, match=message):
-            export_torch.main([f"--workdir={run}", f"--out={out}", *options])
+        assert_refused(exported(run, out, *options), message)
         assert not other.exists()
 
     describe(run, "vcm")
     refused("one time only.*'vcm'", "--convention=mmaudio")
     refused("is a folder: name a file", out=tmp_path)
     refused(r"no checkpoint of step 7; there are \[0\]", "--step=7")
-    refused("no average of sigma_rel 0.3, only 0", "--sigma_rel=0.3")
+    refused("no EMA of sigma_rel 0.3, only 0", "--sigma_rel=0.3")
     describe(run, "soflow", parameterisation="trigonometric")
     refused("settings of soflow the network is not the average velocity")
 
@@ -264,8 +294,7 @@ def test_a_file_that_does_not_fit_is_refused_before_anything_is_written(
     tensors, message, known, tmp_path
 ):
     file = save(tmp_path / "weights.pth", tensors)
-    with pytest.raises(SystemExit, match=message):
-        import_torch.main(["network", file, f"--out={tmp_path / 'out'}"])
+    assert_refused(imported(file, tmp_path / "out"), message)
     assert not (tmp_path / "out").exists()
 
 
@@ -273,15 +302,13 @@ def test_damaged_files_and_full_folders_are_refused(known, tmp_path):
     file = tmp_path / "weights.pth"
     save(file, one_time())
     file.write_bytes(file.read_bytes()[:5000])
-    with pytest.raises(SystemExit, match="weights.pth: truncated, or not a PyTorch file"):
-        import_torch.main(["network", str(file), f"--out={tmp_path / 'out'}"])
-    with pytest.raises(SystemExit, match="no such file"):
-        import_torch.main(["network", "nowhere.pth", f"--out={tmp_path / 'out'}"])
+    assert_refused(
+        imported(file, tmp_path / "out"), "weights.pth: truncated, or not a PyTorch file"
+    )
+    assert_refused(imported("nowhere.pth", tmp_path / "out"), "no such file")
     (tmp_path / "out" / "checkpoints").mkdir(parents=True)
-    with pytest.raises(SystemExit, match="out is there already"):
-        import_torch.main(["network", str(file), f"--out={tmp_path / 'out'}"])
-    with pytest.raises(SystemExit, match="not the workdir of a run"):
-        export_torch.main([f"--workdir={tmp_path}", f"--out={tmp_path / 'x.pth'}"])
+    assert_refused(imported(file, tmp_path / "out"), "out is there already")
+    assert_refused(exported(tmp_path, tmp_path / "x.pth"), "not the workdir of a run")
 
 
 def test_without_torch_the_commands_say_how_to_get_it(monkeypatch, tmp_path):
@@ -291,7 +318,5 @@ def test_without_torch_the_commands_say_how_to_get_it(monkeypatch, tmp_path):
     monkeypatch.setattr(state_dict, "importlib", types.SimpleNamespace(import_module=absent))
     file = tmp_path / "weights.pth"
     file.write_bytes(b"")
-    with pytest.raises(SystemExit, match="needs PyTorch: pip install torch"):
-        import_torch.main(["network", str(file), f"--out={tmp_path / 'out'}"])
-    with pytest.raises(SystemExit, match="needs PyTorch: pip install torch"):
-        export_torch.main([f"--workdir={tmp_path}", f"--out={tmp_path / 'x.pth'}"])
+    assert_refused(imported(file, tmp_path / "out"), "needs PyTorch: pip install torch")
+    assert_refused(exported(tmp_path, tmp_path / "x.pth"), "needs PyTorch: pip install torch")

@@ -98,6 +98,9 @@ def _add_picture(output, movie: Movie):
     stream = output.add_stream(movie.codec, rate=movie.rate, options=_OPTIONS.get(movie.codec, {}))
     context = stream.codec_context
     stream.width, stream.height = movie.size
+    if movie.codec == "libx265":
+        # x265 corrupts memory at the edges of small pictures of other sizes.
+        assert movie.size[0] % 64 == movie.size[1] % 64 == 0
     stream.pix_fmt = _FORMATS.get(movie.codec, "yuv420p")
     context.time_base = Fraction(1, 60_000) if movie.gaps else 1 / movie.rate
     context.thread_count = 1

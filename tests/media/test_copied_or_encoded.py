@@ -42,8 +42,8 @@ def payload(path) -> list[bytes]:
 @pytest.mark.parametrize("codec", ["libx264", "libx265"])
 def test_matroska_keeps_its_frames_without_decoding_times(tmp_path, codec):
     """FFmpeg gives the first packets of a Matroska file with B-frames no decoding times."""
-    path = make(tmp_path / "b.mkv", dataclasses.replace(MUTE, codec=codec, container="matroska",
-                                                        b_frames=3))  # fmt: skip
+    movie = dataclasses.replace(MUTE, codec=codec, container="matroska", b_frames=3, size=(64, 64))
+    path = make(tmp_path / "b.mkv", movie)
     with av.open(str(path)) as container:
         assert next(container.demux(video=0)).dts is None
     frames, about, seconds, times = muxed(path, tmp_path)
@@ -55,7 +55,8 @@ def test_matroska_keeps_its_frames_without_decoding_times(tmp_path, codec):
 
 
 def test_hevc_of_iphones_stays_hvc1(tmp_path):
-    path = make(tmp_path / "a.mov", dataclasses.replace(MUTE, codec="libx265", container="mov"))
+    path = make(tmp_path / "a.mov", dataclasses.replace(MUTE, codec="libx265", container="mov",
+                                                        size=(64, 64)))  # fmt: skip
     assert muxed(path, tmp_path)[1][:2] == ("hevc", "hvc1")
 
 
@@ -87,8 +88,8 @@ def test_recordings_joined_end_to_end(tmp_path):
 
 @pytest.mark.parametrize("codec", ["libx264", "mpeg4"])
 def test_avi_does_not_know_when_frames_are_shown(tmp_path, codec):
-    path = make(tmp_path / "b.avi", dataclasses.replace(MUTE, codec=codec, container="avi",
-                                                        b_frames=3))  # fmt: skip
+    movie = dataclasses.replace(MUTE, codec=codec, container="avi", b_frames=3)
+    path = make(tmp_path / "b.avi", movie)
     shown = read_frames(path, {25: np.copy})[25]
     assert [number(frame) for frame in shown] == list(range(12))
     frames, about, _, times = muxed(path, tmp_path)
@@ -250,7 +251,9 @@ def test_a_recording_that_begins_between_key_frames(tmp_path, monkeypatch):
 @pytest.mark.parametrize("codec", ["libx264", "libx265", "libsvtav1", "libvpx-vp9"])
 def test_damage_is_not_copied(tmp_path, codec, damage):
     """What is written decodes without an error, and only the damaged frames are gone."""
-    path = make(tmp_path / "a.mp4", dataclasses.replace(MUTE, codec=codec, count=24, size=(96, 80)))
+    path = make(
+        tmp_path / "a.mp4", dataclasses.replace(MUTE, codec=codec, count=24, size=(128, 64))
+    )
     data, packets = bytearray(path.read_bytes()), payload(path)
     at = data.index(packets[9])
     data[at : at + len(damage)] = damage

@@ -172,7 +172,11 @@ def test_tokens(home, server):
     refused("open_clip_pytorch_model.bin: its repository is gated.*HF_TOKEN")
     home.mkdir(exist_ok=True)
     (home / "token").write_text("hf_secret")
+    server.log.clear()
     pretrained.fetch(NAME)
+    # The hub alone gets it, not the storage that it leads to.
+    asked = {bool(sent): headers for _, name, headers, sent in server.log if name == CLIP}
+    assert "authorization" in asked[False] and "authorization" not in asked[True]
     assert_complete(server, files.default_root())
 
 
@@ -212,7 +216,7 @@ def test_another_file_of_the_users_is_left_alone(home, server, tmp_path):
 def test_too_little_space(home, server, monkeypatch):
     usage = shutil.disk_usage(Path(__file__))
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=300_000))
-    refused("fetching mmaudio_small_16k takes about .* where 0.3 MB are free: set HF_HOME")
+    refused("fetching mmaudio_small_16k takes about .* where 300 kB are free: set HF_HOME")
     assert not server.log
 
 

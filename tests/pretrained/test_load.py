@@ -230,7 +230,7 @@ def test_a_folder_that_was_moved(weights, conversions, tmp_path):
     assert load_encoders(found.encoders)
 
 
-def test_several_networks(weights):
+def test_several_networks(weights, monkeypatch):
     folder = weights(modes=("16k", "44k"))
     with pytest.raises(PretrainedError, match="several networks: give the file of one") as caught:
         pretrained.load(folder)
@@ -239,6 +239,8 @@ def test_several_networks(weights):
         assert str(path) in str(caught.value)
         found = pretrained.load(path)
         assert (found.name, found.network) == (name, folder / "converted" / name)
+    monkeypatch.chdir(folder / "weights")
+    assert pretrained.load(f"{NAME}.pth").network == folder / "converted" / NAME
     flat = weights("flat", flat=True)
     assert pretrained.load(flat / f"{NAME}.pth").network == flat / "converted" / NAME
 
@@ -365,15 +367,20 @@ def test_without_symbolic_links(weights, monkeypatch):
     assert load_encoders(pretrained.load(weights()).encoders)
 
 
-def test_without_torch(weights, monkeypatch):
+def test_what_could_not_be_converted_is_not_fetched(home, server, monkeypatch):
     from vcm_jax.interop import state_dict
 
     def absent(name):
         raise ImportError(name)
 
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delitem(MODELS, "small_16k")
+        with pytest.raises(PretrainedError, match="this version of vcm_jax has no network small"):
+            pretrained.load(NAME)
     monkeypatch.setattr(state_dict, "importlib", types.SimpleNamespace(import_module=absent))
     with pytest.raises(ValueError, match="needs PyTorch: pip install torch"):
-        pretrained.load(weights())
+        pretrained.load(NAME)
+    assert not server.log
 
 
 def test_two_at_once(weights, conversions, capsys):

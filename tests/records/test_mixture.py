@@ -62,8 +62,8 @@ def test_the_order_depends_on_seed_and_index_alone():
     assert numbers(read()) == numbers(read())
     assert numbers(read()) != numbers(read(seed=1))
     assert numbers(read(first_step=4)) == numbers(read())[4:]
-    parts = [numbers(read(part=part, parts=3)) for part in range(3)]
-    assert [a + b + c for a, b, c in zip(*parts)] == numbers(read())
+    shares = [numbers(read(process=i, processes=3)) for i in range(3)]
+    assert [a + b + c for a, b, c in zip(*shares)] == numbers(read())
 
 
 def test_epochs_are_shuffled_anew():
@@ -95,7 +95,7 @@ def test_parsing_of_sources():
 
 def test_a_batch_that_the_processes_do_not_divide():
     with pytest.raises(ValueError, match="batch_size 6 .* 4 processes"):
-        read(parts=4)
+        read(processes=4)
 
 
 class Damaged(Source):
@@ -140,18 +140,18 @@ def test_a_damaged_record_counts_once_in_any_number_of_epochs(caplog):
         list(mixture.batches(mixed, SHAPES, max_damaged=2, **kwargs))
 
 
-def test_the_stream_goes_on_exactly_with_other_hosts_and_workers():
-    """From step 1,000 on, whatever reads it, it is the stream of one host that never stopped."""
+def test_the_stream_resumes_exactly_with_other_processes_and_workers():
+    """From step 1,000 on it equals the stream of one process that never stopped."""
     flags.FLAGS.mark_as_parsed()  # worker processes want it
     mixed = mixture.mix(sources(), [1, 1], 0)
     sample = lambda i: mixed[i]["latent_mean"][0, 0]
     expected = [[sample(6 * step + row) for row in range(6)] for step in range(1000, 1004)]
-    for parts, workers in ((1, 0), (3, 0), (1, 2)):
+    for processes, workers in ((1, 0), (3, 0), (1, 2)):
         found = [
-            numbers(read(1000, 1004, part=part, parts=parts, num_workers=workers))
-            for part in range(parts)
+            numbers(read(1000, 1004, process=i, processes=processes, num_workers=workers))
+            for i in range(processes)
         ]
-        assert [sum(rows, []) for rows in zip(*found)] == expected, (parts, workers)
+        assert [sum(rows, []) for rows in zip(*found)] == expected, (processes, workers)
 
 
 def test_sources_and_weights_that_do_not_fit():

@@ -1,4 +1,4 @@
-"""Where a step's time goes, what is not finite, what TensorBoard shows of a sound."""
+"""The time of steps, steps that are not finite, and what is written for TensorBoard."""
 
 import json
 import time
@@ -63,7 +63,7 @@ def test_what_is_not_finite_stops_the_run_soon_and_names_its_records(tmp_path):
     assert line["step"] == 12 and len(line["ids"]) == 9
 
 
-def test_steps_that_are_left_out_are_counted_and_three_in_a_row_stop(tmp_path):
+def test_skipped_steps_are_counted_and_three_in_a_row_stop_the_run(tmp_path):
     meter = make_meter(tmp_path, "skip")
     bad = metrics(1.0, float("inf"))
     for one in (bad, bad, metrics(), bad, metrics()):
@@ -72,7 +72,9 @@ def test_steps_that_are_left_out_are_counted_and_three_in_a_row_stop(tmp_path):
     meter.add(bad)
     meter.add(bad)
     meter.add(bad)
-    with pytest.raises(monitor.NonFiniteError, match="3 steps in a row .* grad_norm is inf at"):
+    with pytest.raises(
+        monitor.NonFiniteError, match="3 steps in a row were skipped: grad_norm is inf at"
+    ):
         meter.collect()
     assert len((tmp_path / "nonfinite.jsonl").read_text().splitlines()) == 6
 
@@ -128,7 +130,7 @@ def test_a_spectrogram_shows_a_tone_where_it_is():
     assert spectrogram(np.zeros(rate), rate).max() == 0
 
 
-def test_a_resumed_run_drops_what_came_after_the_step_it_goes_on_from(tmp_path):
+def test_a_resumed_run_drops_the_lines_after_the_step_it_resumes_from(tmp_path):
     for first_step, steps in ((0, (1, 2, 3)), (2, (3, 4))):
         writer = Writer(tmp_path, first_step)
         for step in steps:

@@ -1,4 +1,4 @@
-"""What may change between a run and its continuation."""
+"""Which settings may change when a run is resumed."""
 
 import pytest
 

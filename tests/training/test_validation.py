@@ -1,4 +1,4 @@
-"""Figures during training: they tell good weights from bad, and the best step is kept."""
+"""Metrics during training tell good weights from bad, and the best weights are kept."""
 
 import jax
 import numpy as np
@@ -10,7 +10,7 @@ from vcm_jax.impacts.scene import simulate
 from vcm_jax.models import MMDiT, ModelConfig
 from vcm_jax.runs import averages
 from vcm_jax.training.state import OptimizerConfig, make_init, make_optimizer
-from vcm_jax.training.validation import Best, figures
+from vcm_jax.training.validation import Best, sound_metrics
 
 SIZES = ModelConfig(
     latent_dim=20, clip_dim=6, sync_dim=5, text_dim=4, hidden_dim=16, num_heads=2, depth=2,
@@ -19,7 +19,7 @@ SIZES = ModelConfig(
 
 
 class Oracle:
-    """Stands for a trained network: it knows the clips, and errs by `error` in the latents."""
+    """A stand-in for a trained network: it knows the clips, and its latents are off by `error`."""
 
     def __init__(self, batches, error):
         self.truth, self.error = np.concatenate([b["latent_mean"] for b in batches]), error
@@ -63,11 +63,11 @@ def variables(stats):
     return jax.jit(init)(jax.random.key(0))
 
 
-def test_figures_tell_good_from_bad(clips):
+def test_the_metrics_tell_good_weights_from_bad(clips):
     codec, batches, stats = clips
     state = variables(stats)
     key = jax.random.key(1)
-    score = lambda error: figures(
+    score = lambda error: sound_metrics(
         Oracle(batches, error), state.params, stats, batches, codec, key, steps=(1, 3)
     )
     perfect, off = score(0.0), score(0.3)
@@ -82,17 +82,17 @@ def test_figures_tell_good_from_bad(clips):
     assert len(perfect) == 2 * 6
 
 
-def test_figures_of_a_network_are_repeatable_and_limited(clips):
+def test_the_metrics_of_a_network_are_repeatable_and_of_so_many_clips(clips):
     codec, batches, stats = clips
     state = variables(stats)
-    score = lambda batches, clips: figures(
+    score = lambda batches, clips: sound_metrics(
         MMDiT(SIZES), state.params, stats, iter(batches), codec, jax.random.key(1), steps=(1,),
         max_clips=clips,
     )  # fmt: skip
     first = score(batches, 3)
     assert first == score(batches[:1], 3) != score(batches, 5)
     broken = jax.tree.map(lambda a: a * np.float32(np.nan), stats)
-    values = figures(
+    values = sound_metrics(
         MMDiT(SIZES), state.params, stats | {"latent_mean": broken["latent_mean"]}, batches, codec,
         jax.random.key(1), steps=(1,), max_clips=2,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The device mesh, and where every array of a run lives on it."""
+"""The device mesh, and how the arrays of a run are sharded over it."""
 
 import dataclasses
 from typing import Any
@@ -15,7 +15,7 @@ RULES = {"embed": "fsdp", "mlp": "tensor", "heads": "tensor"}
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> Mesh:
-    """A mesh with axes data, fsdp, tensor; one size may be -1 and takes what is left.
+    """A mesh with the axes data, fsdp, tensor; one size may be -1, which uses all other devices.
 
     JAX orders the devices: on a TPU slice neighbours in the mesh are neighbours on the chips'
     network, `tensor` the closest. Processes keep their devices together, so that the rows of a
@@ -79,7 +79,7 @@ def _process_by_process(devices: np.ndarray) -> np.ndarray:
     corners = [tuple(np.min([device.coords for device in group], axis=0)) for group in groups]
     slices = [getattr(group[0], "slice_index", None) or 0 for group in groups]
     ordered = []
-    for i in _snake([(*corner, part) for corner, part in zip(corners, slices)]):
+    for i in _snake([(*corner, slice_) for corner, slice_ in zip(corners, slices)]):
         cores = [(getattr(d, "core_on_chip", 0), *d.coords) for d in groups[i]]
         ordered += [groups[i][j] for j in _snake(cores)]
     return np.asarray(ordered)
@@ -118,21 +118,22 @@ def _rows_are_blocks(devices: np.ndarray) -> bool:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Leading axis over data and fsdp."""
+    """Splits the leading axis over data and fsdp."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
+    """Keeps the whole array on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def process_part(mesh: Mesh, batch_size: int) -> tuple[int, int]:
-    """(part, parts): this process's devices hold the part-th of so many equal parts of the batch.
+    """(i, n): the devices of this process hold the i-th of n equal blocks of a batch.
 
-    Several processes hold the same part where a mesh splits the model across them.
+    Several processes hold the same block if the mesh splits the model over them.
 
     Raises:
-      ValueError: when a process holds rows that are not one block of the batch.
+      ValueError: the rows of this process are not one block of the batch.
     """
     blocks = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
     spans = sorted({block[0].indices(batch_size)[:2] for block in blocks})
@@ -141,32 +142,32 @@ def process_part(mesh: Mesh, batch_size: int) -> tuple[int, int]:
     if rows != stop - start or batch_size % rows or start % rows:
         raise ValueError(
             f"mesh {dict(mesh.shape)}: process {jax.process_index()} holds rows {spans}, which "
-            "are not one part of the batch; mesh.tensor must divide a process's devices or be a "
+            "are not one block of the batch; mesh.tensor must divide a process's devices or be a "
             "multiple of them"
         )
     return start // rows, batch_size // rows
 
 
 def check_batch_size(batch_size: int, mesh: Mesh, accumulate: int = 1) -> None:
-    """Raises ValueError when the devices do not divide the global batch, or a microbatch of it."""
-    parts = int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
+    """Raises ValueError if a batch, or a microbatch, does not divide over the devices."""
+    shards = int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
     if accumulate < 1:
         raise ValueError(f"accumulate must be at least 1, not {accumulate}")
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, not {batch_size}")
-    if batch_size % parts:
+    if batch_size % shards:
         raise ValueError(
-            f"batch_size {batch_size} does not divide over mesh.data x mesh.fsdp = {parts} devices"
+            f"batch_size {batch_size} does not divide over mesh.data x mesh.fsdp = {shards} devices"
         )
-    if batch_size % (parts * accumulate):
+    if batch_size % (shards * accumulate):
         raise ValueError(
             f"batch_size {batch_size} does not divide into accumulate = {accumulate} microbatches "
-            f"over mesh.data x mesh.fsdp = {parts} devices"
+            f"over mesh.data x mesh.fsdp = {shards} devices"
         )
 
 
 def check_model(model, mesh: Mesh) -> None:
-    """Raises ValueError when the mesh splits what the model cannot be split into.
+    """Raises ValueError if the sizes of the mesh do not divide those of the model.
 
     Heads that do not divide are no error: attention is then replicated.
     """
@@ -179,10 +180,11 @@ def check_model(model, mesh: Mesh) -> None:
 
 
 def logical_axes(path: tuple[str, ...], ndim: int) -> tuple[str | None, ...]:
-    """Names of a variable's axes from its place in the network; None where nothing is split.
+    """The names of a variable's axes, from its path in the network; None for axes without one.
 
-    It looks at the last two names only, so that optimizer moments and averages, whose paths end
-    like their parameter's, get its axes. Convolutions have a leading kernel axis more.
+    Only the last two names of the path count: the paths of optimizer moments and EMA weights end
+    like that of their parameter, and so they get the same axes. Convolutions have one more axis in
+    front.
     """
     module, leaf = (None, None, *path)[-2:]
     if module == "qkv":
@@ -200,9 +202,9 @@ def logical_axes(path: tuple[str, ...], ndim: int) -> tuple[str | None, ...]:
 
 
 def state_shardings(abstract_state, mesh: Mesh, num_heads: int):
-    """Shardings of a train state (or any tree that holds parameters), leaf by leaf.
+    """The sharding of every array of a train state, or of any tree that holds parameters.
 
-    An axis that its mesh axis does not divide is not split; heads are all split or none.
+    An axis that the mesh does not divide is not split. Either all heads are split or none are.
     """
     sizes = dict(mesh.shape)
     rules = dict(RULES)
@@ -227,14 +229,14 @@ def state_shardings(abstract_state, mesh: Mesh, num_heads: int):
 
 
 def place(abstract, shardings):
-    """Shapes and dtypes with their shardings, as a checkpoint is restored to."""
+    """Shapes, dtypes and shardings in one tree, the target of restoring a checkpoint."""
     return jax.tree.map(
         lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings
     )
 
 
 def device_bytes(abstract, shardings) -> int:
-    """What one device holds of a tree."""
+    """Bytes of a tree on one device."""
     sizes = jax.tree.map(
         lambda a, s: int(np.prod(s.shard_shape(a.shape))) * a.dtype.itemsize, abstract, shardings
     )
@@ -243,27 +245,27 @@ def device_bytes(abstract, shardings) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """What a training step says about where its arrays live; by default nothing.
+    """The sharding constraints inside a training step; by default there are none.
 
-    Weights that are split over `fsdp` are gathered for the step, once, and gradients come back
-    split: said outright, since the compiler left alone may gather activations instead.
+    Weights that are split over `fsdp` are gathered once for a step, and gradients are split again.
+    Without these constraints the compiler may gather activations instead.
 
     Attributes:
-      mesh: the devices.
-      weights: shardings of the parameters.
+      mesh: the device mesh.
+      weights: the shardings of the parameters.
     """
 
     mesh: Mesh | None = None
     weights: Any = None
 
     def rows(self, tree):
-        """Spreads the leading axis over the devices."""
+        """Splits the leading axis over the devices."""
         if self.mesh is None:
             return tree
         return jax.lax.with_sharding_constraint(tree, batch_sharding(self.mesh))
 
     def gather(self, params):
-        """Whole along `fsdp`, split along `tensor`."""
+        """Gathers weights along `fsdp`; they stay split along `tensor`."""
         if self.mesh is None:
             return params
 
@@ -275,7 +277,7 @@ class Layout:
         return jax.lax.with_sharding_constraint(params, shardings)
 
     def scatter(self, grads):
-        """As the parameters are kept."""
+        """Splits gradients like the parameters."""
         if self.mesh is None:
             return grads
         return jax.lax.with_sharding_constraint(grads, self.weights)

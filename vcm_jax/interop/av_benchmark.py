@@ -1,14 +1,14 @@
-"""av-benchmark's caches, and its launch: features of sounds and videos for `vcm_jax.evaluate`.
+"""Prepares and runs av-benchmark, whose caches of features `vcm_jax.evaluate` reads.
 
     python -m vcm_jax.interop.av_benchmark --audio=SOUNDS --videos=VIDEOS --out=OUT
 
 av-benchmark (github.com/hkchengrex/av-benchmark) is the protocol of MMAudio's and SoundVCM's
-tables. This prepares what it reads, so that it cannot go wrong: OUT/audio holds mono wav files of
-exactly 8 s in their own sample rate, OUT/videos links to the videos, all under names that its
-file-name rule leaves alone; names.tsv lists them. Then it runs the installed av-benchmark (PyTorch,
-a GPU) into OUT/cache, never on top of what another run left there, and checks that no clip was
-dropped on the way. Give --videos for the true sounds only: their pictures are what generated
-sounds are compared with. Give --captions on both sides for the CLAP scores.
+tables. First this command prepares its input: OUT/audio has mono wav files of exactly 8 s in their
+own sample rate, OUT/videos links to the videos, and all names are such that av-benchmark's rule
+for file names does not change them; names.tsv lists them. Then the command runs the installed
+av-benchmark, which needs PyTorch and a GPU, into OUT/cache, and checks that it dropped no clip. A
+cache of other clips is removed first. Give --videos for the true sounds only: generated sounds are
+compared with these videos. Give --captions on both sides for CLAP scores. Then compare:
 
     python -m vcm_jax.evaluate --pred=OUT_OF_GENERATED/cache --truth=OUT_OF_TRUE/cache
 """
@@ -25,10 +25,12 @@ from pathlib import Path
 import av
 import numpy as np
 import soundfile
-from absl import app, flags
+from absl import flags
 from tqdm import tqdm
 
 from vcm_jax.atomic import atomic_folder, atomic_path
+from vcm_jax.claim import hold
+from vcm_jax.cli import run
 from vcm_jax.interop.state_dict import StateDictError, as_array, import_torch, list_few, read_tree
 from vcm_jax.media.clips import SOUND_SUFFIXES, VIDEO_SUFFIXES, list_clips
 from vcm_jax.media.read import probe, read_audio
@@ -38,7 +40,7 @@ INSTALL = (
     "pip install --editable av-benchmark (a plain pip install git+https://github.com/hkchengrex/"
     "av-benchmark lacks its scripts for videos and captions)"
 )
-_SHORT_BY = 0.1  # seconds that a clip may lack, which are filled with silence
+_SHORT_BY = 0.1  # seconds that a clip may be too short; they are filled with silence
 _MANIFEST, _NAMES = "manifest.json", "names.tsv"
 AUDIO_FILES = ("pann_features", "vggish_features", "passt_features_embed", "passt_logits")
 _SYNCED_FILES = ("imagebind_audio", "synchformer_audio")
@@ -49,17 +51,17 @@ CACHE_FILES = AUDIO_FILES + _SYNCED_FILES + _VIDEO_FILES + _CLAP_FILES + _TEXT_F
 
 
 class BenchmarkError(ValueError):
-    """Something that av-benchmark cannot be run on, or that it left wrong; one line."""
+    """Input that av-benchmark cannot take, or output of it that is wrong; one line."""
 
 
 def clean_sample_name(name: str) -> str:
-    """av-benchmark's rule that makes a clip's name of a generated file's: by its length alone."""
+    """av-benchmark's rule from a file's name to a clip's: the length alone decides."""
     start, end = {30: (10, 28), 20: (0, 18), 21: (1, 19)}.get(len(name), (0, None))
     return name[start:end]
 
 
 def safe_name(clip: str) -> str:
-    """A file name for the clip that `clean_sample_name` leaves as it is."""
+    """A file name for the clip that `clean_sample_name` does not change."""
     name = clip.replace("/", "__")
     while clean_sample_name(name) != name:
         name += "_"
@@ -67,12 +69,12 @@ def safe_name(clip: str) -> str:
 
 
 def read_cache(path) -> dict[str, object]:
-    """One file of a cache: clip -> array (pann_features: clip -> {layer: array}), in its order.
+    """One file of a cache: clip -> array (pann_features: clip -> {layer: array}), in file order.
 
-    Arrays are mapped into memory where the format allows it, not read.
+    Arrays are mapped into memory, and not read, if the format allows it.
 
     Raises:
-      StateDictError: no such file, unreadable, something else, or no PyTorch.
+      StateDictError: there is no such file, it is damaged or no cache, or PyTorch is not installed.
     """
     tree = read_tree(path)
     if not isinstance(tree, dict) or not tree:
@@ -89,7 +91,7 @@ def read_cache(path) -> dict[str, object]:
 
 
 def stored_sample_rate(path) -> int:
-    """Hz, as the file is stored."""
+    """Sample rate in Hz that a file of sound or video is stored with."""
     try:
         return soundfile.info(path).samplerate
     except soundfile.SoundFileError:
@@ -101,7 +103,7 @@ def stored_sample_rate(path) -> int:
 
 
 def _digest(path: Path) -> str:
-    """Of a file's content, sampled: size, first and last megabyte."""
+    """Hash of a file's size, first and last megabyte."""
     size, found = path.stat().st_size, hashlib.sha256()
     with open(path, "rb") as file:
         found.update(str(size).encode() + file.read(1 << 20))
@@ -114,7 +116,8 @@ def plan(audio, videos=None, captions=None, duration: float = 8.0) -> dict:
     """What is to be prepared, checked before anything is written.
 
     Args:
-      audio: folder of the sounds (or of videos with sound); videos: of the pictures, or None;
+      audio: folder of the sounds, or of videos with sound.
+      videos: folder of the videos, or None.
       captions: TSV with the columns id and caption, for the CLAP scores, or None.
       duration: seconds of each clip.
 
@@ -122,8 +125,8 @@ def plan(audio, videos=None, captions=None, duration: float = 8.0) -> dict:
       {"duration", "captions", "clips": [{"id", "name", "sound", "video", "caption", "digest"}]}.
 
     Raises:
-      BenchmarkError, ListError, MediaError: nothing there, sounds without pictures or the other way
-        round, two clips of one name, a video that is too short.
+      BenchmarkError, ListError, MediaError: there is nothing, a sound has no video or a video no
+        sound, two clips get the same name, or a clip is too short.
     """
     clips, failures = list_clips(audio, captions, SOUND_SUFFIXES + VIDEO_SUFFIXES)
     if failures:
@@ -138,41 +141,48 @@ def plan(audio, videos=None, captions=None, duration: float = 8.0) -> dict:
         ):
             if lacking := those - these:
                 raise BenchmarkError(f"{what} {len(lacking)} clips: {list_few(lacking)}")
-    entries, names = [], {}
+    names = {}
     for clip in clips:
         name = safe_name(clip.id)
         if name in names:
             raise BenchmarkError(f"{names[name]} and {clip.id} would both be called {name}")
         names[name] = clip.id
-        video = pictures.get(clip.id)
-        for path in filter(None, (clip.path, video)):
-            length = probe(path).duration
-            if length < duration - _SHORT_BY:
-                raise BenchmarkError(
-                    f"{path}: {length:.2f} s, av-benchmark takes clips of {duration:g} s and would "
-                    "drop it or fail: leave it out, or give another --duration"
-                )
-        digest = _digest(clip.path) + (_digest(video) if video is not None else "")
-        entries.append(
-            {
-                "id": clip.id,
-                "name": name,
-                "sound": str(clip.path.absolute()),
-                "video": video and str(video.absolute()),
-                "caption": clip.caption,
-                "digest": digest,
-            }
-        )
+    entries = [
+        _entry(clip, name, pictures.get(clip.id), duration) for clip, name in zip(clips, names)
+    ]
     return {"duration": duration, "captions": captions is not None, "clips": entries}
+
+
+def _entry(clip, name: str, video: Path | None, duration: float) -> dict:
+    """A clip of the plan.
+
+    Raises:
+      BenchmarkError: the sound or the video is too short.
+    """
+    for path in filter(None, (clip.path, video)):
+        length = probe(path).duration
+        if length < duration - _SHORT_BY:
+            raise BenchmarkError(
+                f"{path}: {length:.2f} s, av-benchmark takes clips of {duration:g} s and would "
+                "drop it or fail: leave it out, or give another --duration"
+            )
+    return {
+        "id": clip.id,
+        "name": name,
+        "sound": str(clip.path.absolute()),
+        "video": video and str(video.absolute()),
+        "caption": clip.caption,
+        "digest": _digest(clip.path) + (_digest(video) if video is not None else ""),
+    }
 
 
 def prepare(wanted: dict, out: Path) -> None:
     """Writes OUT/audio, OUT/videos, names.tsv, captions.csv and, last, manifest.json.
 
-    What another plan left in OUT is removed first, its cache above all.
+    The files and the cache of another plan are removed first.
 
     Raises:
-      MediaError: a sound that is unreadable or too short; OUT then has no manifest.
+      MediaError: a sound that cannot be read or is too short; OUT then has no manifest.
     """
     if (out / _MANIFEST).exists() and json.loads((out / _MANIFEST).read_text()) == wanted:
         return
@@ -210,7 +220,7 @@ def prepare(wanted: dict, out: Path) -> None:
 
 
 def expected_files(wanted: dict) -> tuple[str, ...]:
-    """Files of the cache that a plan leads to, without their suffix."""
+    """Names, without their suffix, of the files of the cache that follows from a plan."""
     has_video = any(clip["video"] for clip in wanted["clips"])
     found = AUDIO_FILES + _SYNCED_FILES + (_VIDEO_FILES if has_video else ())
     return found + (_CLAP_FILES + _TEXT_FILES if wanted["captions"] else ())
@@ -220,7 +230,8 @@ def check_cache(cache: Path, wanted: dict) -> None:
     """Compares the clips in every file with those of the plan.
 
     Raises:
-      BenchmarkError: files that are missing, or have other clips.
+      BenchmarkError: a file has other clips.
+      StateDictError: a file is missing.
     """
     names = {clip["name"] for clip in wanted["clips"]}
     for name in expected_files(wanted):
@@ -231,7 +242,7 @@ def check_cache(cache: Path, wanted: dict) -> None:
                 f"dropped: {list_few(lacking)}"
             )
         if extra := found - names:
-            raise BenchmarkError(f"{name}.pth has clips that are not ours: {list_few(extra)}")
+            raise BenchmarkError(f"{name}.pth has clips that were not given: {list_few(extra)}")
 
 
 def _script(root: Path, name: str, *arguments: str) -> None:
@@ -243,12 +254,12 @@ def _script(root: Path, name: str, *arguments: str) -> None:
         raise BenchmarkError(f"av-benchmark's {name} ended with status {done.returncode}")
 
 
-def run(wanted: dict, out: Path, batch_size: int, num_workers: int) -> None:
+def extract_features(wanted: dict, out: Path, batch_size: int, num_workers: int) -> None:
     """Runs the installed av-benchmark on what `prepare` made, into OUT/cache.
 
     Raises:
-      BenchmarkError: not installed, no GPU, a failure of it, or clips that it dropped.
-      StateDictError: no PyTorch.
+      BenchmarkError: av-benchmark is not installed, failed or dropped clips, or there is no GPU.
+      StateDictError: PyTorch is not installed.
     """
     if (out / "cache").exists():
         print(f"{out / 'cache'}: already complete")
@@ -260,9 +271,10 @@ def run(wanted: dict, out: Path, batch_size: int, num_workers: int) -> None:
         raise BenchmarkError(f"{out} is prepared, but av-benchmark needs a CUDA GPU: none is here")
     from av_bench.extract import extract
 
-    # A package without __init__.py has no origin, but it has a place.
+    # A package without __init__.py has no origin, but locations.
     root = Path(next(iter(spec.submodule_search_locations))).parent
-    # Its own checks look for a file and take whatever is there: it gets an empty folder.
+    # av-benchmark takes features that it finds in the folder, whatever they are of: the folder is
+    # new.
     with atomic_folder(out / "cache") as cache:
         duration, where = wanted["duration"], str(cache.absolute())
         extract(
@@ -287,31 +299,25 @@ def run(wanted: dict, out: Path, batch_size: int, num_workers: int) -> None:
     print(f"{out / 'cache'}: features of {len(wanted['clips'])} clips")
 
 
-def _define_flags():
+def define_flags() -> None:
     flags.DEFINE_string("audio", None, "Folder of sounds.", required=True)
     flags.DEFINE_string("videos", None, "Folder of the videos, for the true sounds.")
-    flags.DEFINE_string("captions", None, "TSV with columns id and caption: CLAP too.")
-    flags.DEFINE_string("out", None, "Folder for all this (AUDIO_av_benchmark).")
-    flags.DEFINE_float("duration", 8.0, "Seconds of each clip; the protocol's are 8.")
+    flags.DEFINE_string("captions", None, "TSV with columns id and caption, for CLAP scores.")
+    flags.DEFINE_string("out", None, "Folder for the input and the caches (AUDIO_av_benchmark).")
+    flags.DEFINE_float("duration", 8.0, "Seconds of each clip; the protocol has 8.")
     flags.DEFINE_integer("batch_size", 32, "Clips at a time on the GPU.", lower_bound=1)
     flags.DEFINE_integer("num_workers", 8, "Processes that read sounds.", lower_bound=0)
 
 
-def main(argv):
-    if argv[1:]:
-        raise app.UsageError(f"not understood: {' '.join(argv[1:])}")
-    args = flags.FLAGS
+def main(args) -> None:
     audio = Path(args.audio)
     out = Path(args.out) if args.out else audio.absolute().with_name(f"{audio.name}_av_benchmark")
-    try:
-        wanted = plan(audio, args.videos, args.captions, args.duration)
+    wanted = plan(audio, args.videos, args.captions, args.duration)
+    with hold(out):
         prepare(wanted, out)
         print(f"{out}: {len(wanted['clips'])} clips of {args.duration:g} s prepared")
-        run(wanted, out, args.batch_size, args.num_workers)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+        extract_features(wanted, out, args.batch_size, args.num_workers)
 
 
 if __name__ == "__main__":
-    _define_flags()
-    app.run(main)
+    run(main, define_flags)

@@ -1,11 +1,12 @@
-"""MMAudio's VAE and a BigVGAN vocoder, from their PyTorch files to a codec folder."""
+"""Converts MMAudio's VAE and a BigVGAN vocoder from their PyTorch files to a codec folder."""
 
 from pathlib import Path
 
 import numpy as np
 
+from vcm_jax.atomic import atomic_folder
 from vcm_jax.codec.neural import MODES, Mode, NeuralCodec
-from vcm_jax.interop.state_dict import StateDictError, check_names, read_state_dict
+from vcm_jax.interop.state_dict import StateDictError, check_names, check_new, read_state_dict
 
 
 def vae_shapes(mode: Mode) -> dict[str, tuple[int, ...]]:
@@ -26,12 +27,12 @@ def vae_shapes(mode: Mode) -> dict[str, tuple[int, ...]]:
         for i in range(count):
             block(f"{name}.block.{i}", outputs if i else inputs, outputs)
 
-    for part in ("encoder", "decoder"):
-        shapes[f"{part}.learnable_gain"] = ()
-        block(f"{part}.mid.block_1", 4 * w, 4 * w)
-        conv(f"{part}.mid.attn_1.qkv", 4 * w, 12 * w, 1)
-        conv(f"{part}.mid.attn_1.proj_out", 4 * w, 4 * w, 1)
-        block(f"{part}.mid.block_2", 4 * w, 4 * w)
+    for network in ("encoder", "decoder"):
+        shapes[f"{network}.learnable_gain"] = ()
+        block(f"{network}.mid.block_1", 4 * w, 4 * w)
+        conv(f"{network}.mid.attn_1.qkv", 4 * w, 12 * w, 1)
+        conv(f"{network}.mid.attn_1.proj_out", 4 * w, 4 * w, 1)
+        block(f"{network}.mid.block_2", 4 * w, 4 * w)
     conv("encoder.conv_in", bands, w)
     for i, (inputs, outputs) in enumerate(((w, w), (w, 2 * w), (2 * w, 4 * w))):
         level(f"encoder.down.{i}", inputs, outputs, 2)
@@ -47,7 +48,7 @@ def vae_shapes(mode: Mode) -> dict[str, tuple[int, ...]]:
 
 
 def vocoder_shapes(mode: Mode) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the vocoder's state dict, weight norm folded, filters left out."""
+    """Names and shapes of the vocoder's state dict with weight norm folded, without filters."""
     shapes = {}
 
     def conv(name, weight, bias):
@@ -87,10 +88,10 @@ def normalize_magnitude(weight: np.ndarray) -> np.ndarray:
 
 
 def fold_weight_norm(state_dict: dict) -> dict:
-    """Weight norm folded into plain weights: v g / ||v||, the norm over all but the first axis.
+    """Folds weight norm into plain weights: v g / ||v||, the norm over all axes but the first.
 
     Takes `weight_g` and `weight_v`, the newer `parametrizations.weight.original0` and `original1`,
-    and plain weights; leaves out the filters of the anti-aliased activations, which are constants.
+    and plain weights. The filters of the anti-aliased activations are constants and are left out.
     """
     folded = {}
     for name, value in state_dict.items():
@@ -114,7 +115,7 @@ def fold_weight_norm(state_dict: dict) -> dict:
 
 
 def _looks_like(state_dict: dict) -> str:
-    """The end of a message: what the file holds, where that can be told from its names."""
+    """The end of a message: what the file holds, if its names and shapes show it."""
     found = {name: np.shape(value) for name, value in fold_weight_norm(state_dict).items()}
     known = {
         f"the {what} of mode {mode}": shapes(sizes)
@@ -129,13 +130,13 @@ def _looks_like(state_dict: dict) -> str:
 
 
 def codec_from_torch(vae: dict, vocoder: dict, mode: str, files=("VAE", "vocoder")) -> NeuralCodec:
-    """The codec from two state dicts of numpy arrays.
+    """The codec from two state dicts of NumPy arrays.
 
     Args:
       vae: raw weights under the original names.
-      vocoder: with weight norm or without.
+      vocoder: weights with or without weight norm.
       mode: a key of MODES.
-      files: what to call the two in messages.
+      files: names of the two state dicts in messages.
 
     Raises:
       StateDictError: missing or extra names, other shapes, or numbers that are not finite.
@@ -157,8 +158,8 @@ def codec_from_torch(vae: dict, vocoder: dict, mode: str, files=("VAE", "vocoder
         if name.endswith(".weight"):
             value = normalize_magnitude(value)
             if name.endswith("conv_out.weight"):
-                part = name.partition(".")[0]
-                value = value * (1 + vae[f"{part}.learnable_gain"]).astype(np.float32)
+                network = name.partition(".")[0]
+                value = value * (1 + vae[f"{network}.learnable_gain"]).astype(np.float32)
             arrays[name] = _time_first(value)
     for name, value in vocoder.items():
         if value.ndim == 3 and name.startswith("ups."):  # transposed: (in, out, k)
@@ -177,7 +178,7 @@ def _guess_mode(vae: dict, file) -> str:
     """The mode whose latents the VAE's decoder takes.
 
     Raises:
-      StateDictError: neither; says what the file looks like.
+      StateDictError: it takes those of no mode; the line says what the file looks like.
     """
     shape = np.shape(vae.get("decoder.conv_in.weight"))
     for mode, sizes in MODES.items():
@@ -189,25 +190,24 @@ def _guess_mode(vae: dict, file) -> str:
     )
 
 
-def add_arguments(parser) -> None:
-    """The subcommand's arguments."""
-    parser.add_argument("--vae", required=True, help="v1-16.pth or v1-44.pth")
-    parser.add_argument("--vocoder", required=True, help="best_netG.pt or bigvgan_generator.pt")
-    parser.add_argument("--out", required=True, help="codec folder to write")
-
-
-def run(args) -> None:
+def convert(vae, vocoder, out) -> None:
     """Reads both files, then writes the codec folder.
 
+    Args:
+      vae: path of `v1-16.pth` or `v1-44.pth`.
+      vocoder: path of `best_netG.pt` or `bigvgan_generator.pt`.
+      out: folder to write, new or empty.
+
     Raises:
-      ValueError: files that do not fit, or a folder that holds something else.
+      StateDictError: files that do not fit, or no PyTorch.
+      ClaimError: `out` is there already and not an empty folder.
     """
-    out = Path(args.out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"--out={out} is there already: give another folder or remove it")
-    vae = read_state_dict(args.vae)
-    mode = _guess_mode(vae, args.vae)
-    codec = codec_from_torch(vae, read_state_dict(args.vocoder), mode, (args.vae, args.vocoder))
-    codec.save(out)
+    out = Path(out)
+    check_new(out)
+    weights = read_state_dict(vae)
+    mode = _guess_mode(weights, vae)
+    codec = codec_from_torch(weights, read_state_dict(vocoder), mode, (vae, vocoder))
+    with atomic_folder(out) as temporary:
+        codec.save(temporary)
     size = sum(path.stat().st_size for path in out.iterdir())
     print(f"{out}: codec of mode {mode}, {size / 1e6:.0f} MB, fingerprint {codec.fingerprint}")

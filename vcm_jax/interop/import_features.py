@@ -1,29 +1,32 @@
-"""MMAudio's extracted features (memory-mapped tensors and a TSV) to a records folder.
+"""Converts MMAudio's extracted features, memory-mapped tensors and a TSV, to a records folder.
 
-A folder of them holds `meta.json` and one raw little-endian file per tensor, as tensordict writes
-them: `mean`, `std` (`N L C`), `text_features`, and with pictures `clip_features` and
-`sync_features`. The TSV beside it has N rows in the same order: `id` and `label` or `caption`. An
-id that comes again (a row per piece of a long sound) gets #2, #3, ...
+A folder of features holds `meta.json` and one raw little-endian file for each tensor, as
+tensordict writes them: `mean` and `std` (`N L C`), `text_features`, and with video
+`clip_features` and `sync_features`. The TSV has N rows in the same order, with the columns `id` and
+`label` or `caption`. If an id occurs again (a row for each segment of a long sound), the later ones
+get #2, #3, ...
 
-A conversion that was stopped goes on where it was when it is started again.
+If a conversion is interrupted, rerun it: it resumes after the last complete shard.
 """
 
-import csv
 import dataclasses
 import hashlib
 import json
 import shutil
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
-import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from vcm_jax.atomic import atomic_path
+from vcm_jax.atomic import write_json
+from vcm_jax.claim import claim, hold
+from vcm_jax.cli import LEFT_OUT
 from vcm_jax.codec import copy_codec, load_codec
+from vcm_jax.hashes import short_hash
+from vcm_jax.interop.memmaps import FeatureError, Tensor, open_tensors
 from vcm_jax.interop.state_dict import list_few, read_state_dict
+from vcm_jax.media.tables import read_table, write_table
 from vcm_jax.records.manifest import Manifest, write_empty_text, write_manifest
 from vcm_jax.records.schema import (
     VERSION,
@@ -37,129 +40,33 @@ from vcm_jax.records.schema import (
 )
 from vcm_jax.records.sequence import SequenceConfig
 
-_SHARD = 1024  # records per file: what a stopped conversion repeats at most
-_SETTINGS = "settings.json"  # in the records folder: what the parts there were made from
-_DTYPES = {
-    "torch.float32": np.dtype("<f4"),
-    "torch.float16": np.dtype("<f2"),
-    "torch.bfloat16": np.dtype(jnp.bfloat16),
-}
-_FIELDS = {  # tensor -> field of a record
-    "mean": "latent_mean",
-    "std": "latent_std",
-    "text_features": "text",
-    "clip_features": "clip",
-    "sync_features": "sync",
-}
-_VIDEO = ("clip_features", "sync_features")
-_VIDEO_WIDTHS = {"clip_dim": 1024, "sync_dim": 768}  # MMAudio's, where a set has no pictures
-
-
-class FeatureError(ValueError):
-    """Features that cannot be converted; one line that names the file and what would be right."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Tensor:
-    """A memory-mapped tensor `N ...` on disk, read row by row."""
-
-    path: Path
-    shape: tuple[int, ...]
-    dtype: np.dtype
-
-    def rows(self, first: int, last: int) -> Iterator[np.ndarray]:
-        """Rows `first` ... `last` - 1; one at a time is in memory."""
-        size = int(np.prod(self.shape[1:])) * self.dtype.itemsize
-        with open(self.path, "rb") as file:
-            file.seek(first * size)
-            for _ in range(first, last):
-                yield np.frombuffer(file.read(size), self.dtype).reshape(self.shape[1:])
-
-
-def open_tensors(folder) -> dict[str, Tensor]:
-    """The tensors of a folder that tensordict wrote, by the fields of a record.
-
-    Raises:
-      FeatureError: not such a folder, tensors missing or of other shapes, files cut off.
-    """
-    folder = Path(folder)
-    path = folder / "meta.json"
-    try:
-        meta = json.loads(path.read_text())
-        described = {k: v for k, v in meta.items() if isinstance(v, dict) and "dtype" in v}
-        shapes = {name: tuple(map(int, v["shape"])) for name, v in described.items()}
-    except FileNotFoundError:
-        raise FeatureError(
-            f"{folder}: not a folder of memory-mapped features (it has no meta.json)"
-        ) from None
-    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
-        raise FeatureError(f"{path}: damaged ({type(error).__name__}: {error})") from None
-    video = [name for name in _VIDEO if name in shapes]
-    missing = [name for name in _FIELDS if name not in shapes and (video or name not in _VIDEO)]
-    if missing:
-        raise FeatureError(
-            f"{path}: no {list_few(missing)}; it has {list_few(shapes) or 'nothing'}"
-        )
-    tensors, count = {}, shapes["mean"][:1]
-    for name, field in _FIELDS.items():
-        if name not in shapes:
-            continue
-        shape, dtype = shapes[name], described[name]["dtype"]
-        if len(shape) != 3 or shape[:1] != count:
-            raise FeatureError(
-                f"{path}: {name} has shape {shape}, wanted is (N, length, channels) with the N of "
-                f"mean, whose shape is {shapes['mean']}"
-            )
-        if dtype not in _DTYPES:
-            raise FeatureError(f"{path}: {name} is {dtype}, known are {', '.join(_DTYPES)}")
-        tensors[field] = Tensor(folder / f"{name}.memmap", shape, _DTYPES[dtype])
-    if not count[0]:
-        raise FeatureError(f"{path}: no clips (mean has shape {shapes['mean']})")
-    if tensors["latent_mean"].shape != tensors["latent_std"].shape:
-        raise FeatureError(f"{path}: mean {shapes['mean']} and std {shapes['std']} differ in shape")
-    for tensor in tensors.values():
-        if not tensor.path.is_file():
-            raise FeatureError(f"{tensor.path}: no such file, {path.name} lists it")
-        size, wanted = (
-            tensor.path.stat().st_size,
-            int(np.prod(tensor.shape)) * tensor.dtype.itemsize,
-        )
-        if size != wanted:
-            raise FeatureError(
-                f"{tensor.path}: {size} bytes, {wanted} were expected for {tensor.shape} of "
-                f"{tensor.dtype.name}: cut off, or of another set"
-            )
-    return tensors
+_SHARD = 1024  # records in a file, which is what an interrupted conversion repeats at most
+_VIDEO_WIDTHS = {"clip_dim": 1024, "sync_dim": 768}  # MMAudio's, for sets without video
 
 
 def read_rows(path) -> list[tuple[str, str]]:
-    """[(id, caption)] of a TSV as pandas writes it, ids made unique; captions may be labels.
+    """[(id, caption)] of a TSV as pandas writes it, with unique ids; captions may be labels.
 
     Raises:
-      FeatureError: unreadable, other columns, or a row without an id.
+      FeatureError: other columns, or a row without an id.
+      TableError: the file cannot be read, or a row has too many or too few fields.
     """
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, delimiter="\t", strict=True)
-            header = [name.strip() for name in reader.fieldnames or ()]
-            reader.fieldnames = header
-            rows = list(reader)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise FeatureError(f"{path}: unreadable ({error})") from None
+    header, rows = read_table(path)
     column = next((name for name in ("caption", "label") if name in header), None)
     if "id" not in header or column is None:
         raise FeatureError(
             f"{path}: its columns are {', '.join(map(repr, header))}; needed are 'id' and "
             "'caption' (or 'label'), separated by tabs"
         )
-    ids = [(row["id"] or "").strip() for row in rows]
-    if "" in ids:
-        raise FeatureError(f"{path}: row {ids.index('') + 1} below the header has no id")
-    return list(zip(_unique(ids), [(row[column] or "").strip() for row in rows], strict=True))
+    for line, row in rows:
+        if not row["id"]:
+            raise FeatureError(f"{path}: line {line} has no id")
+    ids = _unique([row["id"] for _, row in rows])
+    return [(name, row[column]) for name, (_, row) in zip(ids, rows, strict=True)]
 
 
 def _unique(ids: list[str]) -> list[str]:
-    """Ids with #2, #3, ... behind those that come again; numbers that are taken are passed over."""
+    """Ids with #2, #3, ... after those that occur again; numbers that are taken are skipped."""
     taken, count, unique = set(ids), Counter(), []
     for name in ids:
         count[name] += 1
@@ -178,7 +85,7 @@ def read_empty_text(path) -> np.ndarray:
       path: MMAudio's weights, which hold them, or a .npy file (`empty_text.npy` of other records).
 
     Raises:
-      ValueError: neither, or without these features.
+      FeatureError, StateDictError: a file of another kind, or one without these features.
     """
     path = Path(path)
     if path.suffix == ".npy":
@@ -194,15 +101,15 @@ def read_empty_text(path) -> np.ndarray:
     return state_dict["empty_string_feat"].astype(np.float32)
 
 
-def _check_fit(tensors: dict[str, Tensor], codec, empty_text, duration: float, args):
-    """The SequenceConfig that the codec and the tensors share.
+def _check_fit(tensors: dict[str, Tensor], codec, duration: float, codec_path) -> SequenceConfig:
+    """The lengths that the codec and the tensors share.
 
     Raises:
       FeatureError: they differ.
     """
     grid = {k: getattr(codec, k) for k in ("sample_rate", "hop", "latent_downsample")}
-    text = tensors["text"].shape[1:]
-    sequence = SequenceConfig(duration=duration, text_seq_len=text[0], **grid)
+    text_len = tensors["text"].shape[1]
+    sequence = SequenceConfig(duration=duration, text_seq_len=text_len, **grid)
     wanted = {
         "latent_mean": (sequence.latent_seq_len, codec.latent_dim),
         "clip": (sequence.clip_seq_len, None),
@@ -212,153 +119,145 @@ def _check_fit(tensors: dict[str, Tensor], codec, empty_text, duration: float, a
         if field in tensors:
             found = tensors[field].shape[1:]
             if found != (length, width or found[1]):
-                whose = f"the codec {args.codec}" if width else "MMAudio's frame rates"
+                whose = f"the codec {codec_path}" if width else "MMAudio's frame rates"
                 raise FeatureError(
-                    f"{tensors[field].path}: {found[0]} x {found[1]} per clip, {duration:g} s with "
-                    f"{whose} give {length} x {width or found[1]}"
+                    f"{tensors[field].path}: {found[0]} x {found[1]} for each clip, but "
+                    f"{duration:g} s with {whose} give {length} x {width or found[1]}"
                 )
-    if empty_text.shape != text:
-        raise FeatureError(
-            f"{args.empty_text}: features of the empty text are {empty_text.shape}, those of the "
-            f"captions {text}"
-        )
-    if not np.isfinite(empty_text).all():
-        raise FeatureError(f"{args.empty_text}: features of the empty text are not finite")
     return sequence
 
 
+def _check_empty_text(empty_text: np.ndarray, path, tensors: dict[str, Tensor]) -> None:
+    """Raises FeatureError if the features are not such as those of the captions."""
+    wanted = tensors["text"].shape[1:]
+    if empty_text.shape != wanted:
+        raise FeatureError(
+            f"{path}: features of the empty text are {empty_text.shape}, those of the captions "
+            f"{wanted}"
+        )
+    if not np.isfinite(empty_text).all():
+        raise FeatureError(f"{path}: features of the empty text are not finite")
+
+
 def encoders_spec(tensors: dict[str, Tensor]) -> dict:
-    """Manifest.encoders: MMAudio's CLIP and Synchformer, whose weights are not at hand."""
+    """Manifest.encoders of MMAudio's CLIP and Synchformer, without hashes of their weights."""
     widths = {f"{k}_dim": tensors[k].shape[2] for k in ("clip", "sync", "text") if k in tensors}
     return {"name": "mmaudio", "version": 1} | _VIDEO_WIDTHS | widths
 
 
-def _convert_part(path: Path, tensors, rows, first: int) -> None:
-    """Writes the records of `rows` (those from `first` on) and, last, PATH.json about them."""
-    sums, failures, fields, digest, count = 0.0, [], {}, hashlib.sha256(), 0
+def _convert_shard(path: Path, tensors, rows, first: int) -> None:
+    """Writes the records of `rows`, which begin with number `first`, and last a JSON summary."""
+    summary = {"records": 0, "bytes": 0, "fields": {}, "failures": []}
+    sums, digest = 0.0, hashlib.sha256()
 
     def packed():
-        nonlocal sums, fields, count
+        nonlocal sums
         streams = [tensor.rows(first, first + len(rows)) for tensor in tensors.values()]
         for (name, caption), *arrays in zip(rows, *streams, strict=True):
             record = {"id": name, "caption": caption} | dict(zip(tensors, arrays, strict=True))
             try:
                 data = serialize(record)
             except RecordError as error:
-                failures.append((name, str(error)))
+                summary["failures"].append((name, str(error)))
                 continue
             sums = sums + latent_sums(record["latent_mean"], record["latent_std"])
-            fields = fields or describe_fields(deserialize(data))
+            summary["fields"] = summary["fields"] or describe_fields(deserialize(data))
+            summary["records"] += 1
             digest.update(data)
-            count += 1
             yield data
 
     write_shard(path, packed())
-    content = {"records": count, "bytes": path.stat().st_size, "hash": digest.hexdigest()[:16]}
-    content |= {"fields": fields, "sums": np.asarray(sums).tolist(), "failures": failures}
-    if not count:
+    if summary["records"]:
+        summary["bytes"] = path.stat().st_size
+    else:
         path.unlink()
-    with atomic_path(path.with_suffix(".json")) as temporary:
-        temporary.write_text(json.dumps(content) + "\n")
+    summary |= {"hash": digest.hexdigest()[:16], "sums": np.asarray(sums).tolist()}
+    write_json(path.with_suffix(".json"), summary, indent=None)
 
 
-def _claim(out: Path, settings: dict) -> None:
-    """Notes what the records are made from; refuses a folder that holds something else."""
-    path = out / _SETTINGS
-    if path.exists():
-        if json.loads(path.read_text()) != settings:
-            raise FeatureError(f"--out={out}: holds records made from something else")
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FeatureError(f"--out={out} is there already: give another folder")
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(settings, indent=1) + "\n")
+def convert(folder, tsv, codec, empty_text, out, duration: float = 8.0) -> int:
+    """Checks everything, then converts shard by shard; the manifest comes last.
 
+    Args:
+      folder: meta.json and the files of the tensors.
+      tsv: path of the table of ids and captions.
+      codec: folder of the codec that made the latents.
+      empty_text: path of MMAudio's weights, or of a .npy file (see `read_empty_text`).
+      out: records folder to write.
+      duration: seconds of each clip.
 
-def add_arguments(parser) -> None:
-    """The subcommand's arguments."""
-    parser.add_argument("folder", help="meta.json and *.memmap")
-    parser.add_argument("--tsv", required=True, help="id and label or caption, in the same order")
-    parser.add_argument("--codec", required=True, help="codec folder that made the latents")
-    parser.add_argument(
-        "--empty_text",
-        required=True,
-        help='features of the text "": in MMAudio\'s weights (.pth), or a .npy file',
-    )
-    parser.add_argument("--duration", type=float, default=8.0, help="seconds per clip (8)")
-    parser.add_argument("--out", required=True, help="records folder to write")
-
-
-def run(args) -> None:
-    """Checks everything, then converts part by part; the manifest comes last.
+    Returns:
+      The exit code of a command: LEFT_OUT if some clips were left out.
 
     Raises:
       ValueError: something does not fit, or no clip can be used.
     """
-    tensors, rows = open_tensors(args.folder), read_rows(args.tsv)
+    tensors, rows = open_tensors(folder), read_rows(tsv)
     count = tensors["latent_mean"].shape[0]
     if len(rows) != count:
         raise FeatureError(
-            f"{args.tsv} has {len(rows)} rows, {args.folder} {count} clips: they belong together "
-            "row by row, and must be of one set"
+            f"{tsv} has {len(rows)} rows, {folder} {count} clips: they belong together row by row "
+            "and must be of one set"
         )
-    codec, empty_text = load_codec(args.codec), read_empty_text(args.empty_text)
-    sequence = _check_fit(tensors, codec, empty_text, args.duration, args)
-    spec = {key: getattr(codec, key) for key in ("name", "fingerprint", "latent_dim")}
-    out = Path(args.out)
-    _claim(out, {
+    loaded, text = load_codec(codec), read_empty_text(empty_text)
+    sequence = _check_fit(tensors, loaded, duration, codec)
+    _check_empty_text(text, empty_text, tensors)
+    spec = {key: getattr(loaded, key) for key in ("name", "fingerprint", "latent_dim")}
+    out = Path(out)
+    settings = {
         "version": VERSION,
-        "folder": str(Path(args.folder).resolve()),
+        "folder": str(Path(folder).resolve()),
         "tensors": {name: [list(t.shape), t.dtype.name] for name, t in tensors.items()},
-        "rows": hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16],
-        "empty_text": hashlib.sha256(empty_text.tobytes()).hexdigest()[:16],
+        "rows": short_hash(json.dumps(rows).encode()),
+        "empty_text": short_hash(text.tobytes()),
         "codec": spec,
         "sequence": dataclasses.asdict(sequence),
-    })  # fmt: skip
-
-    paths = [out / f"part-{i:05d}.array_record" for i in range(-(-count // _SHARD))]
-    with tqdm(total=count, desc="Converting", unit="clip") as bar:
-        for i, path in enumerate(paths):
-            part = rows[i * _SHARD : (i + 1) * _SHARD]
-            if not path.with_suffix(".json").exists():
-                _convert_part(path, tensors, part, i * _SHARD)
-            bar.update(len(part))
-    manifest = _finish(out, paths, args.codec, empty_text, sequence, encoders_spec(tensors), spec)
+    }
+    with hold(out):
+        claim(out, settings)
+        paths = [out / f"part-{i:05d}.array_record" for i in range(-(-count // _SHARD))]
+        with tqdm(total=count, desc="Converting", unit="clip") as bar:
+            for i, path in enumerate(paths):
+                shard = rows[i * _SHARD : (i + 1) * _SHARD]
+                if not path.with_suffix(".json").exists():
+                    _convert_shard(path, tensors, shard, i * _SHARD)
+                bar.update(len(shard))
+        manifest = _finish(out, paths, codec, text, sequence, encoders_spec(tensors), spec)
     left_out = manifest.num_failures
     print(
         f"{out}: {manifest.num_records} records, {left_out} clips left out"
         + (" (listed in failures.tsv)" if left_out else "")
     )
+    return LEFT_OUT if left_out else 0
 
 
 def _finish(out, paths, codec_folder, empty_text, sequence, encoders, codec) -> Manifest:
-    """Writes all that belongs to the parts: failures, codec, empty text, and last the manifest."""
-    parts = [json.loads(path.with_suffix(".json").read_text()) for path in paths]
-    failures = [failure for part in parts for failure in part["failures"]]
-    used = [(path, part) for path, part in zip(paths, parts, strict=True) if part["records"]]
+    """Writes what belongs to all shards: failures, codec, empty text, and last the manifest."""
+    summaries = [json.loads(path.with_suffix(".json").read_text()) for path in paths]
+    failures = [failure for summary in summaries for failure in summary["failures"]]
+    used = [(path, summary) for path, summary in zip(paths, summaries) if summary["records"]]
     if not used:
         shutil.rmtree(out)
         raise FeatureError(f"no clip can be used, the first: {failures[0][1]}")
-    with atomic_path(out / "failures.tsv") as temporary:
-        lines = ["\t".join(" ".join(text.split()) for text in row) for row in failures]
-        temporary.write_text("\n".join(["id\treason", *lines]) + "\n", encoding="utf-8")
+    write_table(out / "failures.tsv", ("id", "reason"), failures)
     if not (out / "codec").exists():
         copy_codec(codec_folder, out / "codec")
-    mean, std = latent_statistics(np.sum([part["sums"] for _, part in used], axis=0))
+    mean, std = latent_statistics(np.sum([summary["sums"] for _, summary in used], axis=0))
     manifest = Manifest(
         sequence=sequence,
         encoders=encoders,
         codec=codec,
         has_video="clip" in used[0][1]["fields"],
-        num_records=sum(part["records"] for _, part in used),
+        num_records=sum(summary["records"] for _, summary in used),
         num_failures=len(failures),
         fields=used[0][1]["fields"],
         latent_mean=mean.tolist(),
         latent_std=std.tolist(),
         shards=[
-            {"name": path.name, "records": part["records"], "bytes": part["bytes"]}
-            for path, part in used
+            {"name": path.name, "records": summary["records"], "bytes": summary["bytes"]}
+            for path, summary in used
         ],
-        fingerprint=hashlib.sha256("".join(p["hash"] for p in parts).encode()).hexdigest()[:16],
+        fingerprint=short_hash(*(summary["hash"].encode() for summary in summaries)),
         empty_text=write_empty_text(out, empty_text),
     )
     write_manifest(out, manifest)

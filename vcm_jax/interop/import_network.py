@@ -1,8 +1,8 @@
-"""MMAudio's network, from its PyTorch file to weights that fine-tuning starts from.
+"""Converts MMAudio's network from its PyTorch file to weights that training starts from.
 
-The folder that is written is read like a run's workdir: `--config.init_from=DIR`. In it
-u(x, t, s, c) is minus MMAudio's velocity at the time 1 - t, whatever s is: our time runs from noise
-(1) to data (0), MMAudio's the other way.
+The folder that is written is read like a run's workdir: `--config.init_from=DIR`. Its network gives
+u(x, t, s, c), which is minus MMAudio's velocity at the time 1 - t, whatever s is: our time runs
+from noise (1) to data (0), MMAudio's from noise (0) to data (1).
 """
 
 from pathlib import Path
@@ -10,14 +10,21 @@ from pathlib import Path
 import flax.struct
 import numpy as np
 
-from vcm_jax.interop.state_dict import StateDictError, check_names, list_few, read_state_dict
+from vcm_jax.atomic import atomic_folder
+from vcm_jax.interop.state_dict import (
+    StateDictError,
+    check_names,
+    check_new,
+    list_few,
+    read_state_dict,
+)
 from vcm_jax.interop.weights import torch_shapes, variables_from_torch
 from vcm_jax.models import MODELS, ModelConfig
 from vcm_jax.runs import checkpoint
 
-# Tables that some files hold and that the network computes.
+# Tables that some files hold and that our network computes itself.
 _TABLES = ("t_embed.freqs", "latent_rot", "clip_rot")
-# What the data determine: a file may lack them, or hold NaN where they were never filled in.
+# What the data determine. A file may lack them, or hold NaN if they were never filled in.
 _STATS = {
     "latent_mean": "latent_mean",
     "latent_std": "latent_std",
@@ -27,9 +34,10 @@ _SECOND_EMBEDDER = "h_embed."
 
 
 def reverse_time(weight: np.ndarray) -> np.ndarray:
-    """First layer of a time embedder (D, 2 F) that sees 1 - t -> the one that sees t; its inverse.
+    """First layer (D, 2 F) of a time embedder that sees 1 - t -> of one that sees t.
 
-    The embedder's features are cos(t f) and sin(t f), f = 10000^(-i / F). With a = 1 - t,
+    The function is its own inverse. The embedder's features are cos(t f) and sin(t f) with
+    f = 10000^(-i / F). With a = 1 - t,
     cos(a f) = cos f cos(t f) + sin f sin(t f) and sin(a f) = sin f cos(t f) - cos f sin(t f):
     each pair of columns is reflected.
     """
@@ -42,7 +50,7 @@ def reverse_time(weight: np.ndarray) -> np.ndarray:
 
 
 def reverse(state_dict: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Velocity at 1 - t with the sign changed: MMAudio's convention to ours, and back."""
+    """Changes MMAudio's convention to ours, and back: minus the velocity, at 1 - t."""
     changed = {
         name: -state_dict[name] for name in ("final_layer.conv.weight", "final_layer.conv.bias")
     }
@@ -56,16 +64,16 @@ def network_from_torch(
     """Our variables from MMAudio's state dict (one time, 0 is noise), or from one of our own.
 
     A state dict with the second time embedder, as `export_torch` writes it, is in our convention
-    and taken as it is. One without gives u(x, t, s, c) = -(MMAudio's velocity at 1 - t) for every
-    s: the second embedder's last layer is zero.
+    and is taken as it is. One without it gives u(x, t, s, c) = -(MMAudio's velocity at 1 - t) for
+    every s: the second embedder's last layer is zero.
 
     Args:
       state_dict: arrays by their names in torch.
       config: the network's sizes.
-      file, hint: beginning and end of what an error says.
+      file, hint: beginning and end of an error's line.
 
     Returns:
-      `{"params": ..., "stats": ...}`, float32; "stats" lacks what the file does.
+      `{"params": ..., "stats": ...}`, float32. "stats" lacks what the file lacks.
 
     Raises:
       StateDictError: names or shapes are not the model's, or numbers are not finite.
@@ -89,8 +97,8 @@ def network_from_torch(
         name: np.zeros(shape, np.float32) for name, shape in optional.items()
     } | state_dict
     if not ours:
-        # The first layer is drawn as in a new network, so that the last one has something to
-        # learn from.
+        # The first layer is drawn as in a new network: if it gave zeros, the last layer would have
+        # no gradient.
         second = {n: np.zeros(s, np.float32) for n, s in expected.items() if n not in wanted}
         first = f"{_SECOND_EMBEDDER}mlp.0.weight"
         second[first] = np.float32(0.02 * np.random.default_rng(0).standard_normal(expected[first]))
@@ -100,10 +108,10 @@ def network_from_torch(
 
 
 def recognise(state_dict: dict[str, np.ndarray], file) -> str:
-    """Name in MODELS of the network in a state dict, or of the one that shares most sizes with it.
+    """Name in MODELS of the network that shares most sizes with a state dict.
 
     Raises:
-      StateDictError: something else.
+      StateDictError: the state dict is of something else.
     """
     shapes = {name: np.shape(value) for name, value in state_dict.items()}
     if "clip_input_proj.2.w1.weight" in shapes:
@@ -111,8 +119,13 @@ def recognise(state_dict: dict[str, np.ndarray], file) -> str:
             f"{file}: looks like MMAudio's version 2 (large_44k_v2), which is another network; "
             "version 1 is wanted: small_16k, small_44k, medium_44k or large_44k"
         )
-    depth = lambda kind: len({n.split(".")[1] for n in shapes if n.startswith(kind)})
-    size = lambda name, axis: shapes[name][axis] if len(shapes.get(name, ())) > axis else 0
+
+    def depth(kind):
+        return len({name.split(".")[1] for name in shapes if name.startswith(kind)})
+
+    def size(name, axis):
+        return shapes[name][axis] if len(shapes.get(name, ())) > axis else 0
+
     sizes = {
         "hidden_dim": size("clip_cond_proj.weight", 0),
         "latent_dim": size("audio_input_proj.0.weight", 1),
@@ -131,9 +144,9 @@ def recognise(state_dict: dict[str, np.ndarray], file) -> str:
 
 @flax.struct.dataclass
 class _Weights:
-    """The part of a run's checkpoint that weights are read from; see `TrainState`.
+    """The fields of a run's `TrainState` that weights are read from.
 
-    The one average has width 0: the weights themselves.
+    The only EMA has width 0: the weights themselves.
     """
 
     step: int
@@ -142,34 +155,38 @@ class _Weights:
 
 
 def save(folder, variables: dict, meta: dict) -> None:
-    """Writes what `averages.restore_weights` reads; `meta` (JSON) says where it comes from."""
+    """Writes what `averages.restore_weights` reads.
+
+    Args:
+      folder: new or empty.
+      variables: `{"params": ..., "stats": ...}`.
+      meta: where the weights come from; JSON.
+    """
     weights = _Weights(step=0, stats=variables["stats"], ema={"0": variables["params"]})
     with checkpoint.Saver(checkpoint.open_manager(folder)) as saver:
         saver.save(0, weights, meta, wait=True)
 
 
-def add_arguments(parser) -> None:
-    """The subcommand's arguments."""
-    parser.add_argument("file", help="e.g. mmaudio_small_16k.pth, or a file of export_torch")
-    parser.add_argument("--out", required=True, help="folder to write, for --config.init_from")
+def convert(file, out) -> None:
+    """Converts a file to a folder for `--config.init_from`.
 
-
-def run(args) -> None:
-    """Converts; nothing is written before everything fits.
+    Args:
+      file: path of MMAudio's network, such as `mmaudio_small_16k.pth`, or of a file of
+        `export_torch`.
+      out: folder to write, new or empty; it appears when it is complete.
 
     Raises:
-      ValueError: a file that does not fit, or a folder that holds something else.
+      StateDictError: a file that does not fit, or no PyTorch.
+      ClaimError: `out` is there already and not an empty folder.
     """
-    out = Path(args.out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"--out={out} is there already: give another folder or remove it")
-    state_dict = read_state_dict(args.file)
-    name = recognise(state_dict, args.file)
+    out = Path(out)
+    check_new(out)
+    state_dict = read_state_dict(file)
+    name = recognise(state_dict, file)
     hint = f" (it looks most like {name})"
-    variables = network_from_torch(state_dict, MODELS[name], args.file, hint)
-    save(out, variables, {"source": Path(args.file).name, "model": name})
+    variables = network_from_torch(state_dict, MODELS[name], file, hint)
+    with atomic_folder(out) as temporary:
+        save(temporary, variables, {"source": Path(file).name, "model": name})
     absent = set(_STATS.values()) - variables["stats"].keys()
-    print(
-        f"{out}: {name}, to start from with --config.init_from={out}"
-        + (f" (the file has no {list_few(absent)}: the data's will do)" if absent else "")
-    )
+    note = f" (the file has no {list_few(absent)}: training takes the data's)" if absent else ""
+    print(f"{out}: weights of {name} for --config.init_from={out}{note}")

@@ -1,23 +1,25 @@
-"""Reading PyTorch files as dicts of numpy arrays, and saying what does not fit."""
+"""Reads PyTorch files as dicts of NumPy arrays, and says what does not fit."""
 
 import importlib
 from pathlib import Path
 
 import numpy as np
 
+from vcm_jax.claim import ClaimError, contents
+
 INSTALL_TORCH = 'needs PyTorch: pip install torch (or this package with its extra, ".[torch]")'
 _WRAPPERS = ("generator", "state_dict", "model", "module")  # {"generator": {...}} and the like
 
 
 class StateDictError(ValueError):
-    """A file that is no state dict, or not the one that is wanted; one line."""
+    """A file is no state dict, or not the one that is wanted; the message is one line."""
 
 
 def import_torch(purpose: str):
     """The torch module.
 
     Raises:
-      StateDictError: PyTorch is not installed; says what needed it and how to get it.
+      StateDictError: PyTorch is not installed; the line says what needs it and how to get it.
     """
     try:
         return importlib.import_module("torch")
@@ -26,12 +28,12 @@ def import_torch(purpose: str):
 
 
 def read_tree(path):
-    """What a `.pth`, `.pt`, `.bin` or `.safetensors` file holds, on the CPU, mapped where possible.
+    """What a `.pth`, `.pt`, `.bin` or `.safetensors` file holds, as tensors on the CPU.
 
-    Nothing in the file is executed.
+    They are mapped into memory if the format allows it. Nothing in the file is executed.
 
     Raises:
-      StateDictError: no such file, damaged, or no PyTorch.
+      StateDictError: there is no such file, it is damaged, or PyTorch is not installed.
     """
     path = Path(path)
     if not path.is_file():
@@ -43,13 +45,13 @@ def read_tree(path):
 
             return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
-    except Exception as error:  # zipfile, pickle, RuntimeError, EOFError, ...: all mean the same
+    except Exception as error:  # zipfile, pickle, RuntimeError, EOFError and others mean the same
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
         raise StateDictError(f"{path}: truncated, or not a PyTorch file ({reason})") from error
 
 
 def as_array(tensor) -> np.ndarray:
-    """A tensor as numpy; bfloat16 becomes float32, which holds it exactly."""
+    """A tensor as a NumPy array; bfloat16 becomes float32, which holds it exactly."""
     tensor = tensor.detach()
     return (tensor.float() if str(tensor.dtype) == "torch.bfloat16" else tensor).numpy()
 
@@ -57,11 +59,12 @@ def as_array(tensor) -> np.ndarray:
 def read_state_dict(path) -> dict[str, np.ndarray]:
     """The tensors of a `.pth`, `.pt` or `.bin` file, or of a `.safetensors` file, in file order.
 
-    A dict wrapped in another one ("generator", "state_dict", "model", "module") is unwrapped, and
-    what is not a tensor is left out. bfloat16 becomes float32. Nothing in the file is executed.
+    A dict in another one ("generator", "state_dict", "model", "module") is unwrapped, and entries
+    that are not tensors are left out. bfloat16 becomes float32. Nothing in the file is executed.
 
     Raises:
-      StateDictError: no such file, damaged, something else than a state dict, or no PyTorch.
+      StateDictError: there is no such file, it is damaged or no state dict, or PyTorch is not
+        installed.
     """
     tree = read_tree(path)
     torch = import_torch(f"reading {path}")
@@ -77,9 +80,19 @@ def read_state_dict(path) -> dict[str, np.ndarray]:
 
 
 def _is_zip(path: Path) -> bool:
-    """torch's format since 1.6, which can be mapped into memory."""
+    """Whether a file has PyTorch's format since 1.6, which can be mapped into memory."""
     with open(path, "rb") as file:
         return file.read(2) == b"PK"
+
+
+def check_new(out: Path) -> None:
+    """Refuses to write into a folder that holds something.
+
+    Raises:
+      ClaimError: `out` is there already and not an empty folder.
+    """
+    if out.is_file() or contents(out):
+        raise ClaimError(f"--out={out} is there already: give another folder or remove it")
 
 
 def list_few(names) -> str:
@@ -96,11 +109,11 @@ def check_names(
 
     Args:
       found, expected: name -> shape.
-      what: what was found, e.g. the file; begins the message.
+      what: begins the message: what was found, for example the file.
       hint: ends the message: which model it looks like.
 
     Raises:
-      StateDictError: missing or extra names, or other shapes; names the first few of each.
+      StateDictError: missing or extra names, or other shapes; the line has the first few of each.
     """
     problems = []
     if missing := expected.keys() - found.keys():

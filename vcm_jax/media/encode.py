@@ -6,6 +6,7 @@ from fractions import Fraction
 import av
 import numpy as np
 
+from vcm_jax.media.read import display_matrix
 from vcm_jax.media.remux import decoding_times
 from vcm_jax.media.streams import MediaError, Source, whole_frames
 
@@ -55,9 +56,7 @@ def _encoder(output, video, frame):
     context = stream.codec_context
     context.pix_fmt, context.time_base = "yuv420p", 1 / rate
     context.sample_aspect_ratio = video.sample_aspect_ratio or 1
-    matrix = frame.side_data.get("DISPLAYMATRIX")
-    if matrix is not None:
-        stream.set_display_matrix(np.frombuffer(bytes(matrix), np.int32).tolist())
+    stream.set_display_matrix(display_matrix(frame))
     if _is_rgb(frame):
         context.colorspace = context.color_primaries = context.color_trc = _BT709
         context.color_range = _LIMITED

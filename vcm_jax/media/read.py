@@ -178,10 +178,10 @@ def _sample(source: Source, transforms, limits, start: float) -> tuple[dict, flo
     base = Fraction(stream.time_base) / parts
     begin = round(start / base)
     rates, end, step = {}, 0.0, 0.0
+    usual = 1 / ((stream.average_rate or stream.guessed_rate or 25) * stream.time_base)
     for frame in source.frames(start):
         if not rates:
             rates = {fps: _FrameRate(fps, f, frame, base) for fps, f in transforms.items()}
-        usual = 1 / ((stream.average_rate or stream.guessed_rate or 25) * stream.time_base)
         step = float((frame.duration or usual) * stream.time_base)
         frame.pts = frame.pts * parts - begin
         frame.duration = round((frame.duration or usual) * parts)

@@ -7,6 +7,7 @@ from fractions import Fraction
 import numpy as np
 
 from vcm_jax.media.bitstream import COPIED, DECODED, Malformed, check_packet
+from vcm_jax.media.read import display_matrix
 from vcm_jax.media.streams import Source, opened, whole_frames
 
 _REORDERED = 20  # frames; more than any codec holds back before it shows one
@@ -132,10 +133,9 @@ def _look(source: Source) -> tuple:
     frame = next(source.frames(), None)
     if frame is None:
         raise NotCopied("a first frame that cannot be decoded")
-    matrix = frame.side_data.get("DISPLAYMATRIX")
     tags = frame.color_range, frame.colorspace, frame.color_primaries, frame.color_trc
     return (
-        (frame.width, frame.height, video.sample_aspect_ratio or 1, matrix and bytes(matrix), tags),
+        (frame.width, frame.height, video.sample_aspect_ratio or 1, display_matrix(frame), tags),
         frame.to_ndarray(format="rgb24", threads=1),
     )
 

@@ -258,6 +258,7 @@ class Source:
         if self.codec == "hevc":
             # Without it one lost frame silences the decoder until the next key frame.
             stream.codec_context.flags |= _OUTPUT_CORRUPT
+        longest = LONGEST_GAP / stream.time_base
         times, last = [], None  # times: a heap, of frames that are not shown yet
         for packet in itertools.chain(self.packets(stream), [None]):
             if packet is not None and self.in_order and packet.dts is not None:
@@ -274,7 +275,7 @@ class Source:
                     time = frame.pts
                 else:
                     time = self.zero if last is None else last + (frame.duration or 1)
-                if last is not None and (time - last) * stream.time_base > LONGEST_GAP:
+                if last is not None and time - last > longest:
                     raise MediaError(
                         f"{self.path}: the time stamps of its picture leap ahead by hours"
                     )

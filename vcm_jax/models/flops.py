@@ -1,7 +1,7 @@
-"""What the network's matrix products cost, counted by hand: the yardstick of the MFU.
+"""The cost of the network's matrix products, counted by hand: the basis of the MFU.
 
-One multiply-add is two operations; norms, activations and the softmax are left out. XLA's own count
-of a compiled program is the other yardstick (`benchmarks/train_step.py` prints both).
+A multiply-add counts as two operations; norms, activations and the softmax are not counted.
+`benchmarks/train_step.py` prints XLA's own count of the compiled program beside it.
 """
 
 from vcm_jax.models.config import ModelConfig
@@ -9,31 +9,38 @@ from vcm_jax.objectives import Passes
 
 
 def forward_flops(config: ModelConfig) -> dict[str, float]:
-    """Operations of one forward pass over one clip, by part; the reference's arrangement.
+    """Operations of one forward pass over one clip, arranged as in MMAudio's code.
 
     Returns:
-      `conditions` (the projections of clip, sync and text and the global condition), `audio` (the
-      projector of the latents), `adaln`, `projections` (to queries, keys and values, and the
-      linear layers of the text stream and the time embedders), `attention`, `convolutions` (of the
-      blocks and the final layer).
+      {layers: operations}: `conditions` (the projections of clip, sync and text and the global
+      condition), `audio` (the projector of the latents), `adaln`, `projections` (to queries, keys
+      and values, and the linear layers of the text stream and the time embedders), `attention`,
+      `convolutions` (of the blocks and the final layer).
     """
     c, width = config, config.hidden_dim
     latent, clip, text = c.latent_seq_len, c.clip_seq_len, c.text_seq_len
-    dense = lambda rows, inputs, outputs, kernel=1: 2.0 * rows * inputs * outputs * kernel
-    mlp = lambda rows, kernel=1: 3 * dense(rows, width, c.mlp_dim, kernel)
-    attend = lambda queries, keys: 2 * dense(queries, keys, width)
 
+    def dense(rows, inputs, outputs, kernel=1):
+        return 2.0 * rows * inputs * outputs * kernel
+
+    def mlp(rows, kernel=1):
+        return 3 * dense(rows, width, c.mlp_dim, kernel)
+
+    def attend(queries, keys):
+        return 2 * dense(queries, keys, width)
+
+    clip_projection = dense(clip, c.clip_dim, width) + mlp(clip, 3)
+    sync_projection = dense(c.sync_seq_len, c.sync_dim, width, 7) + mlp(c.sync_seq_len, 3)
+    text_projection = dense(text, c.text_dim, width) + mlp(text)
+    pooled = dense(2, width, width) + mlp(1)
     cost = {
-        "conditions": dense(clip, c.clip_dim, width) + mlp(clip, 3)
-        + dense(c.sync_seq_len, c.sync_dim, width, 7) + mlp(c.sync_seq_len, 3)
-        + dense(text, c.text_dim, width) + mlp(text)
-        + dense(2, width, width) + mlp(1),
+        "conditions": clip_projection + sync_projection + text_projection + pooled,
         "audio": dense(latent, c.latent_dim, width, 7) + mlp(latent, c.audio_kernel),
         "adaln": dense(1, width, 2 * width),
         "projections": 2 * (dense(1, 256, width) + dense(1, width, width)),
         "attention": 0.0,
         "convolutions": dense(latent, width, c.latent_dim, 7),
-    }  # fmt: skip
+    }
     for block in range(c.depth):
         joint, last = block < c.joint_depth, block == c.joint_depth - 1
         tokens = latent + (clip + text) * joint

@@ -1,14 +1,16 @@
 """Building blocks of the multimodal transformer (MMAudio, model/transformer_layers.py).
 
-Sequences are channel-last, `B L D`. Modules take `dtype`, the dtype of matrix products and
-activations; parameters stay float32, and normalisations are computed in at least float32.
-Names of modules and parameters follow MMAudio's state dict, so that
-`interop.weights` can map them by rule.
+Sequences are channel-last, `B L D`. The attribute `dtype` of a module is the dtype of its matrix
+products and activations. Parameters stay float32, and normalisations are computed in at least
+float32. Names of modules and parameters follow MMAudio's state dict, so that `interop.weights` can
+map them by rule.
 
-Elementwise functions between two matrix products are under `jax.checkpoint`: the backward pass
-computes them again from their inputs, which are kept anyway. That brings small_16k in bfloat16 from
-205 to 121 MiB of activations a sample, at the same speed, and repeats no matrix product.
+Elementwise functions between two matrix products are wrapped in `jax.checkpoint`: the backward pass
+recomputes them from their inputs, which are kept anyway. This reduces the activations of small_16k
+in bfloat16 from 205 to 121 MiB a sample, at the same speed, and repeats no matrix product.
 """
+
+import functools
 
 import flax.linen as nn
 import jax
@@ -19,22 +21,24 @@ FLOAT32_EPS = float(np.finfo(np.float32).eps)
 
 
 def _torch_uniform(fan_in: int):
-    """PyTorch's default initialiser of a convolution's weight and bias: +-1 / sqrt(fan_in)."""
+    """PyTorch's default initialiser of convolutions: uniform in +-1 / sqrt(fan_in)."""
     bound = fan_in**-0.5
-    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(
-        key, shape, dtype, -bound, bound
-    )
+
+    def init(key, shape, dtype=jnp.float32):
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return init
 
 
 def at_least_float32(x):
-    """`x`, as float32 where it is narrower."""
+    """`x`, cast to float32 if it is narrower."""
     return x.astype(jnp.promote_types(jnp.float32, x.dtype))
 
 
 def conv1d(x, kernel):
     """Cross-correlation over the length with zero padding: `B L I`, `k I O` -> `B L O`.
 
-    Every convolution of the network goes through here, so that a faster form has one place to go.
+    All convolutions of the network go through this function: a faster one has one place to go.
     """
     return jax.lax.conv_general_dilated(
         x, kernel, window_strides=(1,), padding="SAME", dimension_numbers=("NWC", "WIO", "NWC")
@@ -42,7 +46,7 @@ def conv1d(x, kernel):
 
 
 class Dense(nn.Module):
-    """Linear layer on the last axis, or, with `kernel_size`, a convolution over the length."""
+    """A linear layer on the last axis or, with `kernel_size`, a convolution over the length."""
 
     features: int
     kernel_size: int | None = None
@@ -69,7 +73,7 @@ class Dense(nn.Module):
 
 
 def zero_dense(features: int, kernel_size: int | None = None, **kwargs) -> Dense:
-    """A layer that starts at zero."""
+    """A `Dense` layer whose weights are initialised to zero."""
     zeros = nn.initializers.zeros
     return Dense(features, kernel_size, kernel_init=zeros, bias_init=zeros, **kwargs)
 
@@ -81,7 +85,7 @@ def gate(a, b):
 
 
 class GatedMLP(nn.Module):
-    """`w2(silu(w1 x) * w3 x)` without biases; with `kernel_size` the three are convolutions."""
+    """`w2(silu(w1 x) * w3 x)` without biases; with `kernel_size` all three are convolutions."""
 
     mlp_dim: int
     kernel_size: int | None = None
@@ -89,15 +93,15 @@ class GatedMLP(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        layer = lambda features, name: Dense(
-            features, self.kernel_size, use_bias=False, dtype=self.dtype, name=name
-        )
+        def layer(features, name):
+            return Dense(features, self.kernel_size, use_bias=False, dtype=self.dtype, name=name)
+
         gated = gate(layer(self.mlp_dim, "w1")(x), layer(self.mlp_dim, "w3")(x))
         return layer(x.shape[-1], "w2")(gated)
 
 
 def layer_norm(x):
-    """Layer normalisation over channels without scale or offset, eps 1e-5; `B L D`."""
+    """Layer normalisation over channels, without scale or offset, eps 1e-5: `B L D` -> `B L D`."""
     y = at_least_float32(x)
     y = y - y.mean(-1, keepdims=True)
     y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + 1e-5)
@@ -111,9 +115,10 @@ def modulated_norm(x, shift, scale):
 
 
 class TimestepEmbedder(nn.Module):
-    """Sinusoidal features of a scalar, cosines first, through a two-layer MLP: `B` -> `B D`.
+    """Sinusoidal features of a scalar, through a two-layer MLP: `B` -> `B D`.
 
-    Frequencies 10000^(-2i/256), the scalar is not rescaled (SoundVCM eq. 30, B.2).
+    128 cosines, then 128 sines, with frequencies 10000^(-2i/256); the scalar is not rescaled
+    (SoundVCM eq. 30, appendix B.2).
     """
 
     features: int
@@ -125,20 +130,22 @@ class TimestepEmbedder(nn.Module):
         frequencies = jnp.exp(jnp.arange(128, dtype=time.dtype) * (-np.log(10_000) / 128))
         angles = time[:, None] * frequencies[None]
         x = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], -1)
-        layer = lambda name: Dense(
-            self.features, kernel_init=nn.initializers.normal(0.02), dtype=self.dtype, name=name
-        )
-        return layer("mlp_2")(nn.silu(layer("mlp_0")(x)))
+        normal = nn.initializers.normal(0.02)
+        layer = functools.partial(Dense, self.features, kernel_init=normal, dtype=self.dtype)
+        return layer(name="mlp_2")(nn.silu(layer(name="mlp_0")(x)))
 
 
 def rope_table(length: int, head_dim: int, stretch: float = 1.0) -> np.ndarray:
-    """Angles `L dh/2` of the rotary embedding: position times 10000^(-2i/dh) times `stretch`."""
+    """Angles of the rotary embedding, `L dh/2`: position times 10000^(-2i/dh) times `stretch`."""
     frequencies = 10_000.0 ** (-np.arange(0, head_dim, 2, dtype=np.float32) / head_dim)
     return np.outer(np.arange(length, dtype=np.float32), frequencies * np.float32(stretch))
 
 
 def rotate(x, angles):
-    """Rotary embedding of neighbouring channels (2i, 2i + 1): `B L H dh`, `L dh/2`."""
+    """Rotary embedding of neighbouring channels (2i, 2i + 1).
+
+    `B L H dh`, angles `L dh/2` -> `B L H dh`.
+    """
     dtype = jnp.promote_types(jnp.float32, x.dtype)
     cos = jnp.asarray(np.cos(angles), dtype)[None, :, None]
     sin = jnp.asarray(np.sin(angles), dtype)[None, :, None]
@@ -149,11 +156,11 @@ def rotate(x, angles):
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square normalisation over the last axis with a learned scale, then `rotate`."""
+    """Root-mean-square normalisation over the last axis, with a learned scale, then `rotate`."""
 
     @nn.compact
     def __call__(self, x, angles=None):
-        """`B L H dh`; rotated where angles `L dh/2` are given."""
+        """`B L H dh` -> `B L H dh`; rotated if angles `L dh/2` are given."""
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
 
         @jax.checkpoint
@@ -167,7 +174,7 @@ class RMSNorm(nn.Module):
 
 
 class HeadsDense(nn.Module):
-    """Linear layer to queries, keys and values of every head: `B L D` -> `3 B L H dh`."""
+    """The linear layer to queries, keys and values of all heads: `B L D` -> `3 B L H dh`."""
 
     num_heads: int
     dtype: jnp.dtype = jnp.float32
@@ -189,7 +196,7 @@ class HeadsDense(nn.Module):
 class QKV(nn.Module):
     """Queries, keys and values of one stream: `B L D` -> three of `B L H dh`.
 
-    q and k are normalised and, where angles `L dh/2` are given, rotated.
+    Queries and keys are normalised and, if angles `L dh/2` are given, rotated.
     """
 
     num_heads: int
@@ -208,10 +215,10 @@ def attention(q, k, v):
 
 
 class StreamBlock(nn.Module):
-    """One stream's part of a transformer block: everything but the attention itself.
+    """The layers of one stream in a transformer block: everything but the attention itself.
 
-    `kernel_size` 3 makes its layers convolutions, None (for text) linear. A `pre_only` block
-    gives queries, keys and values and is not updated.
+    With `kernel_size` 3 its layers are convolutions, with None (for text) they are linear. A
+    `pre_only` block gives queries, keys and values, and does not update its stream.
     """
 
     features: int
@@ -231,10 +238,10 @@ class StreamBlock(nn.Module):
             self.ffn = GatedMLP(self.mlp_dim, self.kernel_size, dtype=self.dtype)
 
     def modulation(self, c, rows=None):
-        """Shifts, scales and gates from the activated condition, a list of `B L D`.
+        """Shifts, scales and gates from the activated condition c, a list of `B L D`.
 
-        With `rows` (`L`, indices), c holds the distinct rows alone and they are spread afterwards:
-        the same numbers for fewer products.
+        With `rows` (`L`, indices) c holds the distinct rows alone, which are spread afterwards:
+        that gives the same numbers with fewer products.
         """
         m = self.adaLN_modulation_1(c)
         if rows is not None:
@@ -242,7 +249,7 @@ class StreamBlock(nn.Module):
         return jnp.split(m, 2 if self.pre_only else 6, -1)
 
     def qkv(self, x, m, angles=None):
-        """What the stream brings to the attention."""
+        """The queries, keys and values of the stream, three of `B L H dh`."""
         return self.attn(modulated_norm(x, m[0], m[1]), angles)
 
     def update(self, x, attended, m):
@@ -252,7 +259,7 @@ class StreamBlock(nn.Module):
 
 
 class FusedBlock(StreamBlock):
-    """A block on the latent tokens alone."""
+    """A transformer block on the latent tokens alone."""
 
     def __call__(self, x, c, rows, angles):
         m = self.modulation(c, rows)
@@ -260,9 +267,10 @@ class FusedBlock(StreamBlock):
 
 
 class JointBlock(nn.Module):
-    """One attention over latent, clip and text tokens; each stream has its own layers.
+    """A transformer block on latent, clip and text tokens: one attention, layers for each stream.
 
-    In the `last` joint block clip and text are not updated, so that only the latent tokens ask.
+    The `last` joint block does not update clip and text, so that it needs the queries of the latent
+    tokens alone.
     """
 
     features: int
@@ -278,18 +286,25 @@ class JointBlock(nn.Module):
         self.text_block = StreamBlock(*sizes, None, pre_only=self.last, dtype=self.dtype)
 
     def __call__(self, latent, clip, text, frame_c, global_c, rows, latent_angles, clip_angles):
-        """`frame_c` `B Ts D` and `global_c` `B 1 D`, activated; `rows` spreads Ts over N."""
+        """The three streams after the block.
+
+        Args:
+          latent, clip, text: `B N D`, `B Tc D`, `B Tt D`.
+          frame_c, global_c: activated conditions, `B Ts D` and `B 1 D`.
+          rows: the sync row of each latent token, `N`.
+          latent_angles, clip_angles: rotary angles, `N dh/2` and `Tc dh/2`.
+        """
         blocks = (self.latent_block, self.clip_block, self.text_block)
         streams = (latent, clip, text)
-        m = [block.modulation(c) for block, c in zip(blocks[1:], (global_c, global_c))]
+        m = [block.modulation(global_c) for block in blocks[1:]]
         m = [self.latent_block.modulation(frame_c, rows), *m]
         angles = (latent_angles, clip_angles, None)
         qkv = [block.qkv(*args) for block, *args in zip(blocks, streams, m, angles)]
-        k, v = (jnp.concatenate([part[i] for part in qkv], 1) for i in (1, 2))
+        k, v = (jnp.concatenate([stream[i] for stream in qkv], 1) for i in (1, 2))
         if self.last:
             attended = attention(qkv[0][0], k, v)
             return self.latent_block.update(latent, attended, m[0]), clip, text
-        attended = attention(jnp.concatenate([part[0] for part in qkv], 1), k, v)
+        attended = attention(jnp.concatenate([stream[0] for stream in qkv], 1), k, v)
         ends = np.cumsum([x.shape[1] for x in streams])[:-1]
         return tuple(
             block.update(*args)

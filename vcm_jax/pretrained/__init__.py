@@ -94,7 +94,8 @@ def resolve(name_or_folder) -> Source:
     path = Path(name_or_folder).expanduser()
     files = {public.network.name: name for name, public in PUBLIC_MODELS.items()}
     if path.is_file() and path.name in files:
-        root = path.parent.parent if path.parent.name == "weights" else path.parent
+        folder = path.absolute().parent
+        root = folder.parent if folder.name == "weights" else folder
         return Source(files[path.name], PUBLIC_MODELS[files[path.name]], root, False)
     if not path.is_dir():
         raise PretrainedError(
@@ -160,7 +161,7 @@ def load(name_or_folder) -> Pretrained:
         with locked(source.root if source.published else source.converted):
             if stale := _stale(source):  # another process may have done it
                 _make(source, stale)
-    public, parts = source.public, convert.components(source.public, source.name)
+    public, made = source.public, convert.components(source.public, source.name)
     return Pretrained(
         name=source.name,
         model=public.model,
@@ -168,7 +169,7 @@ def load(name_or_folder) -> Pretrained:
         steps=public.steps,
         guidance_scale=public.guidance_scale,
         licence=public.network.licence,
-        **{kind: source.converted / component.name for kind, component in parts.items()},
+        **{kind: source.converted / component.name for kind, component in made.items()},
     )
 
 
@@ -185,6 +186,7 @@ def _stale(source: Source) -> list[tuple[convert.Component, str]]:
 
 def _make(source: Source, stale: list[tuple[convert.Component, str]]) -> None:
     """Fetches and converts; the caller holds the lock."""
+    convert.check_ready(source.public)
     files = tuple(file for component, _ in stale for file in component.files)
     if source.published:
         fetch_missing(source.name, files, source.root)
@@ -194,7 +196,7 @@ def _make(source: Source, stale: list[tuple[convert.Component, str]]) -> None:
             f"{where_to_put(absent, source.root)}, or run "
             f"python -m vcm_jax.pretrained fetch {source.name} --out={source.root}"
         )
-    size = sum(f.size for part, _ in stale if not part.keeps_files for f in part.files)
+    size = sum(f.size for made, _ in stale if not made.keeps_files for f in made.files)
     check_space([(source.converted, size)], f"converting {source.name}")
     for component, reason in stale:
         folder = source.converted / component.name

@@ -63,6 +63,23 @@ def components(public: PublicModel, name: str) -> dict[str, Component]:
 # fetching and the second start can do without.
 
 
+def check_ready(public: PublicModel) -> None:
+    """Refuses, before anything is fetched, what could not be converted afterwards.
+
+    Raises:
+      PretrainedError: no network of this kind.
+      StateDictError: no PyTorch to read the files with.
+    """
+    from vcm_jax.interop.state_dict import import_torch
+    from vcm_jax.models import MODELS
+
+    if public.model not in MODELS:
+        raise PretrainedError(
+            f"{public.network.name}: this version of vcm_jax has no network {public.model}"
+        )
+    import_torch("converting public weights")
+
+
 def _convert_network(folder: Path, path: Path, model: str) -> None:
     from flax import traverse_util
 
@@ -70,8 +87,6 @@ def _convert_network(folder: Path, path: Path, model: str) -> None:
     from vcm_jax.interop.state_dict import list_few, read_state_dict
     from vcm_jax.models import MODELS
 
-    if model not in MODELS:
-        raise PretrainedError(f"{path.name}: this version of vcm_jax has no network {model}")
     variables = import_network.network_from_torch(read_state_dict(path), MODELS[model], path)
     if absent := _STATISTICS - variables["stats"].keys():
         raise PretrainedError(f"{path}: holds no {list_few(absent)}, without which it is no model")

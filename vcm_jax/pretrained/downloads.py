@@ -33,10 +33,11 @@ def origin(file: WeightFile) -> str:
 
 
 def gigabytes(size: float) -> str:
-    """Bytes for people: "4.12 GB", "951 MB", "0.5 MB"."""
-    if size >= 1e9:
-        return f"{size / 1e9:.2f} GB"
-    return f"{size / 1e6:.0f} MB" if size >= 1e7 else f"{size / 1e6:.1f} MB"
+    """Bytes for people: "4.12 GB", "951 MB", "525 kB"."""
+    for unit, scale, digits in (("GB", 1e9, 2), ("MB", 1e6, 0)):
+        if size >= scale:
+            return f"{size / scale:.{digits}f} {unit}"
+    return f"{max(1, size / 1e3):.0f} kB"
 
 
 def announce(name: str, files: list[WeightFile], root: Path, hub: Path) -> None:

@@ -1,4 +1,4 @@
-"""Batches from weighted sources of records, in an order that is a function of (seed, index)."""
+"""Batches from weighted sources of records, in an order that depends on (seed, index) alone."""
 
 import bisect
 import ctypes
@@ -17,7 +17,7 @@ from vcm_jax.records.schema import RecordError
 MAX_DAMAGED = 100  # different damaged records that one process passes over before it gives up
 # Of a source: beyond these bounds sums of weights are no longer precise.
 LEAST_WEIGHT, LARGEST_WEIGHT = 1e-6, 1e6
-_THREADS = 8  # that fill batches; also how many batches are read ahead at most
+_THREADS = 8  # threads that fill batches, and the number of batches that are read ahead
 _FEATURES = ("latent_mean", "latent_std", "clip", "sync", "text")
 
 
@@ -42,7 +42,7 @@ def parse_source(text: str) -> tuple[str, float]:
 
 @dataclasses.dataclass(frozen=True)
 class Shapes:
-    """Shapes of one record's features, for the modalities that a record may lack."""
+    """Shapes of a record's clip (Tc, Dc) and sync (Ts, Ds) features, which records may lack."""
 
     clip: tuple[int, int]
     sync: tuple[int, int]
@@ -66,15 +66,15 @@ def check_sources(sources: Sequence, weights: Sequence[float]) -> None:
 
 
 class Mixture:
-    """An endless sequence of records: index -> (source, record), by (seed, index) alone.
+    """An endless sequence of records, which depends on the sources, weights and seed alone.
 
-    Sources take turns by weight whatever their sizes; each is shuffled anew every epoch. Random
-    access, picklable, no state.
+    Sources take turns according to their weights, whatever their sizes. Each is shuffled again in
+    every epoch. A mixture has random access and no state, and can be pickled.
 
     Args:
       sources: random-access sequences of records (RecordSource).
       weights: one positive number each.
-      seed: of the order.
+      seed: determines the order.
 
     Raises:
       ValueError: see `check_sources`.
@@ -83,7 +83,7 @@ class Mixture:
     def __init__(self, sources: Sequence, weights: Sequence[float], seed: int):
         self.sources = list(sources)
         check_sources(self.sources, weights)
-        # Records are numbered through the sources, and the order is one of these numbers.
+        # The records of all sources have consecutive numbers; the order is a sequence of these.
         self._ends = list(itertools.accumulate(map(len, self.sources)))
         orders = [
             grain.MapDataset.range(end - len(source), end).seed(seed + i).shuffle().repeat()
@@ -135,10 +135,12 @@ def mix(sources: Sequence, weights: Sequence[float], seed: int) -> Mixture:
 class _ReadBatch(grain.transforms.Map):
     """Step -> this process's rows of the batch, and the damaged records that were passed over."""
 
-    def __init__(self, mixed: Mixture, shapes: Shapes, batch_size: int, part: int, parts: int):
+    def __init__(
+        self, mixed: Mixture, shapes: Shapes, batch_size: int, process: int, processes: int
+    ):
         self.mixed, self.shapes = mixed, shapes
-        self.batch_size, self.rows = batch_size, batch_size // parts
-        self.offset = part * self.rows
+        self.batch_size, self.rows = batch_size, batch_size // processes
+        self.offset = process * self.rows
 
     def map(self, step: int):
         batch, skipped = None, {}
@@ -149,7 +151,7 @@ class _ReadBatch(grain.transforms.Map):
             if batch is None:
                 batch = self._allocate(record)
             for name in _FEATURES:
-                # These zeros are never looked at: the step puts the learned empty features there.
+                # The step replaces these zeros by the learned features of an empty condition.
                 _copy(record.get(name), batch[name][row])
             batch["has_video"][row] = "clip" in record
             batch["has_text"][row] = record["caption"] != ""
@@ -165,7 +167,7 @@ class _ReadBatch(grain.transforms.Map):
 
 
 def _copy(source: np.ndarray | None, target: np.ndarray) -> None:
-    """target = source, byte by byte: a record's arrays are not aligned, which slows numpy down."""
+    """Copy bytes: the arrays of a record are not aligned, and numpy copies such arrays slowly."""
     if source is None:
         target[...] = 0
     elif source.shape == target.shape and source.dtype == target.dtype:
@@ -181,32 +183,34 @@ def batches(
     batch_size: int,
     first_step: int,
     last_step: int,
-    part: int = 0,
-    parts: int = 1,
+    process: int = 0,
+    processes: int = 1,
     num_workers: int = 0,
     max_damaged: int = MAX_DAMAGED,
 ):
-    """An iterator over this process's rows of the batches `first_step` ... `last_step` - 1.
+    """Iterate over this process's rows of the batches `first_step` ... `last_step` - 1.
 
     Args:
-      mixed: what `mix` gives.
+      mixed: of `mix`.
       shapes: of clip and sync features.
-      batch_size: global; each of `parts` processes gets its `part`, in order.
-      first_step, last_step: of the run; sample i of step k has global index k batch_size + i, so
-        that a run resumes at any step, on any number of processes, on the same data.
-      num_workers: processes that read ahead; 0 reads in threads, which is faster from local disks.
+      batch_size: global.
+      first_step, last_step: of the run. Sample i of step k has the index k batch_size + i in the
+        mixture, so that a run resumes at any step, with any number of processes, on the same data.
+      process, processes: index and number of processes; each gets a block of rows, in order.
+      num_workers: processes that read ahead. 0 reads in threads, which is faster on local disks.
       max_damaged: different damaged records that are passed over, each with one line in the log.
 
     Yields:
-      dicts of numpy arrays with leading axis `batch_size / parts`.
+      dicts of numpy arrays with the leading axis `batch_size / processes`.
 
     Raises:
-      RecordError: more damaged records than that.
+      RecordError: more than `max_damaged` records are damaged.
+      ValueError: the processes do not divide the batch.
     """
-    if batch_size % parts:
-        raise ValueError(f"batch_size {batch_size} does not divide over {parts} processes")
+    if batch_size % processes:
+        raise ValueError(f"batch_size {batch_size} does not divide over {processes} processes")
     dataset = grain.MapDataset.range(first_step, last_step)
-    dataset = dataset.map(_ReadBatch(mixed, shapes, batch_size, part, parts))
+    dataset = dataset.map(_ReadBatch(mixed, shapes, batch_size, process, processes))
     ahead = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_THREADS)
     dataset = dataset.to_iter_dataset(ahead)
     if num_workers:
@@ -230,7 +234,7 @@ def _report_damage(found, max_damaged: int):
 
 
 def _start_worker(index: int, count: int) -> None:
-    """A worker leaves SIGTERM and Ctrl-C to the run, which still reads, and dies with it."""
+    """Make a worker ignore SIGTERM and Ctrl-C, which the run handles, and die with the run."""
     del index, count
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -240,5 +244,5 @@ def _start_worker(index: int, count: int) -> None:
 
 
 def record_ids(mixed: Mixture, step: int, batch_size: int) -> list[str]:
-    """The ids of the batch that step `step` (0 is the first) trains on; reads the records."""
+    """The ids of the batch on which step `step` (from 0 on) trains; reads the records."""
     return [mixed.read(step * batch_size + row)[0]["id"] for row in range(batch_size)]

@@ -1,1 +1,1 @@
-"""What a run leaves on disk: checkpoints, averaged weights, its description."""
+"""What a run keeps on disk: checkpoints, EMA weights and its description."""

@@ -1,4 +1,4 @@
-"""State and description of a run, saved together in one atomic step (Orbax)."""
+"""Checkpoints of a run: its state and what it is, saved together and atomically (Orbax)."""
 
 import contextlib
 import os
@@ -14,10 +14,10 @@ from orbax.checkpoint import multihost
 from vcm_jax.hashes import open_seal, seal
 from vcm_jax.runs.fingerprints import fingerprints
 
-# Seconds after which a save that failed is tried again, and again; then the run stops.
+# A save that failed is tried again after so many seconds, twice; then the run stops.
 RETRY_AFTER = (2.0, 10.0)
 _FINGERPRINTS = "fingerprints"  # entry of `meta`
-# What the text of an error says where the files may be whole although they could not be read.
+# Texts of errors after which the files may be whole although they could not be read.
 _TEMPORARY = (
     "permission",
     "resource_exhausted",
@@ -28,23 +28,23 @@ _TEMPORARY = (
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that is not there or does not fit; one line that says what would."""
+    """A checkpoint is not there or does not fit; one line that says what would."""
 
 
 class DamagedError(CheckpointError):
-    """A checkpoint whose files or values are not what was saved; one line that names what."""
+    """The files or values of a checkpoint are not those that were saved; one line names them."""
 
 
 class UnreadableError(DamagedError):
-    """A checkpoint whose files this process cannot read."""
+    """This process cannot read the files of a checkpoint."""
 
 
 class StorageError(OSError):
-    """Nothing can be saved any more; one line that says where, why, and what is there."""
+    """Nothing can be saved any more; one line with the place, the reason and the last saves."""
 
 
 def check_writable(workdir) -> None:
-    """Raises StorageError where no file can be written."""
+    """Raises StorageError if no file can be written in the workdir."""
     probe = Path(workdir) / f".probe.{secrets.token_hex(4)}"
     try:
         probe.parent.mkdir(parents=True, exist_ok=True)
@@ -55,14 +55,13 @@ def check_writable(workdir) -> None:
 
 
 def open_manager(workdir, keep_every: int | None = None, read_only: bool = False):
-    """The checkpoints of a run, under WORKDIR/checkpoints: the last three and some for good.
-
-    Half-written ones are removed, unless it is `read_only`: a run may be writing them just now.
+    """Orbax's manager of the checkpoints under WORKDIR/checkpoints; the last three are kept.
 
     Args:
       workdir: of the run.
-      keep_every: checkpoints of every so many steps stay for good.
-      read_only: nothing can be saved, and nothing is removed.
+      keep_every: also keep the checkpoints of steps that are multiples of this, for good.
+      read_only: nothing can be saved, and incomplete checkpoints are not removed, as a run may be
+        writing them at this moment.
     """
     options = ocp.CheckpointManagerOptions(
         max_to_keep=3,
@@ -76,7 +75,7 @@ def open_manager(workdir, keep_every: int | None = None, read_only: bool = False
 
 
 def latest_step(workdir) -> int | None:
-    """The step that a run in this workdir goes on from; None for a new run."""
+    """The step that a run in this workdir resumes from; None for a new run."""
     if not (Path(workdir) / "checkpoints").is_dir():
         return None
     with open_manager(workdir, read_only=True) as manager:
@@ -84,18 +83,19 @@ def latest_step(workdir) -> int | None:
 
 
 class Saver:
-    """Saves in the background, tries again what failed, and stops the run when it fails for good.
+    """Saves in the background, and tries again if that fails, but not without end.
 
-    Of several processes none can try again alone: there the first failure stops the run.
+    In a run of several processes none can try again alone: there the first failure stops the run.
+    Leaving the context of a saver waits for its last save.
 
     Args:
-      manager: of `open_manager` or `open_snapshots`; it is closed with the saver, a context.
+      manager: from `open_manager` or `open_snapshots`; the saver closes it.
     """
 
     def __init__(self, manager: ocp.CheckpointManager):
         self.manager = manager
         self._failures = 0
-        # Held open, so that another directory in its place can be told from it.
+        # It stays open, so that a new directory of the same name can be told from this one.
         local = os.path.isdir(manager.directory)
         self._directory = os.open(manager.directory, os.O_RDONLY) if local else None
 
@@ -142,7 +142,7 @@ class Saver:
         return False
 
     def drop_after(self, step: int) -> None:
-        """Deletes what is later than a step that the run goes on from."""
+        """Deletes what was saved after the step that the run resumes from."""
         for later in self.manager.all_steps():
             if later > step:
                 self.manager.delete(later)
@@ -201,7 +201,7 @@ def check_shapes(found, wanted, what: str) -> None:
 
 
 def existing_step(manager, step: int | None) -> int:
-    """`step`, or the latest one for None; a CheckpointError when it is not there."""
+    """`step`, or the latest one for None; CheckpointError if it is not there."""
     there = sorted(manager.all_steps())
     if step is None and there:
         return there[-1]

@@ -1,4 +1,4 @@
-"""Watching a run: averages of its steps, where their time goes, what it sounds like by now."""
+"""Watching a run: metrics of its steps, where their time goes, and what it sounds like."""
 
 import contextlib
 import functools
@@ -27,24 +27,25 @@ PEAK_TFLOPS = {
     "NVIDIA A100": 312, "NVIDIA H100": 989, "NVIDIA H200": 989, "NVIDIA B200": 2250,
     "TPU v4": 275, "TPU v5 lite": 197, "TPU v5": 459, "TPU v6": 918,
 }  # fmt: skip
-# Steps that the host may be ahead of the devices: enough to keep them busy, few enough that a
-# SIGTERM is answered and a bad loss is seen at once.
+# How many steps the host may be ahead of the devices: enough to keep them busy, and few enough that
+# the run notices a SIGTERM or a bad loss soon.
 AHEAD = 2
 NONFINITE_IN_A_ROW = 3
 
 
 class NonFiniteError(ArithmeticError):
-    """A loss or gradient that is not finite; one line that names the step and its records."""
+    """A loss or a gradient is not finite; one line that names the step and its records."""
 
 
 class Meter:
-    """Averages over the steps since the last log, and their time.
+    """Averages metrics over the steps since the last log, and measures their time.
 
     Args:
-      first_step: steps that are done before the first.
-      on_nonfinite: "stop" or "skip", which stops after three steps in a row.
-      record_ids: number of a step (the first is 1) -> the ids of its batch.
-      report: file to which such steps are written, a JSON line each; None writes nothing.
+      first_step: the number of steps that are done already.
+      on_nonfinite: what to do with steps that are not finite: "stop", or "skip", which stops after
+        three steps in a row.
+      record_ids: a function from the number of a step (the first is 1) to the ids of its batch.
+      report: a file that gets one JSON line for each such step; None for no file.
     """
 
     def __init__(self, first_step: int, on_nonfinite: str, record_ids, report: Path | None):
@@ -55,16 +56,16 @@ class Meter:
 
     @contextlib.contextmanager
     def waiting(self, what: str):
-        """Counts the time inside as spent on `what`."""
+        """Counts the time of the block as spent on `what`."""
         before = time.perf_counter()
         yield
         self._seconds[what] += time.perf_counter() - before
 
     def add(self, metrics) -> None:
-        """Takes the metrics of a step that was started; waits for the one `AHEAD` before it.
+        """Takes the metrics of a step that was started, and waits for the step `AHEAD` before it.
 
         Raises:
-          NonFiniteError: for that one.
+          NonFiniteError: that earlier step is not finite.
         """
         self._pending.append(metrics)
         self._step += 1
@@ -96,21 +97,22 @@ class Meter:
         if self._on_nonfinite == "stop":
             raise NonFiniteError(line)
         if self._in_a_row >= NONFINITE_IN_A_ROW:
-            raise NonFiniteError(f"{self._in_a_row} steps in a row were left out: {line}")
-        logging.warning("left out: %s", line)
+            raise NonFiniteError(f"{self._in_a_row} steps in a row were skipped: {line}")
+        logging.warning("skipped a step: %s", line)
 
     def collect(self) -> tuple[dict[str, float], float]:
-        """(averages, seconds a step) since the last call; waits for all steps.
+        """(metrics, seconds per step) averaged since the last call; waits for all steps.
 
-        `speed/...` are milliseconds a step: `data_wait` for the next batch, `device` for the
-        devices, `host` everything else; `pause` (evaluation, saving) is no part of a step.
+        The metrics `speed/..._ms` are milliseconds per step: `data_wait` is the time that the loop
+        waits for the next batch, `device` that for the devices, and `host` the rest. The time in
+        `pause` (evaluation and saving) is not counted.
 
         Raises:
-          NonFiniteError: for any of the steps.
+          NonFiniteError: one of the steps is not finite.
         """
         self._check(self._step)
         pending, steps = jax.device_get(self._pending), self._step - self._from
-        with np.errstate(invalid="ignore"):  # an empty bin averages to NaN, and is not logged
+        with np.errstate(invalid="ignore"):  # an empty bin becomes NaN and is not logged
             merged = functools.reduce(lambda a, b: a.merge(b), pending).compute()
         values = {f"train/{k}": float(v) for k, v in merged.items() if k != "nonfinite"}
         values["train/skipped_steps"] = self._skipped
@@ -126,7 +128,7 @@ class Meter:
 
 
 def speed(seconds: float, batch_size: int, flops_per_sample: float) -> dict[str, float]:
-    """Throughput of a step of so many seconds; the MFU where the devices' peak is known."""
+    """Throughput for a time per step, and the MFU for devices whose peak is known."""
     devices = jax.devices()
     rate = batch_size / seconds
     tflops = rate * flops_per_sample / len(devices) / 1e12
@@ -138,7 +140,7 @@ def speed(seconds: float, batch_size: int, flops_per_sample: float) -> dict[str,
 
 
 def memory() -> dict[str, float]:
-    """GiB: the host's peak, and the first device's where it tells."""
+    """Peak memory in GiB: of this process, and of its first device if that reports it."""
     unit = 2**20 if sys.platform == "linux" else 2**30
     found = {"memory/host_peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit}
     stats = jax.local_devices()[0].memory_stats()
@@ -160,7 +162,7 @@ def model_flops(model: ModelConfig, config: StepConfig, step, batch):
 
 
 def xla_flops(compiled) -> float:
-    """XLA's count of a compiled program, on all devices together."""
+    """XLA's count of a compiled program's FLOPs, on all devices together."""
     found = compiled.cost_analysis()
     found = found[0] if isinstance(found, list) else found
     return float(found.get("flops", 0.0)) * len(jax.devices())
@@ -168,35 +170,37 @@ def xla_flops(compiled) -> float:
 
 @jax.jit
 def ema_distance(state) -> dict[str, jax.Array]:
-    """|average - parameters| / |parameters| of every average."""
+    """|EMA weights - parameters| / |parameters| for every width."""
     norm = optax.tree.norm(state.params)
-    distance = lambda average: optax.tree.norm(optax.tree.sub(average, state.params)) / norm
-    return {f"ema/distance_{width}": distance(average) for width, average in state.ema.items()}
+    return {
+        f"ema/distance_{width}": optax.tree.norm(optax.tree.sub(weights, state.params)) / norm
+        for width, weights in state.ema.items()
+    }
 
 
 class Evaluation:
-    """What is looked at every so many steps, with the first of the averaged weights.
+    """Evaluates the first of the EMA weights on validation clips, and generates sounds.
 
     Args:
-      net, config, layout, teacher, teacher_variables: as the training step's.
-      key: of times and noise, which are the same every time.
-      batches: function that gives validation batches on the devices.
-      clips: one batch of the clips to hear, whole on every device.
+      net, config, layout, teacher, teacher_variables: those of the training step.
+      key: the key of times and noise, which are the same at every evaluation.
+      batches: a function that returns the validation batches, on the devices.
+      clips: one batch of the clips to listen to, whole on every device.
       codec: decodes latents.
-      best: keeps the weights of the best figures; None for no figures.
-      figure_steps, max_clips: of `validation.figures`.
+      best: keeps the weights with the best metric; None for no metrics of sounds.
+      sample_steps, max_clips: as `steps` and `max_clips` of `validation.sound_metrics`.
     """
 
     HEARD_STEPS = (1, 4, 25)
 
     def __init__(
         self, net, config: StepConfig, layout, key, *, batches, clips, codec,
-        teacher=None, teacher_variables=None, best=None, figure_steps=(), max_clips=0,
+        teacher=None, teacher_variables=None, best=None, sample_steps=(), max_clips=0,
     ):  # fmt: skip
         self._net, self._config, self._key = net, config, key
         self._batches, self._clips, self._codec = batches, clips, codec
         self._teacher_variables = teacher_variables
-        self._best, self._figure_steps, self._max_clips = best, figure_steps, max_clips
+        self._best, self._sample_steps, self._max_clips = best, sample_steps, max_clips
         self._whole, self._heard_truth = sharding.replicated(layout.mesh), False
 
         def losses(*args):
@@ -205,7 +209,7 @@ class Evaluation:
         self._losses = jax.jit(losses, out_shardings=self._whole)
 
     def values(self, state, meta: dict) -> dict[str, float]:
-        """`val/...`: the objective, and figures of generated sounds; keeps the best weights."""
+        """`val/...`: loss and metrics of generated sounds; the best weights are kept."""
         params = next(iter(state.ema.values()))
         found = []
         for i, batch in enumerate(self._batches()):
@@ -216,16 +220,16 @@ class Evaluation:
             merged = functools.reduce(lambda a, b: {k: v.merge(b[k]) for k, v in a.items()}, found)
             values = {f"val/{name}": float(value.compute()) for name, value in merged.items()}
         if self._best is not None:
-            values |= validation.figures(
+            values |= validation.sound_metrics(
                 self._net, params, state.stats, self._batches(), self._codec, self._key,
-                steps=self._figure_steps, max_clips=self._max_clips, place=self._whole,
+                steps=self._sample_steps, max_clips=self._max_clips, place=self._whole,
                 objective=self._config.objective,
             )  # fmt: skip
             self._best.offer(state, values, meta)
         return values
 
     def sounds(self, state, writer: Writer) -> None:
-        """Writes sounds and spectrograms of the clips; the first time also the true ones."""
+        """Writes sounds and spectrograms of the clips, the first time also of the true sounds."""
         params = next(iter(state.ema.values()))
         for n in self.HEARD_STEPS:
             pair = validation.generate(
@@ -241,8 +245,8 @@ class Evaluation:
                 for i, latent in enumerate(latents):
                     try:
                         sound = self._codec.decode(latent)
-                    except (ValueError, librosa.ParameterError) as error:  # a run may recover
-                        logging.warning("clip_%d/%s cannot be heard: %s", i, name, error)
+                    except (ValueError, librosa.ParameterError) as error:  # the run may recover
+                        logging.warning("clip_%d/%s has no sound: %s", i, name, error)
                         continue
                     writer.sound(
                         int(state.step), f"clip_{i}/{name}", sound, self._codec.sample_rate
@@ -250,10 +254,10 @@ class Evaluation:
 
 
 def parse_profile(text: str) -> tuple[int, int] | None:
-    """'START:STOP' -> steps of a trace; '' -> None.
+    """The steps of a trace from 'START:STOP'; None from ''.
 
     Raises:
-      ValueError: anything else.
+      ValueError: the text is neither.
     """
     if not text:
         return None
@@ -264,9 +268,10 @@ def parse_profile(text: str) -> tuple[int, int] | None:
 
 
 class Profile:
-    """A trace of the steps START ... STOP - 1, under WORKDIR/profile (xprof reads it).
+    """Traces the steps START ... STOP - 1 into WORKDIR/profile, which xprof reads.
 
-    Call it with the number of every step before that is started; `close` ends a trace early.
+    It has to be called with the number of every step before the step is started. `close` ends a
+    trace early.
     """
 
     def __init__(self, span: tuple[int, int] | None, workdir: Path):

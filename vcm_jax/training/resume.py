@@ -1,27 +1,27 @@
-"""What may differ between a run and its continuation."""
+"""Which settings may change when a run is resumed."""
 
 import dataclasses
 from collections.abc import Mapping
 
-# How the work is done and watched, not what is computed (but for the order of sums).
+# How the work is done and watched. These do not change what is computed, except for rounding.
 FREE = (
     "accumulate", "allow_config_change", "checkpoint_every", "data.dir", "data.num_workers",
     "data.val_sources", "eval_batches", "eval_clips", "eval_every", "eval_sample_steps",
     "keep_every", "log_every", "mesh", "on_nonfinite", "profile", "remat", "sample_clips",
     "sample_every", "snapshot_every",
 )  # fmt: skip
-# What the state, the data position and the snapshots rest on: another run.
+# The state, the order of the data and the snapshots depend on these: a change makes another run.
 FIXED = (
     "batch_size", "ema_sigma_rels", "model", "model_overrides", "objective", "records", "seed",
 )  # fmt: skip
 
 
 class ResumeError(ValueError):
-    """A run that cannot go on as it is configured now; one line that says what changed."""
+    """The run cannot be resumed with its present settings; one line that says what changed."""
 
 
 def changes(before: Mapping, now: Mapping, prefix: str = "") -> dict[str, str]:
-    """Which values differ between two nested configs: {dotted key: "is ..., was ..."}."""
+    """The differences between two nested configs: {dotted key: "is ..., was ..."}."""
     found = {}
     for key in sorted(before.keys() | now.keys()):
         old, new = before.get(key), now.get(key)
@@ -37,12 +37,12 @@ def _of(key: str, group: tuple[str, ...]) -> bool:
 
 
 def describe(config: Mapping, texts, sources) -> dict:
-    """What a checkpoint says of its run, as JSON has it.
+    """What a checkpoint says about its run, as JSON.
 
     Args:
-      config: nested dict.
-      texts: 'PATH=WEIGHT' of every data source.
-      sources: their RecordSource.
+      config: nested dictionaries.
+      texts: the 'PATH=WEIGHT' strings of the data sources.
+      sources: the RecordSource of each of them.
     """
     first = sources[0].manifest
     return {
@@ -60,17 +60,17 @@ def describe(config: Mapping, texts, sources) -> dict:
 
 
 def check(saved: Mapping, now: Mapping, allow: bool) -> list[str]:
-    """Compares the meta of a checkpoint with that of the run that would go on from it.
+    """Compares the meta of a checkpoint with that of the run that would resume from it.
 
     Args:
-      saved, now: of `describe`.
-      allow: whether keys that are neither `FREE` nor `FIXED`, and data sources, may differ.
+      saved, now: from `describe`.
+      allow: whether data sources, and keys that are neither `FREE` nor `FIXED`, may differ.
 
     Returns:
-      A line on every difference, for the log.
+      One line for every difference, for the log.
 
     Raises:
-      ResumeError: when something differs that must not.
+      ResumeError: something differs that must not.
     """
     config = changes(saved["config"], now["config"])
     lines = {key: f"config.{key} {change}" for key, change in config.items()}
@@ -92,7 +92,7 @@ def check(saved: Mapping, now: Mapping, allow: bool) -> list[str]:
         )
     if refused and not allow:
         raise ResumeError(
-            f"this run was started otherwise: {'; '.join(refused.values())}. "
-            "--config.allow_config_change goes on nevertheless"
+            f"this run was started with other settings: {'; '.join(refused.values())}. "
+            "--config.allow_config_change resumes it with the new ones"
         )
     return list(lines.values())

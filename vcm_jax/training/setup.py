@@ -1,4 +1,4 @@
-"""From a config to the parts of a run: checked before anything is computed or written."""
+"""From a config to what a run is made of, checked before anything is computed or written."""
 
 import contextlib
 import dataclasses
@@ -12,30 +12,21 @@ from ml_collections import ConfigDict
 
 from vcm_jax.devices import sharding
 from vcm_jax.models import MODELS, MMDiT, ModelConfig
-from vcm_jax.models.mmdit import REMAT
 from vcm_jax.objectives import read_section
 from vcm_jax.records import mixture
 from vcm_jax.records.source import RecordSource
-from vcm_jax.training import monitor
+from vcm_jax.training import monitor, ranges
 from vcm_jax.training.state import OptimizerConfig
 from vcm_jax.training.step import StepConfig, Teacher, check_network
 from vcm_jax.training.teacher import load_teacher
 
-DTYPES = ("float32", "bfloat16")
-ON_NONFINITE = ("stop", "skip")
-# 0 is never.
-LEAST = {
-    "checkpoint_every": 1, "log_every": 1, "eval_batches": 1, "eval_clips": 1, "eval_every": 0,
-    "keep_every": 0, "sample_clips": 0, "sample_every": 0, "snapshot_every": 0,
-}  # fmt: skip
-
 
 class SetupError(ValueError):
-    """A run that cannot start as it is configured; one line."""
+    """The run cannot start with its settings or data; one line."""
 
 
 def _dataclass_from(cls, config, section: str, **extra):
-    """`cls(**config)`, naming keys that the section of the config does not have or must not."""
+    """`cls(**config)`; SetupError for keys of the section that the class does not have."""
     known = {field.name for field in dataclasses.fields(cls)} - extra.keys()
     if unknown := set(config) - known:
         raise SetupError(
@@ -45,7 +36,7 @@ def _dataclass_from(cls, config, section: str, **extra):
 
 
 def step_config(config: ConfigDict) -> StepConfig:
-    """The training step's settings from `config.objective` and `config.steps`."""
+    """The settings of the training step, from `config.objective` and `config.steps`."""
     objective, dropout = read_section(config.objective)
     return _dataclass_from(
         StepConfig, dropout, "objective", steps=config.steps, objective=objective
@@ -53,12 +44,15 @@ def step_config(config: ConfigDict) -> StepConfig:
 
 
 def model_config(config: ConfigDict, manifest) -> ModelConfig:
-    """The network's sizes: of the named model, with lengths that follow the data's duration.
+    """The sizes of the network: those of the named model, with the lengths of the data.
 
-    Without data (None) the lengths are the model's own.
+    Args:
+      config: of the run.
+      manifest: of the records; None keeps the lengths of the named model.
+
+    Raises:
+      SetupError: the records have features of other sizes.
     """
-    if config.model not in MODELS:
-        raise SetupError(f"config.model {config.model!r} is not one of {', '.join(MODELS)}")
     named = MODELS[config.model]
     sizes = dataclasses.asdict(named.with_lengths(manifest.sequence) if manifest else named)
     sizes |= {name: value for name, value in config.model_overrides.items() if value is not None}
@@ -80,11 +74,11 @@ def model_config(config: ConfigDict, manifest) -> ModelConfig:
 
 
 def open_sources(texts, directory: str, key: str, like: RecordSource | None = None):
-    """([RecordSource], weights) of the 'PATH=WEIGHT' strings of `config.data.KEY`.
+    """([RecordSource], weights) from the 'PATH=WEIGHT' strings of `config.data.KEY`.
 
     Raises:
-      SetupError: when they differ from each other, or from `like`, in what makes features and
-        latents.
+      RecordError: a folder is not complete, or its records are damaged.
+      SetupError: the sources have other lengths, encoders or codecs than each other or `like`.
     """
     parsed = [mixture.parse_source(text) for text in texts]
     if not parsed:
@@ -105,7 +99,7 @@ def open_sources(texts, directory: str, key: str, like: RecordSource | None = No
 
 
 def mixed_statistics(sources, weights) -> dict[str, np.ndarray]:
-    """Mean and std per channel of the latents of a weighted mixture, float32 `C` each."""
+    """Mean and std of the latents of a weighted mixture, per channel, float32 `C` each."""
     share = np.divide(weights, sum(weights))
     means = np.stack([source.manifest.latent_mean for source in sources])
     squares = np.stack([source.manifest.latent_std for source in sources]) ** 2 + means**2
@@ -115,11 +109,11 @@ def mixed_statistics(sources, weights) -> dict[str, np.ndarray]:
 
 
 def kept_statistics(start: dict, data: dict, folder) -> dict[str, np.ndarray]:
-    """The latents' mean and std that stay with the weights which training starts from.
+    """The latent mean and std that belong to the weights which training starts from.
 
-    A network is good for latents that are normalised as in its own training; where the data's
-    statistics are others, its start would be off. The log says by how much they differ, and warns
-    where that looks like another codec.
+    A network expects latents that are normalised as in its own training, so these statistics
+    replace the data's. The log says by how much they differ, and warns if that looks like latents
+    of another codec.
     """
     kept = {name: start[name] for name in ("latent_mean", "latent_std") if name in start}
     if len(kept) < 2:
@@ -138,7 +132,7 @@ def kept_statistics(start: dict, data: dict, folder) -> dict[str, np.ndarray]:
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """What a run is made of, from its config: checked, and nothing is written yet."""
+    """What a run is made of. It has been checked, and nothing is written yet."""
 
     mesh: jax.sharding.Mesh
     net: MMDiT
@@ -160,14 +154,9 @@ def read_setup(config: ConfigDict, without_data: bool) -> Setup:
       SetupError: a setting or a data source that will not do.
     """
     with _setup_errors():
+        ranges.check(config.to_dict())
         mesh = sharding.make_mesh(**config.mesh)
         sharding.check_batch_size(config.batch_size, mesh, config.accumulate)
-        for key, known in (("dtype", DTYPES), ("remat", REMAT), ("on_nonfinite", ON_NONFINITE)):
-            if config[key] not in known:
-                raise SetupError(f"config.{key} {config[key]!r} is not one of {', '.join(known)}")
-        for key, least in LEAST.items():
-            if (value := config[key]) < least:
-                raise SetupError(f"config.{key} must be at least {least}, not {value}")
         sharding.process_part(mesh, config.batch_size)
         sources, weights, val = [], [], None
         if config.data.sources or not without_data:
@@ -195,7 +184,7 @@ def read_setup(config: ConfigDict, without_data: bool) -> Setup:
 
 
 def initial_stats(setup: Setup) -> dict[str, np.ndarray]:
-    """The network's collection "stats" from the data; without data only its shapes count."""
+    """The network's collection "stats" from the data; without data, values of the same shapes."""
     if not setup.sources:
         c = setup.model
         text = np.zeros((c.text_seq_len, c.text_dim), np.float32)

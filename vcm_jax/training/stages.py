@@ -164,8 +164,8 @@ def _reader(config: ConfigDict, setup: Setup):
         mixture.batches,
         shapes=_shapes(setup),
         batch_size=config.batch_size,
-        part=index,
-        parts=count,
+        process=index,
+        processes=count,
     )
 
 
@@ -223,7 +223,7 @@ def make_evaluation(
         teacher=setup.teacher,
         teacher_variables=program.teacher_variables,
         best=best,
-        figure_steps=config.eval_sample_steps,
+        sample_steps=config.eval_sample_steps,
         max_clips=min(config.eval_clips, sum(map(len, setup.val[0]))),  # each clip once
     )
 

@@ -1,4 +1,4 @@
-"""Reading the trained run that teaches a reflow run."""
+"""Loads the trained run from whose samples an objective learns."""
 
 import dataclasses
 
@@ -8,15 +8,19 @@ from vcm_jax.training.step import Teacher
 
 
 def load_teacher(settings, net, manifest):
-    """(Teacher, its variables) of a reflow run; (None, None) for other objectives.
+    """The teacher that an objective needs, and its variables.
 
     Args:
-      settings: of the objective.
-      net: the student's network, whose sizes are the teacher's too.
-      manifest: of the student's records; None where there are none yet.
+      settings: the objective.
+      net: the student's network; the teacher's must have the same sizes.
+      manifest: of the student's records, or None where there are no records yet.
+
+    Returns:
+      (Teacher, variables), or (None, None) for objectives without a teacher.
 
     Raises:
-      ValueError: when there is no teacher, or it has other sizes, features or latents.
+      ValueError: when there is no teacher, or its sizes, features or latents differ from those of
+        the student.
     """
     if not settings.needs_teacher:
         return None, None

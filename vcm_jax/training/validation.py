@@ -1,4 +1,4 @@
-"""What a run sounds like while it trains: figures on validation clips, and its best step kept."""
+"""Metrics of generated validation clips while a run trains; the best weights so far are kept."""
 
 import functools
 from collections.abc import Iterable, Sequence
@@ -33,7 +33,7 @@ def generate(params, stats, batch, key, net, objective, num_steps, place):
     )
 
 
-def figures(
+def sound_metrics(
     net,
     params,
     stats,
@@ -45,30 +45,30 @@ def figures(
     place=None,
     objective=VCM,
 ) -> dict[str, float]:
-    """How generated sounds of validation clips compare with the true ones, at several step counts.
+    """Compares generated sounds of validation clips with the true ones, at several step counts.
 
-    Both go through the codec: the true sound is that of the record's latents. The noise of a clip
-    is the same for every step count and every call, so that figures of different training steps
-    differ by the weights alone.
+    Both are decoded by the codec: the true sound is that of the record's latents. The noise of a
+    clip is the same for every step count and every call, so that the metrics of different training
+    steps differ by the weights alone.
 
     Args:
-      net: MMDiT; params, stats: its variables, best the averaged ones.
-      batches: as `mixture.batches` yields them; clips beyond `max_clips` are not looked at.
-      codec: decodes latents, `load_codec`.
-      key: of the noise.
+      net: MMDiT.
+      params, stats: its variables, usually the EMA weights.
+      batches: from `mixture.batches`; clips beyond `max_clips` are not used.
+      codec: decodes latents; from `load_codec`.
+      key: the key of the noise.
       steps: numbers of network evaluations.
-      max_clips: how many clips; decoding takes most of the time.
+      max_clips: how many clips are compared; decoding takes most of the time.
       objective: settings of the objective, which say how the network is sampled.
-      place: a replicated NamedSharding where batches are spread over processes; None elsewhere.
+      place: a replicated NamedSharding if batches are spread over processes, else None.
 
     Returns:
-      "val/FIGURE_N_steps" for the figures of `SoundMetrics.values`, and latent_fd, the Frechet
-      distance of single latent tokens in units of the training data's standard deviation.
-
-      NaN where the weights make sounds that are not finite.
+      "val/METRIC_N_steps" for the metrics of `SoundMetrics.values`, and for latent_fd, the Frechet
+      distance between single latent tokens in units of the training data's standard deviation.
+      They are NaN if the sounds are not finite.
 
     Raises:
-      ValueError: no clips.
+      ValueError: there are no clips.
     """
     found = {num: ([], []) for num in steps}
     count = 0
@@ -84,7 +84,7 @@ def figures(
         if count == max_clips:
             break
     if not count:
-        raise ValueError("no validation clips: there is nothing to make figures of")
+        raise ValueError("no validation clips: there is nothing to compare")
     values, std = {}, np.asarray(jax.device_get(stats["latent_std"]))
     truth = [codec.decode(latent) for latent in found[steps[0]][1]]
     for num, (latents, true_latents) in found.items():
@@ -94,51 +94,66 @@ def figures(
                 sounds.add(f"validation clip {i}", codec.decode(latent), truth[i])
             rows = [np.concatenate(side) / std for side in (latents, true_latents)]
             one = sounds.values() | {"latent_fd": frechet_distance(*rows)}
-        except (
-            ValueError,
-            librosa.ParameterError,
-        ) as error:  # bad weights must not end a run that may recover
-            logging.warning("no figures in %d steps: %s", num, error)
+        except (ValueError, librosa.ParameterError) as error:
+            # Bad weights must not end a run that may recover.
+            logging.warning("no metrics of sounds in %d steps: %s", num, error)
             one = dict.fromkeys([*METRICS, "latent_fd"], float("nan"))
         values |= {f"val/{name}_{num}_steps": value for name, value in one.items()}
     return values
 
 
 class Best:
-    """Keeps the averaged weights of the step whose figure was the lowest so far.
+    """Keeps the EMA weights of the step with the lowest value of a metric so far.
 
-    WORKDIR/best holds them as a run's workdir does, so that `generate --workdir=WORKDIR/best` takes
-    them; a resumed run goes on comparing with it.
+    WORKDIR/best holds them like the workdir of a run, so that `generate --workdir=WORKDIR/best`
+    uses them. A resumed run compares with them again.
+
+    Args:
+      workdir: of the run.
+      metric: a name that `sound_metrics` returns; lower values are better.
     """
 
-    def __init__(self, workdir, figure: str):
-        """figure: a name of what `figures` returns, of which less is better."""
-        self.folder, self.figure = Path(workdir) / "best", figure
+    def __init__(self, workdir, metric: str):
+        self.folder, self.metric = Path(workdir) / "best", metric
         self.value = float("inf")
-        if (self.folder / "checkpoints").is_dir():
-            with checkpoint.open_manager(self.folder, read_only=True) as manager:
-                step = manager.latest_step()
-                if step is not None:
-                    kept = checkpoint.read_meta(manager, step)
-                    if kept["figure"] == figure:
-                        self.value = kept["value"]
+        if not (self.folder / "checkpoints").is_dir():
+            return
+        with checkpoint.open_manager(self.folder, read_only=True) as manager:
+            step = manager.latest_step()
+            if step is None:
+                return
+            try:
+                kept = checkpoint.read_meta(manager, step)
+            except checkpoint.DamagedError as error:
+                logging.warning("the best weights so far are lost: %s", error)
+                return
+        if kept.get("metric", kept.get("figure")) == metric:  # "figure": an older version's name
+            self.value = kept["value"]
 
     def offer(self, state, values: dict[str, float], meta: dict) -> bool:
-        """Saves the state's averages if the figure is the lowest so far; says whether it was.
+        """Saves the EMA weights of a state if its metric is the lowest so far.
 
-        Every process must call it; the first one's figure decides.
+        Every process of the run has to call it; the value of the first one decides.
+
+        Args:
+          state: TrainState.
+          values: from `sound_metrics`.
+          meta: what the checkpoint says about its run.
+
+        Returns:
+          Whether it was the lowest value.
 
         Raises:
-          StorageError: when it cannot be saved.
+          StorageError: the weights cannot be saved.
         """
-        value = float(values[self.figure])
+        value = float(values[self.metric])
         if jax.process_count() > 1:
             value = float(multihost_utils.broadcast_one_to_all(np.float32(value)))
         if not value < self.value:
             return False
         self.value = value
-        meta = meta | {"figure": self.figure, "value": value}
-        # Only what generating needs: these are no checkpoints to resume from.
+        meta = meta | {"metric": self.metric, "value": value}
+        # Only what generating needs: a run cannot resume from these checkpoints.
         kept = state.replace(params=None, opt_state=None)
         with checkpoint.Saver(checkpoint.open_manager(self.folder)) as saver:
             saver.save(int(state.step), kept, meta, wait=True)

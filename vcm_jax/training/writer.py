@@ -1,4 +1,4 @@
-"""Where a run's numbers go: TensorBoard events, a JSON-lines file, a progress line."""
+"""What a run writes while it trains: TensorBoard events, a JSON-lines file, a progress line."""
 
 import datetime
 import json
@@ -15,17 +15,17 @@ from vcm_jax.atomic import atomic_path
 
 
 class Writer:
-    """Writes from one process; the others of a run get `enabled=False` and write nothing.
+    """Writes metrics and sounds; only one process of a run does, the others have `enabled=False`.
 
-    A resumed run goes on in the same files; what an interrupted run had written beyond the step it
-    resumes from is dropped. Events are written where they arise, not by a thread of
-    tensorboardX's SummaryWriter: that one dies of a full disk, and the run then waits forever.
+    A resumed run appends to the same files, after the lines of steps beyond the one that it resumes
+    from are removed. The calling thread writes the events. The thread of tensorboardX's
+    SummaryWriter would die when the disk is full, and the run would wait for it forever.
 
     Attributes:
-      workdir: events go to WORKDIR/tensorboard, numbers also to WORKDIR/metrics.jsonl.
+      workdir: events go to WORKDIR/tensorboard, metrics also to WORKDIR/metrics.jsonl.
 
     Raises:
-      OSError: from every method, when the disk is full.
+      OSError: the disk is full; every method may raise it.
     """
 
     def __init__(self, workdir, first_step: int = 0, enabled: bool = True):
@@ -51,7 +51,7 @@ class Writer:
         self._events.write_event(event_pb2.Event(wall_time=time.time(), step=step, **what))
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
-        """Writes finite numbers; an average over nothing is left out."""
+        """Writes the finite values; an average over nothing is NaN, and is left out."""
         if self._events is None:
             return
         finite = {name: float(v) for name, v in values.items() if math.isfinite(v)}
@@ -79,7 +79,7 @@ class Writer:
 
 
 def _drop_later_lines(path: Path, last_step: int) -> None:
-    """Keeps the lines up to a step; one that a kill cut off goes too."""
+    """Removes the lines after a step, and a line that is cut off because the run was killed."""
     if not path.exists():
         return
     kept = []
@@ -94,9 +94,9 @@ def _drop_later_lines(path: Path, last_step: int) -> None:
 
 
 def spectrogram(sound: np.ndarray, sample_rate: int) -> np.ndarray:
-    """Power in dB below the maximum, 80 dB from black to white, low frequencies below: uint8 `H W`.
+    """A spectrogram as an image, uint8 `H W`: white is the maximum, black 80 dB below.
 
-    Windows of 32 ms every 8 ms.
+    Windows have 32 ms and start every 8 ms. Low frequencies are at the bottom.
     """
     size, hop = round(0.032 * sample_rate), round(0.008 * sample_rate)
     frames = np.lib.stride_tricks.sliding_window_view(np.pad(sound, size // 2), size)[::hop]
@@ -108,7 +108,7 @@ def spectrogram(sound: np.ndarray, sample_rate: int) -> np.ndarray:
 def progress_line(
     step: int, steps: int, values: dict[str, float], batch_size: int, seconds: float
 ) -> str:
-    """One line on how the run is going; `seconds` is the time of a step."""
+    """One line about the progress of the run; `seconds` is the time per step."""
     shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
     left = datetime.timedelta(seconds=round(seconds * (steps - step)))
     return f"step {step}/{steps}  {shown}  {batch_size / seconds:.3g} samples/s  {left} left"
