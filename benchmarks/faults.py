@@ -26,6 +26,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -39,7 +40,7 @@ from small_runs import make_world
 
 from vcm_jax.codec import load_codec
 from vcm_jax.records.source import RecordSource
-from vcm_jax.runs import averages, description
+from vcm_jax.runs import averages, checkpoint, description
 
 FOLDERS = {"workdir", "video", "videos", "sounds", "records", "pred", "truth", "codec", "encoders",
            "data", "against"}  # fmt: skip
@@ -61,6 +62,16 @@ class Command:
         given = [f"--{name}={value}" for name, value in (self.flags | changes).items()]
         module = importlib.import_module(self.module)
         return run_command(module, *self.positional, *given, **self.options)
+
+
+def add_snapshots(workdir: Path) -> None:
+    """Snapshots of a run's EMA weights, as of two training steps."""
+    weights = averages.restore_weights(workdir)
+    with checkpoint.Saver(averages.open_snapshots(workdir)) as saver:
+        for step in (50, 100):
+            ema = {"0.05": weights["params"], "0.1": weights["params"]}
+            state = types.SimpleNamespace(step=step, ema=ema, stats=weights["stats"])
+            averages.save_snapshot(saver, state)
 
 
 def good_commands(world: Path, out: Path) -> dict[str, Command]:
@@ -89,7 +100,7 @@ def good_commands(world: Path, out: Path) -> dict[str, Command]:
         "evaluate": Command(
             "vcm_jax.evaluate",
             {
-                "pred": data / "test",
+                "pred": world / "copies",
                 "truth": data / "test",
                 "captions": captions,
                 "json": out / "scores.json",
@@ -101,7 +112,7 @@ def good_commands(world: Path, out: Path) -> dict[str, Command]:
             (data / "test",),
             several,
         ),
-        "search_times": Command("vcm_jax.search_times", {"workdir": run, "clips": 2, "grid": 4}),
+        "search_times": Command("vcm_jax.search_times", {"workdir": run, "clips": 2, "grid": 8}),
         "reconstruct": Command("vcm_jax.reconstruct", {"workdir": run, "sigma_rel": 0.1}),
         "data.validate": Command(
             "vcm_jax.data.validate",
@@ -175,7 +186,7 @@ def command_flags(module: str) -> dict:
 
 def complaint(done, names: tuple[str, ...]) -> str | None:
     """What is wrong with the answer to a bad command; None if nothing is."""
-    lines = [line for line in done.err.splitlines() if line.strip()]
+    lines = [line for line in (done.err + done.out).splitlines() if line.strip()]
     if done.code == 0:
         return "exit code 0"
     if "Traceback" in done.err:
@@ -189,6 +200,11 @@ def try_commands(world: Path, out: Path) -> collections.Counter:
     """Every flag of every command with every bad value."""
     paths, counts = bad_paths(out / "bad"), collections.Counter()
     for title, command in good_commands(world, out).items():
+        if title != "impacts.report" and (done := command.run()).code:
+            raise RuntimeError(f"{title} fails without a fault: {done.err}")
+        for path in out.iterdir():
+            if path.name != "bad":
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
         for name, flag in command_flags(command.module).items():
             for value in bad_values(name, flag, paths):
                 shown = f"{title} --{name}={value}"
@@ -197,7 +213,7 @@ def try_commands(world: Path, out: Path) -> collections.Counter:
                 except Exception as error:
                     wrong = f"raised {type(error).__name__}: {error}"
                 else:
-                    wrong = complaint(done, (f"--{name}", Path(str(value)).name or name, name))
+                    wrong = complaint(done, (f"--{name}", *Path(str(value)).parts[-2:]))
                 counts["bad commands"] += 1
                 if wrong:
                     counts["not answered"] += 1
@@ -307,6 +323,8 @@ def main(argv):
     jax.config.update("jax_compilation_cache_dir", None)  # a full disk must not fill the cache
     with tempfile.TemporaryDirectory() as folder:
         world = make_world(Path(folder) / "world", 8)
+        shutil.copytree(world / "data/test", world / "copies")
+        add_snapshots(world / "run")
         out = Path(folder) / "out"
         out.mkdir()
         trials = {

@@ -268,3 +268,26 @@ def test_damaged_json_names_the_file(tmp_path, content, message):
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ValueError, match=f"run.json is damaged: .*{message}"):
         read_json(path, ["model", "codec"])
+
+
+@pytest.mark.parametrize(
+    "argument, line",
+    [
+        ("--length=nan", "error: --length=nan is not a finite number"),
+        ("--length=inf", "error: --length=inf is not a finite number"),
+        ("--folder=", "error: --folder is empty: give a value or leave it out"),
+    ],
+)
+def test_no_command_gets_a_number_that_is_none_or_an_empty_path(argument, line):
+    def define_flags():
+        cli.flags.DEFINE_float("length", 1.0, "")
+        cli.flags.DEFINE_string("folder", None, "")
+        cli.flags.DEFINE_string("prompt", "", "")
+
+    seen = []
+    module = types.SimpleNamespace(
+        __name__="module", define_flags=define_flags, main=lambda args: seen.append(args.prompt)
+    )
+    done = run_command(module, argument)
+    assert (done.code, done.err, seen) == (1, line + "\n", [])
+    assert run_command(module, "--prompt=", "--length=2").code == 0 and seen == [""]

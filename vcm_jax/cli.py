@@ -128,11 +128,21 @@ def run(
 
 
 def parse_flags(argv: list[str]) -> list[str]:
-    """absl's parser, whose complaints are one line."""
+    """absl's parser, whose complaints are one line, and two checks that hold for every flag."""
     try:
-        return flags.FLAGS(argv)
+        rest = flags.FLAGS(argv)
     except flags.Error as error:
         sys.exit(f"error: {_one_line(str(error))} (--help lists all flags)")
+    for name in flags.FLAGS:
+        flag = flags.FLAGS[name]
+        if not flag.present:
+            continue
+        if isinstance(flag.value, float) and not math.isfinite(flag.value):
+            sys.exit(f"error: --{name}={flag.value} is not a finite number")
+        # A flag whose default is None is left out, not given as an empty text.
+        if flag.value == "" and flag.default is None:
+            sys.exit(f"error: --{name} is empty: give a value or leave it out")
+    return rest
 
 
 def execute(

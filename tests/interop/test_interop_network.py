@@ -17,7 +17,7 @@ from vcm_jax import sampling
 from vcm_jax.interop import export_torch, import_network, import_torch, state_dict
 from vcm_jax.interop.weights import variables_from_torch, variables_to_torch
 from vcm_jax.models import Conditions, MMDiT, ModelConfig
-from vcm_jax.runs import averages
+from vcm_jax.runs import averages, checkpoint
 
 NETWORK = golden.DATA / "network"
 INFO, ARRAYS = golden.load(NETWORK, "small")

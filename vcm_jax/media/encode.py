@@ -1,6 +1,5 @@
 """Encoding of a video's picture anew, as H.264, with the look and the times that it has."""
 
-import itertools
 from fractions import Fraction
 
 import av
@@ -88,7 +87,7 @@ def encoded_picture(source: Source, output, duration: float | None) -> tuple[lis
         if stream is None:
             stream = _encoder(output, video, frame)
             context = stream.codec_context
-        # Without a destination FFmpeg takes the range of the source: nothing changes.
+        # Colours are converted only where they are RGB; the range stays as it is.
         frame = frame.reformat(
             context.width, context.height, "yuv420p",
             dst_colorspace=_BT709 if _is_rgb(frame) else None,
@@ -106,8 +105,8 @@ def encoded_picture(source: Source, output, duration: float | None) -> tuple[lis
     ticks = max(_TICKS, base.denominator) if base.denominator <= 1_000_000 else _TICKS
     ticks = ticks - ticks % base.denominator or ticks
     shown = [round(time * ticks) for time in times]
-    for i, (a, b) in enumerate(itertools.pairwise(shown)):
-        shown[i + 1] = max(b, a + 1)
+    for i in range(1, len(shown)):
+        shown[i] = max(shown[i], shown[i - 1] + 1)
     end = round((max(times[-1], 0) + length) * ticks)
     lengths = np.diff([*shown, max(end, shown[-1] + 1)]).tolist()
     decoded = decoding_times([shown[packet.pts] for packet in packets]).tolist()

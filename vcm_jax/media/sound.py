@@ -12,18 +12,14 @@ from vcm_jax.media.streams import LONGEST_GAP, MediaError, opened, shown
 
 _GAP = 0.1  # s; FFmpeg's own limit (min_hard_comp) between jittering time stamps and a real gap
 _CODEC_FRAME = 2048  # samples in the longest frame of AAC
-_UNTIMED = {
-    "aac",
-    "ac3",
-    "eac3",
-    "mp3",
-}  # where FFmpeg counts packets as if their rate never changed
+# Formats without time stamps: FFmpeg counts packets as if their sample rate never changed.
+_UNTIMED = {"aac", "ac3", "eac3", "mp3"}
 _LONGEST = 1e7  # s; time stamps have 64 bits
-_CANCELLED = 0.01  # of a channel's power is left when the channels are added up
+_CANCELLED = 0.01  # channels cancel if their mean has less than this share of a channel's power
 
 
 def check_start(path, start: float) -> None:
-    """Refuse what is no number of seconds into a clip.
+    """Refuse a start that cannot be a number of seconds into a clip.
 
     Raises:
       MediaError: `start` is negative, infinite or not a number, or as large as no clip is long.
@@ -87,10 +83,10 @@ def _decoded(source, stream, rate: int):
 
     Yields:
       (time in seconds or None, samples (1 or 2, n), whether to place them exactly at that time).
-      Otherwise time stamps jitter, and sound simply follows sound.
+      Time stamps jitter: samples that need no exact place follow the ones before them.
     """
     resampler, exact, offset, timed = _Resampler(rate), False, 0, True
-    usual = stream.rate  # what the decoder changes
+    usual = stream.rate  # read now: the decoder changes it
     streams = [stream] if source.picture is None else [stream, source.picture]
     for packet in itertools.chain(source.packets(*streams), [None]):
         if packet is not None and packet.stream_index != stream.index:
@@ -234,8 +230,8 @@ def read_audio(
     if not np.isfinite(audio).all():
         bad = np.flatnonzero(~np.isfinite(audio).all(axis=0))
         raise MediaError(
-            f"{shown(path)}: {len(bad)} samples of its sound are not finite (NaN or infinite), the "
-            f"first at {start + bad[0] / sample_rate:.3f} s"
+            f"{shown(path)}: {len(bad)} samples of its sound are NaN or infinite, the first at "
+            f"{start + bad[0] / sample_rate:.3f} s"
         )
     audio = _mono(path, audio)
     if not len(audio):

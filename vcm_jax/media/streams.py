@@ -17,12 +17,12 @@ from av.stream import Disposition
 
 from vcm_jax.media.timeline import Line, continuous
 
-DAMAGE = 0.5  # of a stream's packets may be damaged: players show the rest, and so do we
+DAMAGE = 0.5  # the share of a stream's packets that may be damaged; players show the rest too
 LONGEST_GAP = 3600  # s; more is a damaged time stamp
 _OUTPUT_CORRUPT = 8  # AV_CODEC_FLAG_OUTPUT_CORRUPT
-_PATIENCE = 1000  # packets without a key frame, or that nobody can read or decode
+_PATIENCE = 1000  # packets to try before giving up: on a key frame, on reading, on decoding
 _HEADERS = 2**12  # bytes of a file that may belong to no packet, whatever its size
-_FAR = 5.0  # s; a start beyond is sought, not read up to
+_FAR = 5.0  # s; up to later starts the file is skipped by seeking, not decoded
 _MARGIN = 1.0  # s; how far before the start to seek
 
 
