@@ -37,6 +37,9 @@ PEER_TIMEOUT = flags.DEFINE_integer(
     "Seconds without a sign of life after which another process of the run counts as dead.",
     lower_bound=1,
 )
+flags.register_validator(
+    "workdir", lambda value: value is None or bool(value.strip()), "must name a folder"
+)
 MEMORY_HINT = (
     "use a smaller batch_size, accumulate, remat=products or full, or a larger mesh.fsdp "
     "(--dry_run prints the memory that each of them takes)"

@@ -12,9 +12,12 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import soundfile
 from absl import logging
+from commands import run_command
 from small_runs import final_state, load_config
 
+from vcm_jax import generate
 from vcm_jax.generation.run import load_run
 from vcm_jax.runs import averages
 from vcm_jax.training import loop
@@ -68,4 +71,13 @@ def test_it_generates(old):
     assert run.model.hidden_dim == 4 and run.objective.guidance_scale == 3.0
     found = averages.reconstruct(old / "run", 0.08)
     assert found.name == "2_0.08.npz"
-    assert load_run(old / "run", step=2, sigma_rel=0.08, with_encoders=False).variables["params"]
+    for arguments in ([], ["--checkpoint=2", "--sigma_rel=0.08"]):
+        out = old / "sound.wav"
+        done = run_command(
+            generate, f"--workdir={old / 'run'}", "--prompt=x", "--duration=0.64", f"--out={out}",
+            *arguments,
+        )  # fmt: skip
+        assert done.code == 0, done.err
+        sound, rate = soundfile.read(out)
+        assert rate == 16_000 and len(sound) == 10_240 and np.isfinite(sound).all()
+        out.unlink()

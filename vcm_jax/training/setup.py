@@ -155,6 +155,9 @@ def read_setup(config: ConfigDict, without_data: bool) -> Setup:
     """
     with _setup_errors():
         ranges.check(config.to_dict())
+        settings = step_config(config)
+        optimizer = _dataclass_from(OptimizerConfig, dict(config.optimizer), "optimizer")
+        model_config(config, None)
         mesh = sharding.make_mesh(**config.mesh)
         sharding.check_batch_size(config.batch_size, mesh, config.accumulate)
         sharding.process_part(mesh, config.batch_size)
@@ -165,14 +168,12 @@ def read_setup(config: ConfigDict, without_data: bool) -> Setup:
             val = open_sources(config.data.val_sources, config.data.dir, "val_sources", sources[0])
         model = model_config(config, sources[0].manifest if sources else None)
         sharding.check_model(model, mesh)
-        settings = step_config(config)
         instant = settings.num_instant(config.batch_size)
         if instant % config.accumulate:
             raise SetupError(
                 f"config.accumulate {config.accumulate} does not divide the {instant} rows with "
                 f"s = t of batch_size {config.batch_size}"
             )
-        optimizer = _dataclass_from(OptimizerConfig, dict(config.optimizer), "optimizer")
         net = MMDiT(model, dtype=jnp.dtype(config.dtype), remat=config.remat)
         check_network(net, settings)
         manifest = sources[0].manifest if sources else None
