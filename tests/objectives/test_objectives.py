@@ -2,6 +2,9 @@
 
 import dataclasses
 import functools
+import re
+import textwrap
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +25,7 @@ from vcm_jax.objectives import OBJECTIVES, make_settings, read_section
 from vcm_jax.objectives.meanflow import MeanFlowConfig
 from vcm_jax.settings import ranges
 
+PAGE = (Path(__file__).parents[2] / "docs" / "objectives.md").read_text()
 WITH_JUMPS = [name for name, objective in OBJECTIVES.items() if not objective.instant_only]
 
 
@@ -119,6 +123,32 @@ def test_every_setting_has_a_range_that_refuses_other_types(name):
         for wrong in (None, object(), float("nan"), [1.0, 2.0, 3.0]):
             with pytest.raises(ValueError, match=f"^objective.{field.name} must be .*, not "):
                 make_settings(name, **{field.name: wrong})
+
+
+# What docs/objectives.md says.
+
+
+def test_the_example_of_how_to_add_an_objective_works_as_written(monkeypatch):
+    (code,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    namespace = {"__name__": "example"}
+    exec(textwrap.dedent(code), namespace)
+    monkeypatch.setitem(OBJECTIVES, "cauchy", namespace["CauchyConfig"])
+    assert rows_of_passes("cauchy") == [8] and trained_passes("cauchy") == ([0], 8)
+    x0, x1, t, _ = batch(4)
+    loss, aux = loss_of("cauchy", linear_net, x0, x1, t, t, None, num_instant=4, scale=2.0)
+    np.testing.assert_allclose(loss, np.log1p(aux["mse"] / 2).mean(), rtol=1e-6)
+    with pytest.raises(ValueError, match="objective.scale must be > 0, not 0"):
+        make_settings("cauchy", scale=0)
+
+
+def test_the_page_knows_every_objective_its_cost_and_its_settings():
+    section = PAGE.partition("## Their cost")[2].partition("## ")[0]
+    costs = re.findall(r"^\| `(\w+)` \|[^|]*\|[^|]*\| ([\d.]+)", section, re.MULTILINE)
+    stated = {name: float(passes) for name, passes in costs}
+    assert stated == {name: make_settings(name).passes().total + 2 for name in OBJECTIVES}
+    for name, objective in OBJECTIVES.items():
+        for setting in ranges(objective):
+            assert f"`{setting}`" in PAGE, (name, setting)
 
 
 def test_the_flow_of_these_tests_is_the_flow_of_the_other_tests():
