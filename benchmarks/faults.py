@@ -112,7 +112,9 @@ def good_commands(world: Path, out: Path) -> dict[str, Command]:
             (data / "test",),
             several,
         ),
-        "search_times": Command("vcm_jax.search_times", {"workdir": run, "clips": 2, "grid": 8}),
+        "search_times": Command(
+            "vcm_jax.search_times", {"workdir": run, "records": records, "clips": 2, "grid": 8}
+        ),
         "reconstruct": Command("vcm_jax.reconstruct", {"workdir": run, "sigma_rel": 0.1}),
         "data.validate": Command(
             "vcm_jax.data.validate",
@@ -213,7 +215,7 @@ def try_commands(world: Path, out: Path) -> collections.Counter:
                 except Exception as error:
                     wrong = f"raised {type(error).__name__}: {error}"
                 else:
-                    wrong = complaint(done, (f"--{name}", *Path(str(value)).parts[-2:]))
+                    wrong = complaint(done, (name, *Path(str(value)).parts[-2:]))
                 counts["bad commands"] += 1
                 if wrong:
                     counts["not answered"] += 1

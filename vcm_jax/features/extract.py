@@ -209,7 +209,7 @@ def extract(
 def _check_arguments(videos, sounds, segments: bool, shard: tuple[int, int]) -> None:
     """Raises ExtractError for arguments of `extract` that contradict each other."""
     if (videos is None) == (sounds is None):
-        raise ExtractError("give the folder of the videos or that of the sounds, one of the two")
+        raise ExtractError("give one of --videos and --sounds, not both or neither")
     if segments and sounds is None:
         raise ExtractError("--segments splits sounds, not videos")
     index, count = shard
