@@ -288,8 +288,32 @@ def test_a_folder_of_an_earlier_version_resumes(videos, whole, tmp_path):
         settings.pop("clips_per_shard"),
     )
     path.write_text(json.dumps(settings))
+    for file in (tmp_path / "r").glob("part-*.json"):  # and the hash of the records another name
+        content = json.loads(file.read_text())
+        content["hash"] = content.pop("digest")
+        file.write_text(json.dumps(content))
     (tmp_path / "r" / "manifest.json").unlink()
     before = (tmp_path / "r" / "part-00000.array_record").stat().st_mtime_ns
     arguments = dict(videos=videos, captions=videos / "captions.tsv", **SMALL)
     assert extract(tmp_path / "r", **arguments) == whole[1]
     assert (tmp_path / "r" / "part-00000.array_record").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("text", ["x", "[]", "{}", '{"records": 1}'])
+def test_a_damaged_summary_is_one_line(videos, whole, tmp_path, text):
+    shutil.copytree(whole[0], tmp_path / "r")
+    (tmp_path / "r" / "manifest.json").unlink()
+    path = tmp_path / "r" / "part-00001.json"
+    arguments = dict(videos=videos, captions=videos / "captions.tsv", **SMALL)
+    content = path.read_text()
+    for damaged in (
+        text,
+        content.replace("0.", "1.", 1),
+        content.replace("records", "recordz"),
+        content.replace("digest", "eigest"),
+    ):
+        path.write_text(damaged)
+        with pytest.raises(ValueError, match="part-00001.json"):
+            extract(tmp_path / "r", **arguments)
+    path.unlink()
+    assert extract(tmp_path / "r", **arguments) == whole[1]

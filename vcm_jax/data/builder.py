@@ -193,7 +193,9 @@ def define_flags():
     flags.DEFINE_string("manual_dir", None, "Folder of the downloaded files.", required=True)
     flags.DEFINE_list("splits", None, "Some of train, val, test. By default all that exist.")
     flags.DEFINE_string("val_list", None, "vggsound: TSV whose first column has the val ids.")
-    flags.DEFINE_integer("val_size", None, "vggsound: number of train clips used for val (2048).")
+    flags.DEFINE_integer(
+        "val_size", None, "vggsound: number of train clips used for val (2048).", lower_bound=0
+    )
     flags.DEFINE_string("pattern", None, "audiocaps: file names, e.g. {youtube_id}_{start_time}.")
 
 

@@ -28,6 +28,7 @@ from vcm_jax.data.validate_page import write_page
 from vcm_jax.media.clips import (
     SOUND_SUFFIXES,
     VIDEO_SUFFIXES,
+    Clip,
     composed,
     list_clips,
     read_captions,
@@ -60,8 +61,10 @@ def validate(
       The findings, errors first.
 
     Raises:
-      ValueError: a list, a folder of media or a codec that cannot be used.
+      ValueError: a list or a folder of media that cannot be used.
     """
+    clips = _find_media(videos, sounds, captions)
+    rows = [(row.id, row.caption) for row in read_captions(captions)] if captions else None
     try:
         source = RecordSource(folder)
         other = RecordSource(against) if against else None
@@ -69,23 +72,30 @@ def validate(
         return [Finding("error", str(error))]
     found = survey(source)
     findings = check_files(source) + check_content(source, found) + check_text(source)
-    clips, media = {}, videos or sounds
-    if media:
-        suffixes = VIDEO_SUFFIXES if videos else SOUND_SUFFIXES + VIDEO_SUFFIXES
-        listed, _ = list_clips(media, captions, suffixes)
-        # Without a list an id may be a path or a stem.
-        clips = {} if captions else {composed(clip.path.stem): clip for clip in listed}
-        clips |= {composed(clip.id): clip for clip in listed}
+    if clips is not None:
         findings += check_media(source, clips, media_clips)
-    if captions:
-        rows = [(row.id, row.caption) for row in read_captions(captions)]
+    if rows is not None:
         findings += check_captions(Path(folder), found, rows)
     if other:
         findings += check_leaks(found, survey(other))
     findings.sort(key=lambda finding: finding.level != "error")
     if page:
-        write_page(page, source, found, findings, clips)
+        try:
+            write_page(page, source, found, findings, clips or {})
+        except (OSError, ValueError) as error:  # the findings are worth more than the page
+            findings.append(Finding("warning", f"{page}: not written ({error})"))
     return findings
+
+
+def _find_media(videos, sounds, captions) -> dict[str, Clip] | None:
+    """{id in Unicode's composed form: clip}; None if there is no folder of media files."""
+    if not (videos or sounds):
+        return None
+    suffixes = VIDEO_SUFFIXES if videos else SOUND_SUFFIXES + VIDEO_SUFFIXES
+    clips, _ = list_clips(videos or sounds, captions, suffixes)
+    # Without a list an id may be a path or a stem.
+    stems = {} if captions else {composed(clip.path.stem): clip for clip in clips}
+    return stems | {composed(clip.id): clip for clip in clips}
 
 
 def define_flags():

@@ -43,6 +43,7 @@ from vcm_jax.records.schema import VERSION
 from vcm_jax.records.sequence import SequenceConfig
 
 CLIPS_PER_SHARD = 256
+LONGEST = 3600.0  # s; a clip is in memory as a whole
 MEMORY_HINT = "lower --encoder_batch or --workers"
 _SETTINGS = "settings.json"  # in the records folder: what its shards were made with
 # Names of settings in folders that earlier versions began: {then: now}.
@@ -169,11 +170,11 @@ def extract(
       ClaimError: `out` has records made with other settings, or another process works in it.
       ValueError: other bad arguments.
     """
-    _check_arguments(videos, sounds, segments, shard)
+    _check_arguments(out, videos, sounds, segments, shard)
     out, video = Path(out), videos is not None
     sequence = _sequence(duration, codec)
     suffixes = VIDEO_SUFFIXES if video else SOUND_SUFFIXES + VIDEO_SUFFIXES
-    clips, failures = list_clips(videos or sounds, captions, suffixes)
+    clips, failures = list_clips(videos if video else sounds, captions, suffixes)
     if not clips:
         first = ": ".join(failures[0])
         raise ExtractError(f"none of {len(failures)} rows can be used, the first: {first}")
@@ -206,8 +207,10 @@ def extract(
         return None
 
 
-def _check_arguments(videos, sounds, segments: bool, shard: tuple[int, int]) -> None:
+def _check_arguments(out, videos, sounds, segments: bool, shard: tuple[int, int]) -> None:
     """Raises ExtractError for arguments of `extract` that contradict each other."""
+    if not str(out):
+        raise ExtractError("--out is empty: name a folder")
     if (videos is None) == (sounds is None):
         raise ExtractError("give one of --videos and --sounds, not both or neither")
     if segments and sounds is None:
@@ -249,7 +252,7 @@ def define_flags(sources: bool = True):
     flags.DEFINE_integer(
         "encoder_batch", 8, "Images, segments or captions in a batch.", lower_bound=1
     )
-    flags.DEFINE_float("duration", 8.0, "Seconds of each clip.")
+    flags.DEFINE_float("duration", 8.0, "Seconds of each clip.", upper_bound=LONGEST)
     for kind, default in (("clip", 1024), ("sync", 768), ("text", 1024)):
         flags.DEFINE_integer(
             f"{kind}_dim",

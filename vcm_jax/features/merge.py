@@ -1,6 +1,5 @@
 """The end of an extraction: finished shards become a records folder with a manifest."""
 
-import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +7,7 @@ from tqdm import tqdm
 
 from vcm_jax.features.shards import read_summary, shard_paths
 from vcm_jax.features.work import ExtractError, Job
+from vcm_jax.hashes import short_hash
 from vcm_jax.media.tables import write_table
 from vcm_jax.records.manifest import Manifest, write_empty_text, write_manifest
 from vcm_jax.records.schema import latent_statistics, write_text_table
@@ -59,7 +59,7 @@ def merge(out: Path, count: int, failures: list[tuple[str, str]], job: Job) -> M
     texts = _write_texts(out, job)
     fields = {k: v for k, v in used[0][1]["fields"].items() if k != "text_row"}
     mean, std = latent_statistics(np.sum([summary["sums"] for _, summary in used], axis=0))
-    hashes = "".join(summary["hash"] for summary in summaries)
+    digests = "".join(summary["digest"] for summary in summaries)
     manifest = Manifest(
         sequence=job.sequence,
         encoders=job.encoders.spec(),
@@ -78,7 +78,7 @@ def merge(out: Path, count: int, failures: list[tuple[str, str]], job: Job) -> M
             }
             for number, summary in used
         ],
-        fingerprint=hashlib.sha256(hashes.encode()).hexdigest()[:16],
+        fingerprint=short_hash(digests.encode()),
         **texts,
     )
     write_manifest(out, manifest)

@@ -4,17 +4,18 @@ On disk a shard is called part-NNNNN, as it was in the first version: its record
 (part-NNNNN.array_record) and a summary of them (part-NNNNN.json), which is written last.
 """
 
-import hashlib
-import json
 import struct
 import zlib
 from pathlib import Path
 
 from flax import serialization
 
-from vcm_jax.atomic import atomic_path
+from vcm_jax.atomic import read_json, write_json
+from vcm_jax.hashes import open_seal, seal, short_hash
 from vcm_jax.records.schema import describe_fields, deserialize, write_shard
 
+# Of a summary by an earlier version, whose hash is that of the records alone.
+_FORMER_KEYS = {"records", "bytes", "failures", "hash", "sums", "fields"}
 _HEADER = struct.Struct("<QI")  # length in bytes of a journal entry, and its CRC
 
 
@@ -35,19 +36,29 @@ def finish_shard(out: Path, number: int, packed: list[bytes], sums: list, failur
     """
     path, summary = shard_paths(out, number)
     content = {"records": len(packed), "bytes": 0, "failures": failures}
-    content["hash"] = hashlib.sha256(b"".join(packed)).hexdigest()[:16]
+    content["digest"] = short_hash(*packed)
     if packed:
         write_shard(path, packed)
         content["bytes"] = path.stat().st_size
         content["sums"] = sum(sums[1:], start=sums[0]).tolist()
         content["fields"] = describe_fields(deserialize(packed[0]))
-    with atomic_path(summary) as temporary:
-        temporary.write_text(json.dumps(content) + "\n")
+    write_json(summary, seal(content), indent=None)
 
 
 def read_summary(out: Path, number: int) -> dict:
-    """{records, bytes, failures, hash[, sums, fields]} of a shard that is done."""
-    return json.loads(shard_paths(out, number)[1].read_text())
+    """{records, bytes, failures, digest[, sums, fields]} of a shard that is done.
+
+    Raises:
+      ValueError: it is damaged.
+    """
+    path = shard_paths(out, number)[1]
+    content = read_json(path, ["records", "bytes", "failures", "hash"])
+    if content.keys() <= _FORMER_KEYS:
+        return content | {"digest": content["hash"]}
+    try:
+        return open_seal(content, path)
+    except ValueError as error:
+        raise ValueError(f"{error}; or delete it: its shard is then made again") from None
 
 
 class Journal:

@@ -72,8 +72,8 @@ def read_captions(path) -> list[Row]:
         raise ListError(str(error)) from None
     if not {"id", "caption"} <= set(header):
         raise ListError(
-            f"{path}: its columns are {', '.join(map(repr, header))}; needed are 'id' and "
-            "'caption', separated by tabs"
+            f"{path}: its columns are {', '.join(map(repr, header)) or 'missing'}; needed are "
+            "'id' and 'caption', separated by tabs"
         )
     if not table:
         raise ListError(f"{path}: no rows below the header")
@@ -116,7 +116,7 @@ def list_files(folder, suffixes: tuple[str, ...]) -> list[str]:
       ListError: no such folder, or a folder in it that cannot be read.
     """
     if not os.path.isdir(folder):
-        raise ListError(f"{folder}: no such folder")
+        raise ListError(f"{printable(str(folder)) or repr('')}: no such folder")
     found, searched, folders, links = [], set(), [""], []
     while folders or links:
         relative = folders.pop() if folders else links.pop(0)
@@ -190,8 +190,8 @@ def list_clips(
     Raises:
       ListError: no such folder, no such files in it, or a TSV that cannot be used.
     """
-    folder = Path(folder)
     files = list_files(folder, suffixes)
+    folder = Path(folder)
     if not files:
         raise ListError(f"{folder}: no files that end in {', '.join(suffixes)}")
     if captions is None:

@@ -67,10 +67,10 @@ class SequenceConfig:
 
     def __post_init__(self):
         shortest = self.sync_segment / self.sync_fps
-        if not self.duration >= shortest:
+        if not shortest <= self.duration < math.inf:
             raise ValueError(
-                f"duration {self.duration} s is too short: the sync features need at least "
-                f"{self.sync_segment} frames at {self.sync_fps} fps, {shortest} s"
+                f"duration {self.duration} s is too short or no number: the sync features need at "
+                f"least {self.sync_segment} frames at {self.sync_fps} fps, {shortest} s"
             )
 
     @classmethod
