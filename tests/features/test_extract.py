@@ -219,7 +219,7 @@ def test_nothing_usable_leaves_nothing_that_looks_whole(videos, whole, tmp_path)
     table.write_text("id\tcaption\nnothing\t\n")
     with pytest.raises(ExtractError, match="none of 1 rows"):
         run()
-    with pytest.raises(ExtractError, match="one of the two"):
+    with pytest.raises(ExtractError, match="give one of --videos and --sounds"):
         extract(tmp_path / "r", videos=videos, sounds=videos)
 
 
