@@ -1,4 +1,4 @@
-"""The scripts say what they would do, and the commands they name exist."""
+"""The launch scripts: what they would run, and when they start a run again."""
 
 import shlex
 import shutil
@@ -22,7 +22,7 @@ def dry_run(script, tmp_path, *arguments, **env):
 
 
 def commands(script, tmp_path, *arguments, **env):
-    """The commands of a dry run, as lists of words, as a shell would read them."""
+    """The commands of a dry run, each as the words that a shell would read."""
     lines = dry_run(ROOT / "launch" / script, tmp_path, *arguments, **env).splitlines()
     return [shlex.split(line[2:]) for line in lines if line.startswith("+ ")]
 
@@ -67,7 +67,7 @@ def test_local_gpu(tmp_path):
 
 
 def test_a_local_run_is_started_again_as_long_as_it_was_told_to_stop(tmp_path):
-    """A command that ends with 75 twice and then with 3; and one that signals are handed to."""
+    """One command ends with 75 twice and then with 3; another one is sent signals."""
     script = f"""
         . {ROOT}/launch/env.sh
         again() {{ echo x >> runs; [ "$(wc -l < runs)" -lt 3 ] && exit 75; exit 3; }}
@@ -78,7 +78,7 @@ def test_a_local_run_is_started_again_as_long_as_it_was_told_to_stop(tmp_path):
         rm ready; (while [ ! -f ready ]; do sleep 0.05; done; kill -INT $$) &
         code=0; until_done waits || code=$?; echo "ended with $code"
     """
-    # A shell starts what it puts in the background with Ctrl-C ignored, which is inherited.
+    # If a shell runs the tests in the background, Ctrl-C is ignored, and a child inherits that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     found = subprocess.run(
         ["bash", "-uc", script],
@@ -134,7 +134,7 @@ def test_slurm_requeues_the_job_where_that_can_help(tmp_path, code, restarts, re
 
 
 def remote(command):
-    """What `gcloud ... ssh --command=...` does there."""
+    """The command that `gcloud ... ssh --command=...` runs on the machine."""
     return next(word for word in command if word.startswith("--command=")).removeprefix(
         "--command="
     )
@@ -160,7 +160,7 @@ def test_tpu_queued(tmp_path):
     assert "--worker=all" in install and "'.[tpu]'" in remote(install)
     (run,) = call("run", *FLAGS)
     assert "--worker=all" in run
-    # Where it arrives it starts the training in the background, and keeps how it ends.
+    # On the machine it starts the training in the background, and stores its exit code.
     python = tmp_path / "vcm_jax/.venv/bin/python"
     python.parent.mkdir(parents=True)
     python.write_text('#!/bin/sh\nfor a in "$@"; do echo "$a"; done\nexit 75\n')
@@ -188,17 +188,17 @@ esac
 @pytest.mark.parametrize(
     "states, codes, wanted, exit_code",
     [
-        # No request yet; no connection for a moment; 75 is started again.
+        # There is no request yet; the connection fails for a moment; 75 is started again.
         ("none none none ACTIVE lost ACTIVE ACTIVE", " 75 0",
          "create install run run delete", 0),
-        # Preempted while it runs, and while it waits.
+        # The machines are preempted while the run trains, and while it waits for them.
         ("ACTIVE SUSPENDED SUSPENDED SUSPENDED none FAILED FAILED none ACTIVE ACTIVE", "0",
          "install run delete create delete create install run delete", 0),
         # A process was killed; the others noticed.
         ("ACTIVE ACTIVE ACTIVE ACTIVE", "76 137 0", "install run run run delete", 0),
         # It is killed again and again.
         ("ACTIVE ACTIVE ACTIVE ACTIVE ACTIVE", "76 76 137 76", "install run run run run", 76),
-        # A run that failed leaves its machines for a look at them.
+        # A run that failed: its machines stay, so that one can look at them.
         ("ACTIVE ACTIVE", "1", "install run", 1),
     ],
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Saving on disks that fail, and averages of any width from snapshots."""
+"""Saving on disks that fail, and EMA weights of any width from snapshots."""
 
 import contextlib
 import re
@@ -125,7 +125,7 @@ WIDTHS = (0.05, 0.1)
 
 
 def snapshots(workdir, steps=400, every=50):
-    """Snapshots of a random walk of one parameter; returns directly tracked averages of 0.07."""
+    """Saves snapshots of a random walk; returns its EMA of width 0.07, tracked directly."""
     rng = np.random.default_rng(0)
     walk = np.cumsum(0.05 * rng.standard_normal((steps, 3)), 0)
     tracks = {width: np.zeros(3) for width in (*WIDTHS, 0.07)}
@@ -151,24 +151,24 @@ def snapshots(workdir, steps=400, every=50):
     return direct
 
 
-def test_averages_of_any_width_from_snapshots(tmp_path):
+def test_ema_weights_of_any_width_from_snapshots(tmp_path):
     direct = snapshots(tmp_path)
     for step in (None, 300):
         path = averages.reconstruct(tmp_path, 0.07, step)
         assert path == tmp_path / "averages" / f"{step or 400}_0.07.npz"
         found = averages.restore_weights(tmp_path, step, sigma_rel=0.07)
         assert found["params"]["layer"]["kernel"].dtype == np.float32
-        # What is left is the approximation of the profile and the snapshots' float16.
+        # The difference comes from the approximated profile and from float16.
         close = direct[step or 400]
         np.testing.assert_allclose(found["params"]["layer"]["kernel"], close, atol=3e-3)
         np.testing.assert_array_equal(found["stats"]["latent_std"], [1, 1])
-    # The average that is kept is its own best reconstruction.
+    # Reconstructing a width that is tracked gives the same weights.
     with np.load(averages.reconstruct(tmp_path, 0.05)) as made:
         kernel = made["params/layer/kernel"]
     with averages.open_snapshots(tmp_path, read_only=True) as manager:
         kept = averages._restore_average(manager, 400, "0.05")["params"]["layer"]["kernel"]
     np.testing.assert_allclose(kernel, kept, atol=1e-5)
-    # What the checkpoint itself holds comes first: it has not gone through float16.
+    # The weights in the checkpoint are preferred: they were never converted to float16.
     tracked = averages.restore_weights(tmp_path, 400, 0.05)["params"]["layer"]["kernel"]
     np.testing.assert_array_equal(
         tracked, averages.restore_weights(tmp_path)["params"]["layer"]["kernel"]

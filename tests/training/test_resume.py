@@ -69,7 +69,7 @@ def test_another_run_is_refused_in_any_case(now, message):
 
 
 def test_every_key_of_the_configs_has_a_group_that_exists():
-    """A key in FREE or FIXED that no config has would be a slip of the pen."""
+    """A key in FREE or FIXED that no config has is a typing error."""
     from small_runs import load_config
 
     config = load_config("s16k").to_dict()

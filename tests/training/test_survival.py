@@ -1,4 +1,4 @@
-"""Runs as commands: killed, told to stop, spread over processes, continued elsewhere."""
+"""Runs as commands: killed, told to stop, spread over processes, resumed on other devices."""
 
 import os
 import random
@@ -41,7 +41,7 @@ def settings(data, **changes):
 
 
 def start(workdir, config, *flags, devices=8, **env):
-    """`python -m vcm_jax.main` with a config's keys, in the background."""
+    """Starts `python -m vcm_jax.main` with these settings, in the background."""
     xla = re.sub(r"device_count=\d+", f"device_count={devices}", os.environ["XLA_FLAGS"])
     environment = {
         **os.environ, "XLA_FLAGS": xla, "PYTHONUNBUFFERED": "1",
@@ -52,7 +52,7 @@ def start(workdir, config, *flags, devices=8, **env):
             "JAX_COMPILATION_CACHE_DIR": cache, "JAX_COMPILATION_CACHE_MAX_SIZE": str(2**30),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
         }  # fmt: skip
-    # A shell starts what it puts in the background with Ctrl-C ignored, which is inherited.
+    # If a shell runs the tests in the background, Ctrl-C is ignored, and a child inherits that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     keys = (f"--config.{key}={value}" for key, value in config.items())
     return subprocess.Popen(
@@ -63,13 +63,29 @@ def start(workdir, config, *flags, devices=8, **env):
 
 
 def read_to_step(process, step):
-    """The output up to the progress line of a step, or to the end."""
+    """Reads the output up to the progress line of a step, or to the end."""
     lines = []
     for line in process.stdout:
         lines.append(line)
         if line.startswith(f"step {step}/"):
             break
     return "".join(lines)
+
+
+def two_processes(workdir, config, *flags):
+    port = portpicker.pick_unused_port()
+    return [
+        start(
+            workdir,
+            config,
+            *flags,
+            devices=4,
+            COORDINATOR_ADDRESS=f"localhost:{port}",
+            NUM_PROCESSES="2",
+            PROCESS_ID=str(i),
+        )
+        for i in range(2)
+    ]
 
 
 def finish(process, code=0):
@@ -83,14 +99,14 @@ def assert_equal(workdir, other):
 
 
 def whole_run(config, workdir):
-    """The run that nothing disturbed."""
+    """A run that nothing disturbs."""
     full = make_config(config["data.dir"], **config)
     loop.train(full, workdir)
     return workdir
 
 
 def kill_at_random(data, workdir, rng, kills, config):
-    """Starts a run again and again, and kills it a random moment after a random step."""
+    """Starts a run several times and kills it at a random moment after a random step."""
     for _ in range(kills):
         process = start(workdir, config)
         out = read_to_step(process, rng.randint(1, config["steps"] - 1))
@@ -100,7 +116,7 @@ def kill_at_random(data, workdir, rng, kills, config):
         assert "step" in out, out
 
 
-def test_killed_and_told_to_stop_a_run_ends_as_if_nothing_had_been(data, tmp_path):
+def test_a_run_that_was_killed_and_stopped_ends_like_an_undisturbed_one(data, tmp_path):
     config = settings(data)
     whole = whole_run(config, tmp_path / "whole")
     seed = random.randrange(10**6)
@@ -136,30 +152,23 @@ def test_many_kills(data, tmp_path, workers):
 
 @pytest.mark.slow
 def test_two_processes_train_as_one_and_stop_together(data, tmp_path):
-    """Float32: parameters within 1e-5 of one process's; then one goes on from what two saved."""
+    """In float32 the parameters are within 1e-5 of those of one process, which then resumes."""
     config = settings(data, **{"mesh.data": 4, "mesh.fsdp": 2})
     whole = whole_run(config, tmp_path / "whole")
-    port = portpicker.pick_unused_port()
     workdir = tmp_path / "two"
-    processes = [
-        start(
-            workdir, config, devices=4, COORDINATOR_ADDRESS=f"localhost:{port}",
-            NUM_PROCESSES="2", PROCESS_ID=str(i),
-        )
-        for i in range(2)
-    ]  # fmt: skip
+    processes = two_processes(workdir, config)
     out = read_to_step(processes[0], 4)
-    processes[1].send_signal(signal.SIGTERM)  # one machine is told, both must save
+    processes[1].send_signal(signal.SIGTERM)  # to one process alone, and both have to save
     outs = [finish(process, preemption.EXIT_CODE) for process in processes]
     outs[0] = out + outs[0]
     steps = {int(re.search(r"SIGTERM: step (\d+) is saved", out)[1]) for out in outs}
     assert len(steps) == 1 and 4 <= steps.pop() < STEPS
     for i, out in enumerate(outs):
-        assert f"process {i} of 2 with 4 devices reads part {i} of 2 of every batch" in out
+        assert f"process {i} of 2 with 4 devices reads block {i} of 2 of every batch" in out
     assert "step 1/" not in outs[1], "only process 0 writes"
     assert len(list((workdir / "tensorboard").iterdir())) == 1
 
-    # On other devices, with another mesh and another process count, on the same samples.
+    # It resumes on another mesh and with another number of processes, on the same samples.
     loop.train(make_config(data, **config | {"mesh.data": 2, "mesh.tensor": 2}), workdir)
     close = lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
     found, wanted = final_state(workdir), final_state(whole)
@@ -191,22 +200,6 @@ def test_two_processes_resume_and_end(data, tmp_path):
             assert "resuming after step" in outs[0]
     close = lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
     jax.tree.map(close, final_state(workdir)["params"], final_state(whole)["params"])
-
-
-def two_processes(workdir, config, *flags):
-    port = portpicker.pick_unused_port()
-    return [
-        start(
-            workdir,
-            config,
-            *flags,
-            devices=4,
-            COORDINATOR_ADDRESS=f"localhost:{port}",
-            NUM_PROCESSES="2",
-            PROCESS_ID=str(i),
-        )
-        for i in range(2)
-    ]
 
 
 @pytest.mark.slow

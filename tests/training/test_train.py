@@ -1,4 +1,4 @@
-"""Runs of a few steps on records made here: resuming, stopping, refusing."""
+"""Runs of a few steps on small records: they resume, stop, and are refused."""
 
 import dataclasses
 import functools
@@ -8,7 +8,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from absl import flags
+from absl import flags, logging
 from small_runs import (
     CONFIGS,
     SEQUENCE,
@@ -72,7 +72,7 @@ def test_an_interrupted_run_ends_bit_identical_to_one_that_was_not(data, tmp_pat
     assert whole["step"] == resumed["step"] == 6
     jax.tree.map(np.testing.assert_array_equal, whole, resumed)
 
-    # What was logged can be read back, and a run that is complete is left alone.
+    # The logs can be read, and a complete run is not touched.
     events = EventAccumulator(str(tmp_path / "stopped" / "tensorboard")).Reload()
     tags = events.Tags()["scalars"]
     assert {
@@ -85,13 +85,13 @@ def test_an_interrupted_run_ends_bit_identical_to_one_that_was_not(data, tmp_pat
         "train/learning_rate",
     } <= set(tags)
     lines = (tmp_path / "stopped" / "metrics.jsonl").read_text().splitlines()
-    # The step with the best figure is kept, as a workdir to generate from.
-    figures = {r["step"]: r["val/log_mel_fd_1_steps"] for r in map(json.loads, lines)
+    # The weights with the best metric are kept, in a workdir to generate from.
+    metrics = {r["step"]: r["val/log_mel_fd_1_steps"] for r in map(json.loads, lines)
                if "val/log_mel_fd_1_steps" in r}  # fmt: skip
     best = tmp_path / "stopped" / "best"
-    assert list(figures) == [3, 6] and (best / "run.json").exists() and (best / "codec").is_dir()
+    assert list(metrics) == [3, 6] and (best / "run.json").exists() and (best / "codec").is_dir()
     kept = checkpoint.open_manager(best, read_only=True).latest_step()
-    assert kept == min(figures, key=figures.get)
+    assert kept == min(metrics, key=metrics.get)
     assert set(averages.restore_weights(best)) == {"params", "stats"}
     loop.train(make_config(data), tmp_path / "stopped")
     assert (tmp_path / "stopped" / "metrics.jsonl").read_text().splitlines() == lines
@@ -101,7 +101,7 @@ def test_an_interrupted_run_ends_bit_identical_to_one_that_was_not(data, tmp_pat
     }
     assert losses(lines)[6] == losses(whole_lines)[6]
 
-    # Another network in the same workdir is refused, and nothing is touched.
+    # Another network in the same workdir is refused, and nothing changes.
     other = make_config(data)
     other.model_overrides.hidden_dim = 32
     with pytest.raises(
@@ -110,7 +110,7 @@ def test_an_interrupted_run_ends_bit_identical_to_one_that_was_not(data, tmp_pat
         loop.train(other, tmp_path / "stopped")
     jax.tree.map(np.testing.assert_array_equal, final_state(tmp_path / "stopped"), whole)
 
-    # Its averaged weights start another run.
+    # Another run starts from its EMA weights.
     weights = averages.restore_weights(tmp_path / "whole")
     jax.tree.map(np.testing.assert_array_equal, weights["params"], whole["ema"]["0.05"])
     started = make_config(
@@ -121,7 +121,7 @@ def test_an_interrupted_run_ends_bit_identical_to_one_that_was_not(data, tmp_pat
     jax.tree.map(close, final_state(tmp_path / "second")["params"], weights["params"])
     with pytest.raises(checkpoint.CheckpointError, match=r"no checkpoint of step 7; .*\[3, 6\]"):
         averages.restore_weights(tmp_path / "whole", step=7)
-    with pytest.raises(checkpoint.CheckpointError, match=r"no average .* only 0.05, 0.1"):
+    with pytest.raises(checkpoint.CheckpointError, match=r"no EMA weights .* only 0.05, 0.1"):
         averages.restore_weights(tmp_path / "whole", sigma_rel=0.2)
 
 
@@ -135,6 +135,8 @@ def flip_bits(folder):
 
 
 def test_a_run_resumes_from_the_newest_whole_checkpoint(data, tmp_path, caplog):
+    caplog.set_level("INFO")
+    logging.set_verbosity(logging.INFO)
     config, folder = make_config(data, eval_every=0), tmp_path / "checkpoints"
     loop.train(config, tmp_path)
     whole = final_state(tmp_path)
@@ -174,7 +176,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
 
 
 def test_steps_that_are_not_finite_can_be_skipped(data, tmp_path):
-    """The first step ruins the weights; the run stops when three more have changed nothing."""
+    """The first step ruins the weights; the run stops after three more, which change nothing."""
     config = make_config(
         data, eval_every=0, checkpoint_every=2, on_nonfinite="skip", steps=9,
         **{"optimizer.learning_rate": 1e25, "optimizer.warmup_steps": 0},
@@ -204,7 +206,7 @@ def test_watching_a_run(data, tmp_path):
             assert [event.step for event in events.Images(f"{name}/spectrogram")] == [3, 6]
         (truth,) = events.Audio(f"clip_{i}/truth")
         assert truth.length_frames == SEQUENCE.num_samples and truth.sample_rate == 16_000
-    # The same noise and clips every time; the weights have changed.
+    # Noise and clips are the same every time; only the weights have changed.
     first, last = (event.encoded_audio_string for event in events.Audio("clip_0/1_steps"))
     assert first != last
     tags = set(events.Tags()["scalars"])
@@ -216,7 +218,7 @@ def test_watching_a_run(data, tmp_path):
     assert all(0 < event.value < 1 for event in events.Scalars("ema/distance_0.1"))
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
 
-    # Widths that the run did not keep, for generating and for starting other runs.
+    # EMA weights of a width that the run does not track.
     averages.reconstruct(tmp_path, 0.08)
     weights = averages.restore_weights(tmp_path, 6, 0.08)
     jax.tree.map(
@@ -225,7 +227,7 @@ def test_watching_a_run(data, tmp_path):
     )  # fmt: skip
 
 
-def test_what_may_change_when_a_run_goes_on(data, tmp_path, caplog):
+def test_what_may_change_when_a_run_is_resumed(data, tmp_path, caplog):
     folder = tmp_path / "records"
     shutil.copytree(data / "train", folder / "train")
     config = lambda **changes: make_config(folder, eval_every=0, **changes)
@@ -342,7 +344,7 @@ def test_imported_weights_start_a_run_and_keep_their_statistics(data, tmp_path, 
     warning = next(r.getMessage() for r in caplog.records if "latents are normalised" in r.msg)
     assert "stds by a factor of up to 3: are the data's latents those of another codec?" in warning
 
-    # Where they lack statistics, the data's are taken; other sizes are refused.
+    # Weights without statistics get those of the data; other sizes are refused.
     found = setup.kept_statistics({"latent_mean": latents["latent_mean"]}, {}, "imported")
     assert found == {}
     config.model_overrides.hidden_dim = 32
@@ -374,7 +376,7 @@ def tiny(data, objective, **changes):
 
 @pytest.mark.parametrize("name", [name for name in OBJECTIVES if name not in ("vcm", "reflow")])
 def test_every_objective_builds_its_run(name):
-    """Every config of it, and the step on abstract values: compiling each would take minutes."""
+    """Its configs, and its step on abstract values: compiling every step would take minutes."""
     for config in ("s16k", "impacts"):
         settings = setup.step_config(load_config(config, name))
         assert settings.objective.name == name
@@ -411,7 +413,7 @@ def test_reflow_learns_from_a_trained_run(data, tmp_path):
     assert final_state(tmp_path / "student")["step"] == 2
     run = json.loads((teacher / "run.json").read_text())
 
-    # What the student is shown: the teacher's samples, in the student's normalisation.
+    # The student trains on the teacher's samples, in the student's normalisation.
     net = MMDiT(ModelConfig(**run["model"]))
     loaded, variables = load_teacher(
         read_section(student.objective)[0], net, RecordSource(data / "train").manifest
@@ -446,7 +448,7 @@ def test_reflow_learns_from_a_trained_run(data, tmp_path):
 
 
 def test_meanflow_needs_attention_with_a_jvp(data, tmp_path, monkeypatch):
-    """An attention with a hand-written backward pass, as fused kernels have."""
+    """Fused kernels have a hand-written backward pass, like this attention."""
     plain = layers.attention
     fused = jax.custom_vjp(plain)
     fused.defvjp(lambda *qkv: (plain(*qkv), qkv), lambda qkv, g: jax.vjp(plain, *qkv)[1](g))
