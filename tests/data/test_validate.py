@@ -269,3 +269,8 @@ def test_command_says_what_is_wrong_and_fails(good, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1 and "part-00000.array_record: " in done.stdout
     assert "NOT fit to train on" in done.stdout and "Traceback" not in done.stderr
+
+
+def test_videos_and_sounds_at_once_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="one of --videos and --sounds, not both"):
+        validate(tmp_path, videos=tmp_path, sounds=tmp_path)

@@ -89,6 +89,8 @@ def validate(
 
 def _find_media(videos, sounds, captions) -> dict[str, Clip] | None:
     """{id in Unicode's composed form: clip}; None if there is no folder of media files."""
+    if videos and sounds:
+        raise ValueError("give one of --videos and --sounds, not both")
     if not (videos or sounds):
         return None
     suffixes = VIDEO_SUFFIXES if videos else SOUND_SUFFIXES + VIDEO_SUFFIXES
