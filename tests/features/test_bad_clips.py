@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from vcm_jax.features import extract as extraction
 from vcm_jax.features import records_codec, work
 from vcm_jax.features.encoders import WeightsFreeEncoders
 from vcm_jax.features.extract import ExtractError, extract
+from vcm_jax.features.shards import Journal
 from vcm_jax.media.clips import list_clips
 from vcm_jax.media.read import read_audio, read_frames
 from vcm_jax.media.write import write_mp4, write_sound
@@ -209,6 +211,14 @@ def test_a_second_extraction_is_refused_while_the_first_one_works(videos, codec,
         first.kill()
         first.communicate()
     assert extract(tmp_path / "r", videos=videos, codec=codec, **SMALL).num_records == 4
+
+
+def test_a_full_disk_is_an_error_with_the_files_name(tmp_path):
+    journal = Journal(tmp_path, 0)
+    journal._path = Path("/dev/full")
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        journal.append([("a", b"record", np.zeros(1))])
+    assert caught.value.filename == "/dev/full" and not journal.entries
 
 
 def test_the_exit_code_says_that_clips_were_left_out(videos, codec, tmp_path):

@@ -87,12 +87,19 @@ class Journal:
                 file.truncate(good)
 
     def append(self, results: list[tuple]) -> None:
-        """Add the results of the next clip."""
+        """Add the results of the next clip.
+
+        Raises:
+          OSError: the journal cannot be written; its `filename` is the journal.
+        """
         entry = serialization.msgpack_serialize(
             {str(i): {str(k): v for k, v in enumerate(r)} for i, r in enumerate(results)}
         )
-        with open(self._path, "ab") as file:
-            file.write(_HEADER.pack(len(entry), zlib.crc32(entry)) + entry)
+        try:
+            with open(self._path, "ab") as file:
+                file.write(_HEADER.pack(len(entry), zlib.crc32(entry)) + entry)
+        except OSError as error:  # Python does not name the file on a full disk
+            raise OSError(error.errno, error.strerror, str(self._path)) from error
         self.entries.append(results)
 
     def finish(self, out: Path, number: int) -> None:
