@@ -38,6 +38,16 @@ def test_requests_and_paths_of_a_list(world, tmp_path):
     assert wanted[0][0].prompt.endswith("bouncing") and not failures
 
 
+def test_a_row_that_starts_within_its_file_is_left_out(videos, tmp_path):
+    rows = tmp_path / "rows.tsv"
+    rows.write_text("id\tcaption\tstart\n000000\tx\t0\n000001\ty\t0.25\n")
+    wanted, failures = plan(str(tmp_path / "out"), video=str(videos), captions=str(rows))
+    assert [request.id for request, _ in wanted] == ["000000"]
+    assert failures == [
+        ("000001", "it starts at 0.25 s, and a video gets sound as a whole: cut it first")
+    ]
+
+
 def test_the_path_of_one_clip(videos, tmp_path):
     video = str(videos / "000000.mp4")
     path = lambda out, **flags: plan(out, **flags)[0][0][1]

@@ -61,7 +61,10 @@ def _plan_folder(
         except ValueError as error:
             failures.append((clip.id, str(error)))
             continue
-        if other := taken.get(path):
+        if clip.start:
+            reason = f"it starts at {clip.start:g} s, and a video gets sound as a whole: cut it first"
+            failures.append((clip.id, reason))
+        elif other := taken.get(path):
             failures.append((clip.id, f"its output {path} is that of {other}"))
         elif path.is_dir():
             failures.append((clip.id, f"its output {path} is a folder"))
