@@ -44,7 +44,7 @@ def test_a_row_that_starts_within_its_file_is_left_out(videos, tmp_path):
     wanted, failures = plan(str(tmp_path / "out"), video=str(videos), captions=str(rows))
     assert [request.id for request, _ in wanted] == ["000000"]
     assert failures == [
-        ("000001", "it starts at 0.25 s, and a video gets sound as a whole: cut it first")
+        ("000001", "it starts at 0.25 s; a video gets sound as a whole: cut it first")
     ]
 
 

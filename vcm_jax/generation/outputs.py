@@ -62,7 +62,7 @@ def _plan_folder(
             failures.append((clip.id, str(error)))
             continue
         if clip.start:
-            reason = f"it starts at {clip.start:g} s, and a video gets sound as a whole: cut it first"
+            reason = f"it starts at {clip.start:g} s; a video gets sound as a whole: cut it first"
             failures.append((clip.id, reason))
         elif other := taken.get(path):
             failures.append((clip.id, f"its output {path} is that of {other}"))
