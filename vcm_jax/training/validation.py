@@ -70,7 +70,7 @@ def sound_metrics(
     Raises:
       ValueError: there are no clips.
     """
-    found = {num: ([], []) for num in steps}
+    found = {num: ([], []) for num in steps}  # generated and true latents
     count = 0
     for i, batch in enumerate(batches):
         take = min(max_clips - count, len(batch["latent_mean"]))
@@ -85,21 +85,27 @@ def sound_metrics(
             break
     if not count:
         raise ValueError("no validation clips: there is nothing to compare")
-    values, std = {}, np.asarray(jax.device_get(stats["latent_std"]))
+    std = np.asarray(jax.device_get(stats["latent_std"]))
     truth = [codec.decode(latent) for latent in found[steps[0]][1]]
-    for num, (latents, true_latents) in found.items():
-        sounds = SoundMetrics(codec.sample_rate)
+    values = {}
+    for num, pair in found.items():
         try:
-            for i, latent in enumerate(latents):
-                sounds.add(f"validation clip {i}", codec.decode(latent), truth[i])
-            rows = [np.concatenate(side) / std for side in (latents, true_latents)]
-            one = sounds.values() | {"latent_fd": frechet_distance(*rows)}
+            one = _compare(*pair, truth, codec, std)
         except (ValueError, librosa.ParameterError) as error:
             # Bad weights must not end a run that may recover.
             logging.warning("no metrics of sounds in %d steps: %s", num, error)
             one = dict.fromkeys([*METRICS, "latent_fd"], float("nan"))
         values |= {f"val/{name}_{num}_steps": value for name, value in one.items()}
     return values
+
+
+def _compare(latents, true_latents, truth, codec, std) -> dict[str, float]:
+    """The metrics of generated latents; `truth` are the true sounds."""
+    sounds = SoundMetrics(codec.sample_rate)
+    for i, latent in enumerate(latents):
+        sounds.add(f"validation clip {i}", codec.decode(latent), truth[i])
+    rows = [np.concatenate(side) / std for side in (latents, true_latents)]
+    return sounds.values() | {"latent_fd": frechet_distance(*rows)}
 
 
 class Best:
