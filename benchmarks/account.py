@@ -1,11 +1,11 @@
-"""Where the time of a VCM training step goes: a table by part, and a JSON line.
+"""Where the time of a VCM training step goes: a table by kind of work, and a JSON line.
 
     python benchmarks/account.py --model=small_16k --batch=4
 
 Every kind of matrix product is timed alone at its real shapes, forward and with its gradients, and
-counted as often as the step needs it (see `step_flops`); the optimizer and the averages are
-timed on trees of the real size. What is left of the whole step is elementwise work: norms, rotary
-embedding, gates, softmax casts, copies.
+counted as often as the step needs it (see `step_flops`). The optimizer and the EMA weights are
+timed on trees of the real size. The rest of the step is elementwise work: norms, rotary embedding,
+gates, casts of the softmax, copies.
 """
 
 import argparse
@@ -22,7 +22,8 @@ import numpy as np
 import optax
 
 from vcm_jax import ema
-from vcm_jax.models import MODELS, MMDiT
+from vcm_jax.interop.weights import abstract_variables
+from vcm_jax.models import MODELS
 from vcm_jax.models.layers import attention, conv1d
 from vcm_jax.objectives.vcm import VCMConfig
 from vcm_jax.training.state import OptimizerConfig, make_optimizer
@@ -30,15 +31,22 @@ from vcm_jax.training.state import OptimizerConfig, make_optimizer
 
 @dataclasses.dataclass(frozen=True)
 class Product:
-    """One kind of matrix product: `part` it belongs to, shapes of its arguments, times a pass."""
+    """One kind of matrix product.
 
-    part: str
+    Attributes:
+      layers: the layers that it belongs to.
+      function: computes it.
+      shapes: of its arguments.
+      calls: how often a pass computes it.
+    """
+
+    layers: str
     function: object
     shapes: tuple
     calls: int
 
     def flops(self) -> float:
-        """Of one forward call."""
+        """Operations of one forward call."""
         if self.function is attention:
             (batch, queries, heads, width), keys = self.shapes[0], self.shapes[1][1]
             return 4.0 * batch * queries * keys * heads * width
@@ -56,16 +64,16 @@ def products(c, batch: int) -> list[Product]:
     width, inner, joint = c.hidden_dim, c.mlp_dim, c.joint_depth
     latent, clip, text, sync = c.latent_seq_len, c.clip_seq_len, c.text_seq_len, c.sync_seq_len
 
-    def add(part, rows, inputs, outputs, kernel=1, calls=1):
+    def add(layers, rows, inputs, outputs, kernel=1, calls=1):
         if kernel == 1:
             shapes, function = ((batch, rows, inputs), (inputs, outputs)), dense
         else:
             shapes, function = ((batch, rows, inputs), (kernel, inputs, outputs)), conv1d
-        found.append(Product(part, function, shapes, calls))
+        found.append(Product(layers, function, shapes, calls))
 
-    def mlp(part, rows, kernel, calls=1):
-        add(part, rows, width, inner, kernel, 2 * calls)
-        add(part, rows, inner, width, kernel, calls)
+    def mlp(layers, rows, kernel, calls=1):
+        add(layers, rows, width, inner, kernel, 2 * calls)
+        add(layers, rows, inner, width, kernel, calls)
 
     def attend(queries, keys, calls):
         query = (batch, queries, c.num_heads, c.head_dim)
@@ -96,38 +104,34 @@ def products(c, batch: int) -> list[Product]:
     return [product for product in found if product.calls]
 
 
-def passes(part: str, later: float) -> tuple[float, float]:
-    """(forward passes without gradient, passes with): see `step_flops`."""
-    return {"conditions": (0, 1), "audio projector": (later, 1)}.get(part, (1 + 2 * later, 1))
+def passes(layers: str, later: float) -> tuple[float, float]:
+    """(forward passes without gradient, passes with gradient) of some layers, see `step_flops`."""
+    return {"conditions": (0, 1), "audio projector": (later, 1)}.get(layers, (1 + 2 * later, 1))
 
 
 def time_products(config, batch, dtype, repeats, later) -> dict[str, dict]:
-    """{part: milliseconds and GFLOP of a step}."""
-    parts = {}
+    """{layers: milliseconds and GFLOP of their matrix products in a step}."""
+    costs = {}
     for product in products(config, batch):
-        args = [jnp.asarray(np.random.default_rng(0).standard_normal(s, np.float32), dtype)
-                for s in product.shapes]  # fmt: skip
+        shapes = [jax.ShapeDtypeStruct(shape, dtype) for shape in product.shapes]
+        args = jax.device_put(harness.random_like(shapes))
         forward = jax.jit(product.function)
         out = jax.jit(lambda *a, f=product.function: jax.vjp(f, *a[1:])[1](a[0]))
         cotangent = jnp.ones(jax.eval_shape(product.function, *args).shape, dtype)
         ahead = harness.timed(lambda f=forward, a=args: f(*a), repeats)["ms_min"]
-        # The vjp of a product does not need its value, so this is the backward pass alone (but of
-        # attention, whose probabilities it computes again).
+        # The vjp of a product does not need its value, so that this is the backward pass alone
+        # (except for attention, which recomputes its probabilities).
         back = harness.timed(lambda f=out, a=args, c=cotangent: f(c, *a), repeats)["ms_min"]
-        forwards, trained = passes(product.part, later)
-        entry = parts.setdefault(product.part, {"ms": 0.0, "gflop": 0.0})
+        forwards, trained = passes(product.layers, later)
+        entry = costs.setdefault(product.layers, {"ms": 0.0, "gflop": 0.0})
         entry["ms"] += product.calls * ((forwards + trained) * ahead + trained * back)
         entry["gflop"] += product.calls * (forwards + 3 * trained) * product.flops() / 1e9
-    return parts
+    return costs
 
 
 def time_update(config, repeats) -> dict[str, dict]:
-    """The optimizer with clipping, and two averages, on the network's parameters."""
-    cond = harness.conditions(config, 1)
-    x = jax.ShapeDtypeStruct((1, config.latent_seq_len, config.latent_dim), jnp.float32)
-    time = jax.ShapeDtypeStruct((1,), jnp.float32)
-    shapes = jax.eval_shape(MMDiT(config).init, jax.random.key(0), x, time, time, cond)["params"]
-    params = jax.tree.map(lambda a: jnp.ones(a.shape), shapes)
+    """{work: milliseconds} of the optimizer with clipping, and of two sets of EMA weights."""
+    params = jax.tree.map(lambda a: jnp.ones(a.shape), abstract_variables(config)["params"])
     optimizer = make_optimizer(OptimizerConfig())
 
     def update(params, state):
@@ -142,21 +146,21 @@ def time_update(config, repeats) -> dict[str, dict]:
         new, state = run(params, state)
         return new
 
-    average = jax.jit(lambda a, p: ema.update(a, p, 10, 10.0), donate_argnums=0)
-    averages = jax.tree.map(jnp.copy, params)
+    update_ema = jax.jit(lambda a, p: ema.update(a, p, 10, 10.0), donate_argnums=0)
+    weights = jax.tree.map(jnp.copy, params)
 
-    def averaged():
-        nonlocal averages
-        averages = average(averages, params)
-        return averages
+    def average():
+        nonlocal weights
+        weights = update_ema(weights, params)
+        return weights
 
     found = {"optimizer": harness.timed(optimise, repeats)["ms_min"]}
-    found["averages"] = 2 * harness.timed(averaged, repeats)["ms_min"]
-    return {part: {"ms": ms, "gflop": 0.0} for part, ms in found.items()}
+    found["EMA weights"] = 2 * harness.timed(average, repeats)["ms_min"]
+    return {work: {"ms": ms, "gflop": 0.0} for work, ms in found.items()}
 
 
 def time_step(args) -> dict:
-    """The whole step, in a process of its own: it needs the memory."""
+    """The whole step, in a process of its own, since it needs the memory."""
     command = [sys.executable, Path(__file__).with_name("train_step.py")]
     command += [f"--{key}={getattr(args, key)}" for key in ("model", "batch", "dtype", "repeats")]
     return json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
@@ -173,21 +177,26 @@ def main() -> None:
     config, dtype = MODELS[args.model], jnp.dtype(args.dtype)
     step = time_step(args)
     later = 1 - VCMConfig().instant_ratio
-    parts = time_products(config, args.batch, dtype, args.repeats, later)
-    parts |= time_update(config, args.repeats)
-    rest = step["ms_min"] - sum(part["ms"] for part in parts.values())
-    parts["elementwise and the rest"] = {"ms": rest, "gflop": 0.0}
+    costs = time_products(config, args.batch, dtype, args.repeats, later)
+    costs |= time_update(config, args.repeats)
+    rest = step["ms_min"] - sum(cost["ms"] for cost in costs.values())
+    costs["elementwise and the rest"] = {"ms": rest, "gflop": 0.0}
     peak = step["peak_tflops"]
-    print(f"{'part':26}{'ms':>9}{'% of step':>11}{'GFLOP':>9}{'% of peak':>11}")
-    for name, part in parts.items():
-        rate = part["gflop"] / part["ms"] / peak
-        shown = f"{100 * rate:11.0f}" if part["gflop"] else ""
-        share = 100 * part["ms"] / step["ms_min"]
-        print(f"{name:26}{part['ms']:9.1f}{share:11.1f}{part['gflop']:9.1f}{shown}")
+    print(f"{'work':26}{'ms':>9}{'% of step':>11}{'GFLOP':>9}{'% of peak':>11}")
+    for name, cost in costs.items():
+        rate = cost["gflop"] / cost["ms"] / peak
+        shown = f"{100 * rate:11.0f}" if cost["gflop"] else ""
+        share = 100 * cost["ms"] / step["ms_min"]
+        print(f"{name:26}{cost['ms']:9.1f}{share:11.1f}{cost['gflop']:9.1f}{shown}")
     harness.print_line(
-        benchmark="account", model=args.model, batch=args.batch, dtype=args.dtype,
-        step_ms=step["ms_min"], peak_tflops=peak, parts=parts,
-    )  # fmt: skip
+        benchmark="account",
+        model=args.model,
+        batch=args.batch,
+        dtype=args.dtype,
+        step_ms=step["ms_min"],
+        peak_tflops=peak,
+        parts=costs,
+    )
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
-"""The same work in JAX and in PyTorch, on the same machine: ratios of the fastest runs.
+"""The same work in JAX and in PyTorch on the same machine, and the ratios of the fastest runs.
 
     python benchmarks/against_torch.py --model=small_16k --batch=4
 
-Forward, forward + backward, and the whole VCM step (losses, backward, clipping, AdamW, two
-averages), the latter against PyTorch arranged the same way and against the naive arrangement, in
-which every row pays for four forward passes. Each timing has a process of its own, and the two
-libraries take turns: in one process their thread pools would slow each other down.
+The work is a forward pass, a forward and a backward pass, and the whole VCM step (losses, backward
+pass, gradient clipping, AdamW, two sets of EMA weights). The step is compared with PyTorch arranged
+the same way, and with the naive arrangement, in which every row pays for four forward passes. Each
+timing has a process of its own, and the two libraries take turns: in one process their thread pools
+would slow each other down.
 """
 
 import argparse
@@ -50,7 +51,9 @@ def time_jax(args) -> list[float]:
         def forward(params, x, t, cond):
             return MMDiT(model, dtype).apply({"params": params, "stats": stats}, x, t, t / 2, cond)
 
-        loss = lambda *a: jnp.square(forward(*a)).mean()
+        def loss(*arguments):
+            return jnp.square(forward(*arguments)).mean()
+
         work = jax.jit(forward if args.work == "forward" else jax.grad(loss))
         call = functools.partial(work, params, x, times, cond)
     return harness.timings(call, args.repeats, warmup=2)
@@ -61,7 +64,10 @@ def torch_loss(model, x0, x1, t, s, features, n: int, naive: bool):
     import torch
 
     w, m, lam, eps = 4.0, 0.25, 0.1, 0.01
-    column = lambda time: time[:, None, None]
+
+    def column(time):
+        return time[:, None, None]
+
     x_t, v = (1 - column(t)) * x0 + column(t) * x1, x1 - x0
     null = model.null_conditions(1, features[0].shape[1], features[1].shape[1])
     if naive:
@@ -69,7 +75,10 @@ def torch_loss(model, x0, x1, t, s, features, n: int, naive: bool):
         null = [a.expand(len(t), *a.shape[1:]) for a in null]
         cond, later = features, slice(0, None)
     else:
-        u = lambda x, t, s, *encoded: model.velocity(x, t, s, encoded)
+
+        def u(x, t, s, *encoded):
+            return model.velocity(x, t, s, encoded)
+
         null = [a.expand(len(t), *a.shape[1:]) for a in model.encode_conditions(*null)]
         cond, later = model.encode_conditions(*features), slice(n, None)
     predicted = u(x_t, t, s, *cond)
@@ -103,10 +112,21 @@ def time_torch(args) -> list[float]:
     torch.manual_seed(0)
     with torch.device(device):
         model = AverageVelocity(
-            c.latent_dim, c.clip_dim, c.sync_dim, c.text_dim, c.text_seq_len, c.hidden_dim,
-            c.num_heads, c.joint_depth, c.fused_depth, c.audio_kernel,
-        )  # fmt: skip
-        random = lambda length, width: torch.randn(batch, length, width)
+            c.latent_dim,
+            c.clip_dim,
+            c.sync_dim,
+            c.text_dim,
+            c.text_seq_len,
+            c.hidden_dim,
+            c.num_heads,
+            c.joint_depth,
+            c.fused_depth,
+            c.audio_kernel,
+        )
+
+        def random(length, width):
+            return torch.randn(batch, length, width)
+
         x0, x1 = (random(c.latent_seq_len, c.latent_dim) for _ in range(2))
         features = [
             random(c.clip_seq_len, c.clip_dim),
@@ -117,7 +137,7 @@ def time_torch(args) -> list[float]:
         n = round(0.75 * batch)
         s = torch.cat([t[:n], t[n:] / 2])
     params = [p for p in model.parameters() if p.requires_grad]
-    averages = [[p.detach().clone() for p in params] for _ in range(2)]
+    ema_weights = [[p.detach().clone() for p in params] for _ in range(2)]
     optimizer = torch.optim.AdamW(params, 1e-4, betas=(0.9, 0.95), eps=1e-6, weight_decay=1e-6)
     autocast = torch.autocast(device, dtype, enabled=dtype != torch.float32)
 
@@ -138,8 +158,8 @@ def time_torch(args) -> list[float]:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(params, 1.0)
         optimizer.step()
-        for average in averages:
-            torch._foreach_lerp_(average, params, 0.01)
+        for weights in ema_weights:
+            torch._foreach_lerp_(weights, params, 0.01)
 
     call = {"forward": forward, "forward_backward": backward}.get(args.work, step)
     ms = []
@@ -157,9 +177,9 @@ def main() -> None:
     parser.add_argument("--model", default="small_16k")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--repeats", type=int, default=3, help="in each process")
-    parser.add_argument("--rounds", type=int, default=2, help="processes of each library")
-    parser.add_argument("--work", choices=WORKS, help="one kind of work alone")
+    parser.add_argument("--repeats", type=int, default=3, help="timings in each process")
+    parser.add_argument("--rounds", type=int, default=2, help="processes for each library")
+    parser.add_argument("--work", choices=WORKS, help="time this kind of work alone")
     parser.add_argument("--library", choices=["jax", "torch"], help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.library:
@@ -185,9 +205,13 @@ def main() -> None:
     import harness
 
     harness.print_line(
-        benchmark="against_torch", model=args.model, batch=args.batch, dtype=args.dtype,
-        **ms, **ratios,
-    )  # fmt: skip
+        benchmark="against_torch",
+        model=args.model,
+        batch=args.batch,
+        dtype=args.dtype,
+        **ms,
+        **ratios,
+    )
 
 
 if __name__ == "__main__":

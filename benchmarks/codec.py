@@ -1,10 +1,10 @@
-"""What sound to latents and back costs: one JSON line each for encode, decode and vocode.
+"""The cost of turning sound into latents and back: a JSON line each for encode, decode and vocode.
 
     python benchmarks/codec.py --codec=codecs/16k --seconds=8
     python benchmarks/codec.py --mode=44k --dtype=bfloat16      # random weights
 
-Decode is latents to mel spectrogram, vocode is mel spectrogram to sound. `first_s` includes the
-reading of the weights and the compilation; `peak_memory_gb` is the most so far.
+Decode turns latents into a mel spectrogram, vocode turns a mel spectrogram into sound. `first_s`
+includes reading the weights and compiling; `peak_memory_gb` is the peak of the process so far.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from vcm_jax.interop import import_codec
 
 
 def random_codec(mode: str, dtype) -> NeuralCodec:
-    """A codec of a mode's size whose weights are noise."""
+    """A codec of the size of a mode, with random weights."""
     rng = np.random.default_rng(0)
 
     def noise(shape):
@@ -33,7 +33,11 @@ def random_codec(mode: str, dtype) -> NeuralCodec:
 
 
 def measure(codec: NeuralCodec, seconds: float, repeats: int) -> dict[str, float]:
-    """Prints a line for each of encode, decode, vocode; their fastest runs in milliseconds."""
+    """Prints a line for each of encode, decode and vocode.
+
+    Returns:
+      Milliseconds of the fastest run of each.
+    """
     sound = np.random.default_rng(0).uniform(-0.5, 0.5, round(seconds * codec.sample_rate))
     value, fastest = sound.astype(np.float32), {}
     for step, call in (
@@ -44,12 +48,18 @@ def measure(codec: NeuralCodec, seconds: float, repeats: int) -> dict[str, float
         start = time.perf_counter()
         result = call(value)
         first = time.perf_counter() - start
-        figures = harness.timed(lambda call=call, x=value: call(x), repeats, warmup=0)
+        times = harness.timed(lambda call=call, x=value: call(x), repeats, warmup=0)
         harness.print_line(
-            benchmark="codec", step=step, mode=codec.mode, seconds=seconds, dtype=codec.dtype.name,
-            first_s=first, **figures, peak_memory_gb=harness.peak_memory_bytes() / 1e9,
-        )  # fmt: skip
-        value, fastest[step] = result, figures["ms_min"]
+            benchmark="codec",
+            step=step,
+            mode=codec.mode,
+            seconds=seconds,
+            dtype=codec.dtype.name,
+            first_s=first,
+            **times,
+            peak_memory_gb=harness.peak_memory_bytes() / 1e9,
+        )
+        value, fastest[step] = result, times["ms_min"]
     return fastest
 
 

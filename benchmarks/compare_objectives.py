@@ -1,16 +1,16 @@
-"""Trains every objective on Impacts with one network, data and budget, and compares what comes out.
+"""Trains every objective on Impacts, with one network, data set and budget, and compares them.
 
     XLA_FLAGS=--xla_force_host_platform_device_count=2 \\
         python benchmarks/compare_objectives.py --data=data/impacts --records=records/impacts \\
         --out=runs/compare --minutes=3 --seeds=0,1
 
-writes OUT/comparison.html and comparison.md: onset F1, material, log-mel Frechet distance and
-spectral sharpness at 1, 2, 4 and 25 steps, time and memory of a training step, mean and spread over
-seeds. Data and records are those of `launch/demo.sh`. A budget of time, `--minutes`, is turned into
-steps by measured step times (the fastest of several turns, all configs by turns), kept in
-OUT/steps.json; `--samples` gives every run as many steps. Run the command again to go on where it
-was. `--config`, given several times, compares anything else:
---config=configs/ablations.py:base=impacts,r=0.
+It writes OUT/comparison.html and comparison.md: onset F1, material, log-mel Frechet distance and
+spectral sharpness at 1, 2, 4 and 25 steps, and time and memory of a training step, with mean and
+standard deviation over seeds. Data and records are those of `launch/demo.sh`. `--minutes` is a
+budget of training time. Measured step times, kept in OUT/steps.json, turn it into a number of steps
+(the configs take turns, and the fastest time counts). `--samples` gives all runs the same number of
+steps instead. If interrupted, rerun the command: it resumes. `--config`, given several times,
+compares other runs: --config=configs/ablations.py:base=impacts,r=0.
 """
 
 import dataclasses
@@ -47,17 +47,18 @@ from vcm_jax.training.teacher import load_teacher
 ROOT = Path(__file__).parents[1]
 STAGES = ("measure", "train", "score", "report")
 NOTE = (
-    "Network `demo`, its steps of training in the last table; mean and standard deviation over "
-    "seeds. Flow matching, wcfm and reflow are sampled with Euler steps, the first two with "
-    "guidance, so that a step is two evaluations; one Euler step without guidance is the "
-    "conditional mean. Reflow starts from the flow-matching run of its seed, whose time comes "
-    "on top. Guidance is at the scale of each objective's config (meanflow's is 2, the others' 3)."
+    "The network is `demo`; the last table gives its training steps. Values are mean and standard "
+    "deviation over seeds. Flow matching, wcfm and reflow are sampled with Euler steps, the first "
+    "two with guidance, so that a step takes two evaluations; one Euler step without guidance "
+    "gives the conditional mean. Reflow starts from the flow-matching run of its seed, whose time "
+    "is not counted. The guidance scale is that of each objective's config (2 for meanflow, 3 for "
+    "the others)."
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """A run to be compared: its config string, seed, and where it goes."""
+    """A run to be compared: its config string, its seed, and the folder of the comparison."""
 
     config: str
     seed: int
@@ -65,7 +66,7 @@ class Entry:
 
     @property
     def name(self) -> str:
-        """What the table calls it: what follows the config's colon."""
+        """The name in the tables: the argument of the config, or else its file."""
         name = self.config.rpartition(":")[2].removeprefix("base=impacts,")
         return name if ":" in self.config else Path(name).stem
 
@@ -84,7 +85,10 @@ def load_config(text: str):
 
 
 def make_step(config):
-    """(a call of one training step on real records, the compiled step, its FLOPs or None)."""
+    """(a function that runs one training step on real records, the compiled step, its FLOPs).
+
+    The FLOPs are None with a teacher: XLA counts the body of its sampler's loop once.
+    """
     sources, weights = setup.open_sources(config.data.sources, config.data.dir, "sources")
     model = setup.model_config(config, sources[0].manifest)
     net, settings = MMDiT(model), setup.step_config(config)
@@ -99,29 +103,25 @@ def make_step(config):
     shapes = mixture.Shapes(
         clip=(model.clip_seq_len, model.clip_dim), sync=(model.sync_seq_len, model.sync_dim)
     )
-    batch = next(
-        mixture.batches(
-            mixture.mix(sources, weights, 0), shapes, batch_size=config.batch_size, first_step=0,
-            last_step=1,
-        )
-    )  # fmt: skip
-    step = jax.jit(
-        functools.partial(
-            train_step, net=net, optimizer=optimizer, config=settings, teacher=teacher,
-            layout=sharding.Layout(mesh, jax.tree.map(lambda _: whole, state.params)),
-        )
-    )  # fmt: skip
+    mixed = mixture.mix(sources, weights, 0)
+    (batch,) = mixture.batches(
+        mixed, shapes, batch_size=config.batch_size, first_step=0, last_step=1
+    )
+    layout = sharding.Layout(mesh, jax.tree.map(lambda _: whole, state.params))
+    options = dict(net=net, optimizer=optimizer, config=settings, teacher=teacher, layout=layout)
+    step = jax.jit(functools.partial(train_step, **options))
     args = (state, jax.device_put(batch, rows), jax.random.key(1), jax.device_put(variables, whole))
     compiled = step.lower(*args).compile()
-    # XLA counts the body of a loop once, and the teacher's sampler is one.
     flops = harness.xla_flops(compiled) if teacher is None else None
     return lambda: jax.block_until_ready(compiled(*args)), compiled, flops
 
 
 def measure(entries, out: Path, turns: int = 5, calls: int = 2) -> dict:
-    """Seconds of a training step (the fastest turn), and what XLA says of it, kept in OUT.
+    """Measures a training step of every config; results are kept in OUT/steps.json.
 
-    Memory is that of one device, beside the arguments.
+    Returns:
+      {name: {"seconds": of the fastest turn, "temporary_bytes": of one device, without the
+      arguments, "flops": XLA's count or None}}.
     """
     path = out / "steps.json"
     found = json.loads(path.read_text()) if path.exists() else {}
@@ -149,7 +149,7 @@ def measure(entries, out: Path, turns: int = 5, calls: int = 2) -> dict:
 
 
 def entry_config(entry: Entry):
-    """The run's config; reflow learns from, and starts as, the flow-matching run of its seed."""
+    """The config of a run."""
     config = load_config(entry.config)
     for key, value in overrides(entry).items():
         config.update_from_flattened_dict({key: value})
@@ -157,7 +157,10 @@ def entry_config(entry: Entry):
 
 
 def overrides(entry: Entry) -> dict:
-    """What every run of the comparison changes in its config."""
+    """Config entries that the comparison changes.
+
+    Reflow learns from, and starts as, the flow-matching run of its seed.
+    """
     changed = {"seed": entry.seed, "data.dir": str(Path(flags.FLAGS.records).absolute())}
     if entry.name == "reflow":
         teacher = dataclasses.replace(entry, config="configs/impacts.py:flow_matching").workdir
@@ -167,6 +170,11 @@ def overrides(entry: Entry) -> dict:
 
 
 def num_steps(entry: Entry, measured: dict, minutes: float, samples: int) -> int:
+    """The number of training steps of a run, from its budget in samples or else in minutes.
+
+    Raises:
+      ValueError: when its step was not measured.
+    """
     if samples:
         return max(1, round(samples / load_config(entry.config).batch_size))
     if entry.name not in measured:
@@ -175,20 +183,20 @@ def num_steps(entry: Entry, measured: dict, minutes: float, samples: int) -> int
 
 
 def train_run(entry: Entry, steps: int) -> None:
-    """Trains to the end, by the command; a run that is complete is left as it is."""
+    """Trains a run with the command `vcm_jax.main`, which leaves a finished run as it is."""
     config = load_config(entry.config)
     share = steps / config.steps
     changed = overrides(entry) | {
         "steps": steps,
         "optimizer.warmup_steps": max(1, round(config.optimizer.warmup_steps * min(1, share))),
         "optimizer.decay_steps": tuple(round(d * share) for d in config.optimizer.decay_steps),
-        "checkpoint_every": max(1, steps // 4), "keep_every": 0, "eval_every": 0,
+        "checkpoint_every": max(1, steps // 4),
+        "keep_every": 0,
+        "eval_every": 0,
         "log_every": max(1, steps // 20),
-    }  # fmt: skip
-    command = [
-        sys.executable, "-m", "vcm_jax.main", f"--config={entry.config}",
-        f"--workdir={entry.workdir}", *(f"--config.{k}={v}" for k, v in changed.items()),
-    ]  # fmt: skip
+    }
+    command = [sys.executable, "-m", "vcm_jax.main", f"--config={entry.config}"]
+    command += [f"--workdir={entry.workdir}", *(f"--config.{k}={v}" for k, v in changed.items())]
     print("+", " ".join(command), flush=True)
     started = time.perf_counter()
     subprocess.run(command, check=True, cwd=ROOT)
@@ -196,7 +204,7 @@ def train_run(entry: Entry, steps: int) -> None:
 
 
 class Scorer:
-    """Scores runs on test clips; what does not depend on the run is computed once."""
+    """Scores runs on test clips; computes once what does not depend on the run."""
 
     def __init__(self, data: Path, num_clips: int, num_train: int, rate: int):
         self.overlapping = flags.FLAGS.overlapping
@@ -222,21 +230,20 @@ class Scorer:
         if entry.name == "flow_matching":
             ways[REFERENCE] = (1, sampling.Sampler(guidance_scale=1.0))
         for label, (n, sampler) in ways.items():
-            latents = generate_latents(
-                dataclasses.replace(run, sampler=sampler), items, sampling.uniform_times(n), seed=0,
-                batch_size=len(items),
-            )  # fmt: skip
-            length = lambda item: round(item.seconds * run.codec.sample_rate)
+            sampled, times = dataclasses.replace(run, sampler=sampler), sampling.uniform_times(n)
+            latents = generate_latents(sampled, items, times, seed=0, batch_size=len(items))
+            lengths = [round(item.seconds * run.codec.sample_rate) for item in items]
             try:
-                sounds = [run.codec.decode(x)[: length(i)] for i, x in zip(items, latents)]
+                sounds = [run.codec.decode(x)[:n] for n, x in zip(lengths, latents)]
                 found[label] = self.metrics(sounds)
-            except (ValueError, librosa.ParameterError) as error:  # nothing that can be heard
+            except (ValueError, librosa.ParameterError) as error:  # the sound cannot be decoded
                 print(f"{entry.workdir}, {label}: no metrics ({error})", flush=True)
                 found[label] = dict.fromkeys(METRICS, float("nan"))
         return found
 
 
 def score(entries, data: Path, out: Path, num_clips: int, num_train: int) -> None:
+    """Scores the runs that have no scores yet, into WORKDIR/scores.json."""
     scorer = None
     for entry in entries:
         path = entry.workdir / "scores.json"
@@ -257,16 +264,20 @@ def score(entries, data: Path, out: Path, num_clips: int, num_train: int) -> Non
 def _define_flags():
     objectives = [f"configs/impacts.py:{name}" for name in OBJECTIVES]
     flags.DEFINE_string("data", "data/impacts", "Folder of the Impacts set.")
-    flags.DEFINE_string("records", "records/impacts", "Its records.")
+    flags.DEFINE_string("records", "records/impacts", "Folder of its records.")
     flags.DEFINE_string("out", None, "Folder of runs and report.", required=True)
-    flags.DEFINE_multi_string("config", objectives, "What is compared; give it several times.")
-    flags.DEFINE_list("seeds", ["0"], "Of training.")
-    flags.DEFINE_float("minutes", 3.0, "Training time of a run, by its measured step time.")
-    flags.DEFINE_integer("samples", 0, "Training samples of a run, in place of --minutes.")
-    flags.DEFINE_integer("clips", 100, "Test clips that are scored.", lower_bound=2)
-    flags.DEFINE_integer("train_clips", 400, "Training clips for the material classifier.")
-    flags.DEFINE_bool("overlapping", False, "Records are `sync_layout.py`'s: score such features.")
-    flags.DEFINE_multi_enum("stage", STAGES, STAGES, "What is done; all of it by default.")
+    flags.DEFINE_multi_string(
+        "config", objectives, "Config of a run to compare; give the flag several times."
+    )
+    flags.DEFINE_list("seeds", ["0"], "Seeds of training.")
+    flags.DEFINE_float("minutes", 3.0, "Training time of a run in minutes.")
+    flags.DEFINE_integer("samples", 0, "Training samples of a run, instead of --minutes.")
+    flags.DEFINE_integer("clips", 100, "Number of test clips to score.", lower_bound=2)
+    flags.DEFINE_integer(
+        "train_clips", 400, "Number of training clips for the material classifier."
+    )
+    flags.DEFINE_bool("overlapping", False, "Score with the features of `sync_layout.py`.")
+    flags.DEFINE_multi_enum("stage", STAGES, STAGES, "Stages to run; all by default.")
 
 
 def main(argv):

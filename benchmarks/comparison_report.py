@@ -1,4 +1,4 @@
-"""Tables and plots of what `compare_objectives.py` has scored."""
+"""Tables and plots of the scores of `compare_objectives.py`."""
 
 import json
 import statistics
@@ -25,13 +25,13 @@ REFERENCE = "one Euler step"
 
 
 def spread(values) -> str:
-    """Mean, and the standard deviation where there are several."""
+    """The mean, and the standard deviation if there are several values."""
     text = f"{statistics.fmean(values):.3f}"
     return text + (f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else "")
 
 
 def tables(results, truth, measured, base: str) -> list[tuple[str, list[list[str]]]]:
-    """(title, rows) of every table; the first row is the head."""
+    """(title, rows) of every table; the first row is the header."""
     found = []
     for metric, (title, better) in METRICS.items():
         rows = [["", *(f"{n} step{'s' * (n > 1)}" for n in STEPS)]]
@@ -44,20 +44,19 @@ def tables(results, truth, measured, base: str) -> list[tuple[str, list[list[str
         for name, values in truth.items():
             rows.append([name, *[f"{values[metric]:.3f}"] * len(STEPS)])
         found.append((f"{title} ({better})", rows))
-    rows = [["", "ms a step", f"time / {base}", "GFLOP a step", f"FLOPs / {base}", "MB a device",
-             f"memory / {base}", "steps", "seeds"]]  # fmt: skip
+    head = ["", "ms a step", f"time / {base}", "GFLOP a step", f"FLOPs / {base}"]
+    rows = [[*head, "MB a device", f"memory / {base}", "steps", "seeds"]]
     for name, runs in results.items():
         if name in measured:
             m, b = measured[name], measured.get(base, measured[name])
             flops = ["", ""]
             if m["flops"]:
                 flops = [f"{m['flops'] / 1e9:.1f}", f"{m['flops'] / b['flops']:.2f}"]
-            rows.append([
-                name, f"{1000 * m['seconds']:.0f}", f"{m['seconds'] / b['seconds']:.2f}", *flops,
-                f"{m['temporary_bytes'] / 1e6:.0f}",
-                f"{m['temporary_bytes'] / b['temporary_bytes']:.2f}",
-                str(runs[0]["steps"]), str(len(runs)),
-            ])  # fmt: skip
+            time = [f"{1000 * m['seconds']:.0f}", f"{m['seconds'] / b['seconds']:.2f}"]
+            memory = m["temporary_bytes"]
+            memory = [f"{memory / 1e6:.0f}", f"{memory / b['temporary_bytes']:.2f}"]
+            steps, seeds = str(runs[0]["steps"]), str(len(runs))
+            rows.append([name, *time, *flops, *memory, steps, seeds])
     found.append(("Training step", rows))
     return found
 
@@ -90,7 +89,14 @@ def plot(results, truth):
 
 
 def write_report(entries, out: Path, note: str) -> Path:
-    """comparison.md, comparison.png and comparison.html of the runs that are scored."""
+    """Writes comparison.md, comparison.png and comparison.html for the runs that have scores.
+
+    Returns:
+      Path of the page.
+
+    Raises:
+      ValueError: when no run has scores.
+    """
     results = {}
     for entry in entries:
         path = entry.workdir / "scores.json"

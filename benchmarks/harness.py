@@ -1,4 +1,4 @@
-"""What the benchmarks share: timing, the machine's peak, inputs, the JSON line."""
+"""What the benchmarks share: timing, the peak rate of the machine, inputs, the JSON line."""
 
 import json
 import os
@@ -8,14 +8,11 @@ import statistics
 import time
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-
-from vcm_jax.models import Conditions
 
 
 def timings(call, repeats: int, warmup: int = 1) -> list[float]:
-    """Milliseconds of each `call()`, its result awaited."""
+    """Milliseconds of each `call()`, until its result is ready."""
     ms = []
     for _ in range(warmup + repeats):
         start = time.perf_counter()
@@ -25,7 +22,7 @@ def timings(call, repeats: int, warmup: int = 1) -> list[float]:
 
 
 def timed(call, repeats: int, warmup: int = 1) -> dict[str, float]:
-    """Minimum, median and maximum of `timings`, and how many they are."""
+    """Minimum, median and maximum of `timings`, and their number."""
     ms = timings(call, repeats, warmup)
     return {
         "ms_min": min(ms),
@@ -43,15 +40,15 @@ def compiled(function, *args):
 
 
 def xla_flops(executable) -> float:
-    """XLA's own count of the compiled program, all devices' parts together.
+    """XLA's own count of the operations of a compiled program, on all devices together.
 
-    The count is of one device's program; a program for several devices does so on each of them.
+    XLA counts the program of one device; every device runs one.
     """
     return executable.cost_analysis()["flops"] * len(jax.devices())
 
 
 def peak_tflops(dtype) -> float:
-    """Best rate of a large square matrix product on one device, in TFLOP/s."""
+    """The best rate of a large square matrix product on one device, in TFLOP/s."""
     size = 1024 if jax.default_backend() == "cpu" else 8192
     a = jax.random.normal(jax.random.key(0), (size, size), dtype)
     product = jax.jit(lambda a: a @ a)
@@ -59,26 +56,15 @@ def peak_tflops(dtype) -> float:
 
 
 def peak_memory_bytes() -> int:
-    """Most memory in use so far: of the first accelerator, or of this process on a CPU."""
+    """Peak memory so far: of the first accelerator, or of this process on a CPU."""
     stats = jax.devices()[0].memory_stats()
     if stats and "peak_bytes_in_use" in stats:
         return stats["peak_bytes_in_use"]
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def conditions(config, batch_size: int) -> Conditions:
-    """Shapes of the raw features of a batch."""
-    shape = lambda name: (
-        batch_size,
-        getattr(config, f"{name}_seq_len"),
-        getattr(config, f"{name}_dim"),
-    )
-    like = lambda name: jax.ShapeDtypeStruct(shape(name), jnp.float16)
-    return Conditions(*map(like, ("clip", "sync", "text")))
-
-
 def random_like(tree, seed: int = 0):
-    """Standard normal arrays (and True for bools) in place of a tree of shapes."""
+    """Standard normal arrays with the shapes and dtypes of a tree; True where it has bools."""
     rng = np.random.default_rng(seed)
 
     def fill(leaf):
@@ -89,8 +75,8 @@ def random_like(tree, seed: int = 0):
     return jax.tree.map(fill, tree)
 
 
-def print_line(**figures) -> None:
-    """One JSON line: the figures, rounded, and the machine they were taken on."""
+def print_line(**results) -> None:
+    """Prints one JSON line: the results, rounded, and the machine that gave them."""
     device = jax.devices()[0]
     machine = {
         "device": device.device_kind if device.platform != "cpu" else platform.machine(),
@@ -98,5 +84,5 @@ def print_line(**figures) -> None:
         "cpus": len(os.sched_getaffinity(0)),
         "jax": jax.__version__,
     }
-    rounded = {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in figures.items()}
+    rounded = {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in results.items()}
     print(json.dumps(rounded | {"machine": machine}), flush=True)

@@ -1,13 +1,13 @@
-"""How fast batches come from the page cache, in samples/s and MB/s: one JSON line.
+"""The rate at which batches are read from the page cache, in samples/s and MB/s: one JSON line.
 
     python benchmarks/input_pipeline.py --dir=/tmp/input_pipeline
 
-writes records of the full size (8 s at 16 kHz: 609 KiB of features) into --dir, reads them through
-`vcm_jax.records.mixture` with threads and with 1, 2, ... worker processes, and compares with plain
-memory maps of the same features, read by as many threads in the same order. Each figure is the
-best of --repeats (the machine may be busy otherwise) and comes with the slowest. A corpus of the
-same shards linked over and over shows the memory that a large one takes, and that a run resumes
-after 1,000 batches in well under a second.
+It writes records of full size (8 s at 16 kHz: 609 KiB of features) into --dir and reads them
+through `vcm_jax.records.mixture`, with threads and with 1, 2, ... worker processes. It compares
+this with plain memory maps of the same features, read by as many threads in the same order. Each
+rate is the best of --repeats (other programs may use the machine), printed beside the slowest. A
+corpus of the same shards, linked many times, shows how much memory a large corpus takes, and that a
+run resumes after 1,000 batches in well under a second.
 """
 
 import concurrent.futures
@@ -28,15 +28,15 @@ from vcm_jax.records.schema import TEXT_TABLE, serialize, write_shard, write_tex
 from vcm_jax.records.sequence import SequenceConfig
 from vcm_jax.records.source import RecordSource
 
-DIR = flags.DEFINE_string("dir", None, "Folder for the records; kept.", required=True)
-RECORDS = flags.DEFINE_integer("records", 512, "Records that are written.", lower_bound=1)
+DIR = flags.DEFINE_string("dir", None, "Folder for the records; it is kept.", required=True)
+RECORDS = flags.DEFINE_integer("records", 512, "Number of records to write.", lower_bound=1)
 BATCH = flags.DEFINE_integer("batch_size", 32, "Rows per batch.", lower_bound=1)
 BATCHES = flags.DEFINE_integer("batches", 40, "Batches per measurement.", lower_bound=1)
 WORKERS = flags.DEFINE_list("workers", ["0", "1", "2"], "Numbers of worker processes.")
-REPEATS = flags.DEFINE_integer("repeats", 5, "Measurements of each kind.", lower_bound=1)
-LARGE = flags.DEFINE_float("large_gb", 20.0, "Size of the linked corpus; 0: none.")
+REPEATS = flags.DEFINE_integer("repeats", 5, "Number of measurements of each kind.", lower_bound=1)
+LARGE = flags.DEFINE_float("large_gb", 20.0, "Size of the linked corpus; 0 leaves it out.")
 
-_CAPTIONS = 309  # as many different ones as VGGSound has
+_CAPTIONS = 309  # VGGSound has as many different ones
 _SHARD = 128
 _FEATURES = {
     "latent_mean": ((250, 20), np.float32),
@@ -55,7 +55,7 @@ def _random(rng, name):
 
 
 def write_corpus(folder: Path, count: int, in_table: bool) -> Path:
-    """Records of random features, with the text in them or in the text table."""
+    """Writes records of random features, with text features in them or in the text table."""
     if (folder / MANIFEST).exists():
         if read_manifest(folder).num_records == count:
             return folder
@@ -79,18 +79,25 @@ def write_corpus(folder: Path, count: int, in_table: bool) -> Path:
     write_manifest(
         folder,
         Manifest(
-            sequence=SequenceConfig(), encoders={}, codec={"latent_dim": 20}, has_video=True,
-            num_records=count, num_failures=0,
+            sequence=SequenceConfig(),
+            encoders={},
+            codec={"latent_dim": 20},
+            has_video=True,
+            num_records=count,
+            num_failures=0,
             fields={n: {"shape": s, "dtype": np.dtype(d).name} for n, (s, d) in _FEATURES.items()},
-            latent_mean=[0.0] * 20, latent_std=[1.0] * 20, shards=shards, fingerprint="random",
+            latent_mean=[0.0] * 20,
+            latent_std=[1.0] * 20,
+            shards=shards,
+            fingerprint="random",
             text_table=table,
         ),
-    )  # fmt: skip
+    )
     return folder
 
 
 def link_corpus(folder: Path, small: Path, gigabytes: float) -> Path:
-    """A corpus of that size from hard links to the shards of a small one."""
+    """Makes a corpus of the given size from hard links to the shards of a small one."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     manifest = read_manifest(small)
@@ -108,8 +115,13 @@ def link_corpus(folder: Path, small: Path, gigabytes: float) -> Path:
 
 
 def rate(make_batches) -> dict:
-    """Samples/s and MB/s of the best and samples/s of the slowest repeat; the first batch of
-    each, which starts threads or processes, is not counted."""
+    """Samples/s and MB/s of the best repeat, and samples/s of the slowest one.
+
+    The first batch of each repeat, which starts threads or processes, is not counted.
+
+    Args:
+      make_batches: a function n -> iterator of n batches.
+    """
     rates = []
     for _ in range(REPEATS.value):
         found = make_batches(BATCHES.value + 1)
@@ -127,7 +139,7 @@ def rate(make_batches) -> dict:
 
 
 def reader(folder: Path, workers: int, batch_size: int):
-    """count -> that many batches through the library."""
+    """A function n -> iterator of n batches, read through the library."""
     mixed = mixture.mix([RecordSource(folder)], [1.0], 0)
     return lambda count: mixture.batches(
         mixed, SHAPES, batch_size=batch_size, first_step=0, last_step=count, num_workers=workers
@@ -135,7 +147,7 @@ def reader(folder: Path, workers: int, batch_size: int):
 
 
 def memmap_reader(folder: Path):
-    """The same from one memory map a feature."""
+    """A function n -> iterator of n batches, read from one memory map for each feature."""
     maps, rng = {}, np.random.default_rng(0)
     folder.mkdir(exist_ok=True)
     for name, (shape, dtype) in _FEATURES.items():
@@ -167,13 +179,13 @@ def memmap_reader(folder: Path):
 
 
 def _private_mb() -> float:
-    """Memory of this process alone, without mapped files and page cache."""
+    """Memory of this process in MB, without mapped files and page cache."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1024
 
 
 def memory(folder: Path, batch_size: int) -> dict:
-    """Private memory in MB before and after 50 batches from all over a corpus."""
+    """Private memory in MB before and after reading 50 batches from all over a corpus."""
     before = _private_mb()
     for _ in reader(folder, 0, batch_size)(50):
         pass
@@ -181,7 +193,7 @@ def memory(folder: Path, batch_size: int) -> dict:
 
 
 def resume_seconds(folder: Path) -> float:
-    """From nothing to batch 1,000."""
+    """Seconds from opening the records to batch 1,000."""
     start = time.perf_counter()
     mixed = mixture.mix([RecordSource(folder)], [1.0], 0)
     next(mixture.batches(mixed, SHAPES, batch_size=BATCH.value, first_step=1000, last_step=1001))
@@ -192,7 +204,10 @@ def main(_):
     root = Path(DIR.value)
     table = write_corpus(root / "table", RECORDS.value, in_table=True)
     inline = write_corpus(root / "inline", RECORDS.value, in_table=False)
-    size = lambda folder: sum(shard["bytes"] for shard in read_manifest(folder).shards)
+
+    def size(folder):
+        return sum(shard["bytes"] for shard in read_manifest(folder).shards)
+
     result = {
         "benchmark": "input_pipeline",
         "cores": len(os.sched_getaffinity(0)),

@@ -1,9 +1,10 @@
-"""What a run costs beside its steps, one JSON line each: memory of the state, writing, saving.
+"""The cost of a run besides its steps, as JSON lines: memory of the state, logging, checkpoints.
 
     python benchmarks/run_costs.py --model=small_16k
+    python benchmarks/run_costs.py --model=small_16k --save
 
-The state is sharded abstractly over so many devices as the meshes have, simulated on the CPU, and
-never allocated but for `--save`, which times checkpoints of a part of it: the parameters alone.
+The state is sharded over simulated devices and is not allocated. `--save` also times checkpoints;
+these hold the parameters alone, which are allocated.
 """
 
 import argparse
@@ -29,6 +30,7 @@ MESHES = ((1, 1, 1), (8, 1, 1), (1, 8, 1), (2, 4, 1), (2, 2, 2), (1, 1, 8), (8, 
 
 
 def state_of(model):
+    """Shapes and dtypes of the train state of a network."""
     stats = {
         "latent_mean": jnp.zeros(model.latent_dim),
         "latent_std": jnp.ones(model.latent_dim),
@@ -39,25 +41,28 @@ def state_of(model):
 
 
 def memory(name: str) -> None:
-    """Bytes of the state on each device, by mesh."""
+    """Prints, for every mesh, how much of the state each device holds."""
     model = MODELS[name]
     abstract = state_of(model)
     for sizes in MESHES:
         devices = jax.devices()[: int(np.prod(sizes))]
         mesh = sharding.make_mesh(*sizes, devices=devices)
         shardings = sharding.state_shardings(abstract, mesh, model.num_heads)
-        gib = {
-            part: sharding.device_bytes(getattr(abstract, part), getattr(shardings, part)) / 2**30
-            for part in ("params", "opt_state", "ema")
-        }
+        gib = {}
+        for field in ("params", "opt_state", "ema"):
+            held = sharding.device_bytes(getattr(abstract, field), getattr(shardings, field))
+            gib[f"{field}_gib"] = held / 2**30
         harness.print_line(
-            benchmark="state_memory", model=name, mesh="x".join(map(str, sizes)),
-            gib_per_device=sum(gib.values()), **{f"{part}_gib": size for part, size in gib.items()},
-        )  # fmt: skip
+            benchmark="state_memory",
+            model=name,
+            mesh="x".join(map(str, sizes)),
+            gib_per_device=sum(gib.values()),
+            **gib,
+        )
 
 
 def writing(rounds: int = 200) -> None:
-    """Milliseconds to write the numbers of one log, and one sound of 8 s with its spectrogram."""
+    """Prints the time to write one log's scalars, and one sound of 8 s with its spectrogram."""
     values = {f"train/value_{i}": 1.0 / (i + 1) for i in range(36)}
     sound = np.random.default_rng(0).uniform(-0.1, 0.1, 8 * 16_000).astype(np.float32)
     with tempfile.TemporaryDirectory() as folder:
@@ -72,13 +77,16 @@ def writing(rounds: int = 200) -> None:
             times["sound"].append(time.perf_counter() - started)
         writer.close()
     harness.print_line(
-        benchmark="writing", scalars=len(values), log_ms=1e3 * float(np.median(times["log"])),
-        log_ms_worst=1e3 * max(times["log"]), sound_ms=1e3 * float(np.median(times["sound"])),
-    )  # fmt: skip
+        benchmark="writing",
+        scalars=len(values),
+        log_ms=1e3 * float(np.median(times["log"])),
+        log_ms_worst=1e3 * max(times["log"]),
+        sound_ms=1e3 * float(np.median(times["sound"])),
+    )
 
 
 def saving(name: str, rounds: int = 3) -> None:
-    """Seconds that the loop waits for a save, and until it is on disk; of the parameters."""
+    """Prints how long a checkpoint of the parameters blocks the loop, and takes to be on disk."""
     abstract = state_of(MODELS[name]).params
     params = jax.tree.map(lambda a: jnp.ones(a.shape, a.dtype), abstract)
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
@@ -94,9 +102,14 @@ def saving(name: str, rounds: int = 3) -> None:
             saver.manager.wait_until_finished()
             whole.append(time.perf_counter() - started)
     harness.print_line(
-        benchmark="saving", model=name, gib=size / 2**30, loop_waits_s=min(blocked),
-        loop_waits_s_worst=max(blocked), on_disk_s=min(whole), on_disk_s_worst=max(whole),
-    )  # fmt: skip
+        benchmark="saving",
+        model=name,
+        gib=size / 2**30,
+        loop_waits_s=min(blocked),
+        loop_waits_s_worst=max(blocked),
+        on_disk_s=min(whole),
+        on_disk_s_worst=max(whole),
+    )
 
 
 def main() -> None:

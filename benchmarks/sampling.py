@@ -1,13 +1,14 @@
-"""What sound for a clip costs, from features to latents or to sound: JSON lines, one a sampler.
+"""The cost of generating a clip, from features to latents or to sound: a JSON line per sampler.
 
     python benchmarks/sampling.py --model=small_16k --batch=1
     python benchmarks/sampling.py --model=small_16k --with_codec      # --codec=DIR: its weights
     python benchmarks/sampling.py --model=small_16k --batch=64 --dtype=bfloat16
 
-Few-step samplers (1 and 4 evaluations) beside 25 Euler steps with guidance (50 evaluations). The
-conditions are encoded once a clip, in every line. `ratio_to_25x2` compares with the last line;
-`flop_ratio_to_25x2` is what the counted operations alone would give. With a codec, lines of its own
-say what encode, decode and vocode take, and `to_sound_ms` adds the last two for every clip.
+Few-step samplers (1 and 4 evaluations) are compared with 25 Euler steps with guidance (50
+evaluations). All of them encode the conditions once per clip. `ratio_to_25x2` is the measured
+ratio to 25 x 2 evaluations; `flop_ratio_to_25x2` is the ratio of the counted operations. With a
+codec further lines give the times to encode, decode and vocode, and `to_sound_ms` adds the last two
+for every clip.
 """
 
 import argparse
@@ -19,19 +20,19 @@ import jax.numpy as jnp
 
 from vcm_jax import sampling
 from vcm_jax.models import MODELS, MMDiT
+from vcm_jax.models.conditioned import sample_latents, zero_inputs
 from vcm_jax.models.flops import forward_flops
+from vcm_jax.objectives.vcm import VCMConfig
+from vcm_jax.training.step import abstract_batch
 
 
 def sampler(net, steps: int, guidance: float | None):
-    """Function of variables, noise and raw conditions to latents; guided Euler or few-step."""
+    """A jitted function (variables, noise, features) -> latents."""
+    way = sampling.Sampler(guidance_scale=guidance)
+    times = sampling.uniform_times(steps)
 
-    def run(variables, x, cond):
-        method = lambda name: lambda *args: net.apply(variables, *args, method=name)
-        u, encode = method("velocity"), method("encode_conditions")
-        if guidance is not None:
-            null = encode(method("null_conditions")(x.shape[0]))
-            u = sampling.guided_velocity(u, null, guidance)
-        return sampling.sample(u, x, sampling.uniform_times(steps), encode(cond))
+    def run(variables, noise, features):
+        return sample_latents(net, variables, features, noise, times, VCMConfig(), way)
 
     return jax.jit(run)
 
@@ -53,28 +54,35 @@ def main() -> None:
         to_sound = codec_ms["decode"] + codec_ms["vocode"]
     config = MODELS[args.model]
     net = MMDiT(config, jnp.dtype(args.dtype))
-    cond = harness.random_like(harness.conditions(config, args.batch))
-    noise = jax.ShapeDtypeStruct((args.batch, config.latent_seq_len, config.latent_dim), "float32")
-    cond, x = jax.device_put((cond, harness.random_like(noise)))
-    variables = jax.jit(net.init)(jax.random.key(0), x, jnp.ones(1), jnp.zeros(1), cond)
+    features = jax.device_put(harness.random_like(abstract_batch(config, args.batch)))
+    noise = features["latent_mean"]
+    variables = jax.jit(net.init)(jax.random.key(0), *zero_inputs(config))
     cost = forward_flops(config)
     conditions, evaluation = cost["conditions"], sum(cost.values()) - cost["conditions"]
-    flops = lambda steps, passes: passes * (conditions + steps * evaluation)
+
+    def flops(steps, passes):
+        return passes * (conditions + steps * evaluation)
+
     slowest = None
     for steps, guidance in ((25, 4.5), (4, None), (1, None)):
         passes = 1 if guidance is None else 2
-        run, compile_s = harness.compiled(sampler(net, steps, guidance), variables, x, cond)
-        figures = harness.timed(lambda run=run: run(variables, x, cond), args.repeats)
-        slowest = slowest or figures["ms_min"]
+        run, compile_s = harness.compiled(sampler(net, steps, guidance), variables, noise, features)
+        times = harness.timed(lambda run=run: run(variables, noise, features), args.repeats)
+        slowest = slowest or times["ms_min"]
         if to_sound is not None:
-            figures["to_sound_ms"] = figures["ms_min"] + args.batch * to_sound
+            times["to_sound_ms"] = times["ms_min"] + args.batch * to_sound
         harness.print_line(
-            benchmark="sampling", model=args.model, batch=args.batch, dtype=args.dtype,
-            evaluations=f"{steps}x2" if guidance else str(steps), compile_s=compile_s, **figures,
-            samples_per_s=1e3 * args.batch / figures["ms_min"],
-            ratio_to_25x2=slowest / figures["ms_min"],
+            benchmark="sampling",
+            model=args.model,
+            batch=args.batch,
+            dtype=args.dtype,
+            evaluations=f"{steps}x2" if guidance else str(steps),
+            compile_s=compile_s,
+            **times,
+            samples_per_s=1e3 * args.batch / times["ms_min"],
+            ratio_to_25x2=slowest / times["ms_min"],
             flop_ratio_to_25x2=flops(25, 2) / flops(steps, passes),
-        )  # fmt: skip
+        )
 
 
 if __name__ == "__main__":

@@ -83,6 +83,6 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("records", None, "Records folder.", required=True)
-    flags.DEFINE_string("out", None, "Folder to write; what is there is replaced.", required=True)
+    flags.DEFINE_string("records", None, "Folder of the records.", required=True)
+    flags.DEFINE_string("out", None, "Folder to write; its contents are replaced.", required=True)
     app.run(main)

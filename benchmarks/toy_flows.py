@@ -2,15 +2,15 @@
 
     python benchmarks/toy_flows.py --out=runs/toy
 
-Mixtures of Gaussians have a closed-form velocity, so that what a network should say about any
-jump can be integrated. One small network is trained with each objective, for as many steps, on a
-ring, on a spiral, and on a ring with classes and guidance (w = 2 for all of them).
+The velocity of a mixture of Gaussians has a closed form, so that the exact result of any jump can
+be integrated. The same small network is trained with each objective, for the same number of steps,
+on a ring, on a spiral, and on a ring with classes and guidance (w = 2 for all objectives).
 
-OUT/toy_flows.md holds, for each, the energy distance to samples of the exact flow at 1, 2, 4, 8 and
-25 steps (`floor`: of two such sets), and the root mean square error of u against the integrated
-flow; OUT/PROBLEM.png shows samples and trajectories. Reflow learns from the flow-matching network
-before it. Reflow and W-CFM have couplings of their own, so that their u has no error against this
-flow.
+OUT/toy_flows.md gives, for each objective, the energy distance to samples of the exact flow at 1,
+2, 4, 8 and 25 steps (`floor` is that of two exact sets), and the root mean square error of u
+against the integrated flow. OUT/PROBLEM.png shows samples and trajectories. Reflow learns from the
+flow-matching network. Reflow and W-CFM change the coupling and so the flow, so that no error of
+their u is given.
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ SHOWN = (1, 2, 4, 25)
 GUIDANCE = 2.0
 FINE = 200  # Runge-Kutta steps of the exact flow
 _EVERYWHERE = dict(guidance_scale=GUIDANCE, guidance_interval=(0.0, 1.0))
-# Settings that make all of them aim at the same guided flow.
+# Settings with which all objectives learn the same guided flow.
 SETTINGS = {
     "flow_matching": _EVERYWHERE,
     "vcm": _EVERYWHERE,
@@ -52,7 +52,7 @@ SETTINGS = {
 UNGUIDED = dict(guidance_scale=1.0)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)  # each is equal to itself alone: a key of jit's cache
+@dataclasses.dataclass(frozen=True, eq=False)  # compared by identity, as a key of jit's cache
 class Mixture:
     """Equally likely Gaussians with means `K 2` and one standard deviation; each has a class."""
 
@@ -83,6 +83,7 @@ class Mixture:
         return (weight[..., None] * (slope * offset - means[None])).sum(1)
 
     def guided(self, x, t, label):
+        """The guided velocity; without classes the plain one."""
         v = self.velocity(x, t, label)
         if self.num_classes == 1:
             return v
@@ -142,7 +143,7 @@ def network(params, x, t, s, cond):
 
 
 def settings_of(name: str, guided: bool):
-    """The objective's settings in this world: the same guided flow for all, or no guidance."""
+    """The settings of an objective: the same guided flow for all, or no guidance."""
     given = dict(SETTINGS[name])
     if not guided:
         given |= dict(omega=1.0, kappa=0.0) if name == "meanflow" else UNGUIDED
@@ -150,7 +151,7 @@ def settings_of(name: str, guided: bool):
 
 
 def train(name, problem, seed: int, steps: int, batch_size: int, teacher=None):
-    """(u, seconds a step): the trained network as `sample` takes it, `u(x, t, s, one_hot)`."""
+    """The trained network as `u(x, t, s, one_hot)`, which `sample` takes, and seconds a step."""
     guided = problem.num_classes > 1
     objective = settings_of(name, guided)
     n = objective.num_instant(batch_size)
@@ -171,10 +172,11 @@ def train(name, problem, seed: int, steps: int, batch_size: int, teacher=None):
         if teacher is not None:
             seen = jnp.where(is_null[:, None], null, cond)
             x0 = sample(teacher, x1, uniform_times(objective.teacher_steps), seen)
-        loss = lambda params: objective.loss(
-            functools.partial(network, params), x0, x1, t, s, lam, cond, null, is_null,
-            num_instant=n,
-        )[0]  # fmt: skip
+
+        def loss(params):
+            args = (x0, x1, t, s, lam, cond, null, is_null)
+            return objective.loss(functools.partial(network, params), *args, num_instant=n)[0]
+
         updates, opt_state = optimizer.update(jax.grad(loss)(params), opt_state)
         params = optax.apply_updates(params, updates)
         average = jax.tree.map(lambda a, p: a + (p - a) * 0.005, average, params)
@@ -185,9 +187,9 @@ def train(name, problem, seed: int, steps: int, batch_size: int, teacher=None):
     )
     state = (params, params, optimizer.init(params))
     seconds = []
-    for part in range(10):
+    for tenth in range(10):
         started = time.perf_counter()
-        state = jax.block_until_ready(run(state, part * (steps // 10)))
+        state = jax.block_until_ready(run(state, tenth * (steps // 10)))
         seconds.append((time.perf_counter() - started) / (steps // 10))
     net = functools.partial(network, state[1])
 
@@ -198,7 +200,7 @@ def train(name, problem, seed: int, steps: int, batch_size: int, teacher=None):
 
 
 def energy_distance(x, y) -> float:
-    """2 E|x - y| - E|x - x'| - E|y - y'| of two sets of points."""
+    """2 E|x - y| - E|x - x'| - E|y - y'| of two sets of points, `n 2` each."""
     return 2 * cdist(x, y).mean() - cdist(x, x).mean() - cdist(y, y).mean()
 
 
@@ -211,16 +213,16 @@ def errors(u, problem, size: int = 1000) -> tuple[float, float]:
     instant, jump = [], []
     for t, s in ((1.0, 0.0), (0.9, 0.4), (0.7, 0.0), (0.5, 0.25), (0.3, 0.0)):
         x = (1 - t) * x0 + t * x1
-        rows = lambda time: jnp.full(size, time)
+        times, ends = jnp.full(size, t), jnp.full(size, s)
         exact = (problem.flow(x, t, s, label) - x) / (s - t)
-        jump.append(jnp.square(u(x, rows(t), rows(s), cond) - exact).mean())
-        error = u(x, rows(t), rows(t), cond) - problem.guided(x, t, label)
+        jump.append(jnp.square(u(x, times, ends, cond) - exact).mean())
+        error = u(x, times, times, cond) - problem.guided(x, t, label)
         instant.append(jnp.square(error).mean())
     return float(np.sqrt(np.mean(instant))), float(np.sqrt(np.mean(jump)))
 
 
 def picture(problem, rows, truth):
-    """Samples by number of steps, and trajectories at 25; a row for each objective."""
+    """A figure with a row for each objective: samples by number of steps, and trajectories."""
     columns = len(SHOWN) + 1
     figure, axes = plt.subplots(len(rows), columns, figsize=(2.1 * columns, 2.1 * len(rows)))
     bound = 1.25 * np.abs(problem.means).max()
@@ -240,7 +242,7 @@ def picture(problem, rows, truth):
 
 
 def trajectory(u, x1, cond):
-    """x at all times of the 25-step sampler, `26 n 2`."""
+    """The points of the 25-step sampler, `26 n 2`."""
     times = uniform_times(25)
     points = [x1]
     for t, s in zip(times[:-1], times[1:]):
@@ -249,7 +251,7 @@ def trajectory(u, x1, cond):
 
 
 def compare(problem_name: str, names, seed: int, steps: int, batch_size: int, size: int):
-    """(rows of the table, the picture) of one problem."""
+    """The rows of the table and the figure of one problem."""
     problem = PROBLEMS[problem_name]
     keys = jax.random.split(jax.random.key(1234), 4)
     _, label = problem.draw(keys[0], size)
@@ -306,13 +308,13 @@ def main(argv):
 
 
 def _define_flags():
-    flags.DEFINE_string("out", "runs/toy", "Folder of table and pictures.")
-    flags.DEFINE_list("problems", list(PROBLEMS), "Which mixtures.")
-    flags.DEFINE_list("objectives", list(SETTINGS), "Which objectives.")
-    flags.DEFINE_integer("steps", 4000, "Training steps.", lower_bound=10)
-    flags.DEFINE_integer("batch_size", 256, "Samples a step.", lower_bound=8)
-    flags.DEFINE_integer("samples", 2000, "Samples that are scored.", lower_bound=100)
-    flags.DEFINE_integer("seed", 0, "Of training.")
+    flags.DEFINE_string("out", "runs/toy", "Folder for the table and the figures.")
+    flags.DEFINE_list("problems", list(PROBLEMS), "Mixtures to train on.")
+    flags.DEFINE_list("objectives", list(SETTINGS), "Objectives to train with.")
+    flags.DEFINE_integer("steps", 4000, "Training steps of each network.", lower_bound=10)
+    flags.DEFINE_integer("batch_size", 256, "Samples in a training step.", lower_bound=8)
+    flags.DEFINE_integer("samples", 2000, "Samples to score.", lower_bound=100)
+    flags.DEFINE_integer("seed", 0, "Seed of training.")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
-"""What one training step costs, as one JSON line.
+"""The cost of one training step, as one JSON line.
 
     python benchmarks/train_step.py --model=small_16k --batch=4
     python benchmarks/train_step.py --model=small_16k --batch=512 --dtype=bfloat16
     python benchmarks/train_step.py --model=small_16k --batch=64 --count_only
 
-The step is the whole of it: latents drawn, all forward passes, the backward pass, clipping, AdamW
-and two averages. `mfu` is model_gflop_per_sample x samples_per_s / (peak_tflops x devices), where
-the peak is a matrix product measured in the same run; `xla_gflop_per_sample` is XLA's own count.
+The step includes drawing latents, all forward passes, the backward pass, gradient clipping, AdamW
+and two sets of EMA weights. `mfu` is model_gflop_per_sample x samples_per_s / (peak_tflops x
+devices), where the peak is a matrix product measured in the same run. `xla_gflop_per_sample` is
+XLA's own count.
 """
 
 import argparse
@@ -21,32 +22,20 @@ from vcm_jax.models import MODELS, MMDiT
 from vcm_jax.models.flops import step_flops
 from vcm_jax.objectives import OBJECTIVES, make_settings
 from vcm_jax.training.state import OptimizerConfig, make_init, make_optimizer
-from vcm_jax.training.step import StepConfig, train_step
+from vcm_jax.training.step import StepConfig, abstract_batch, train_step
 
 # A teacher's passes are not part of the step.
 STUDENTS = [name for name, objective in OBJECTIVES.items() if not objective.needs_teacher]
 
 
-def abstract_batch(config, batch_size: int) -> dict:
-    """Shapes of the batch that the data pipeline gives."""
-    like = jax.ShapeDtypeStruct
-    latent = like((batch_size, config.latent_seq_len, config.latent_dim), jnp.float32)
-    cond = harness.conditions(config, batch_size)
-    flag = like((batch_size,), jnp.bool_)
-    return {
-        "latent_mean": latent, "latent_std": latent, "clip": cond.clip, "sync": cond.sync,
-        "text": cond.text, "has_video": flag, "has_text": flag,
-    }  # fmt: skip
-
-
 def prepare(model, batch_size: int, dtype, mesh, config: StepConfig):
-    """The step as training compiles it.
+    """The training step, as training compiles it.
 
     Returns:
       step: (state, batch, key) -> (state, metrics), jitted; the state is donated.
-      init: key -> state.
-      shapes: of the batch.
-      put: (batch, key) -> the same on the mesh.
+      init: key -> state, jitted.
+      shapes: shapes and dtypes of the batch.
+      put: a function that places (batch, key) on the mesh.
     """
     net, optimizer = MMDiT(model, dtype), make_optimizer(OptimizerConfig())
     stats = {
@@ -72,7 +61,10 @@ def prepare(model, batch_size: int, dtype, mesh, config: StepConfig):
         donate_argnums=0,
     )
     init = jax.jit(init, out_shardings=shardings)
-    put = lambda batch, key: (jax.device_put(batch, rows), jax.device_put(key, whole))
+
+    def put(batch, key):
+        return jax.device_put(batch, rows), jax.device_put(key, whole)
+
     return step, init, abstract_batch(model, batch_size), put
 
 
@@ -100,14 +92,19 @@ def main() -> None:
     memory = step.memory_analysis()
     xla_gflop = harness.xla_flops(step) / args.batch / 1e9
     model_gflop = step_flops(model, config.objective.passes()) / 1e9
-    figures = {
-        "benchmark": "train_step", "model": args.model, "batch": args.batch, "dtype": args.dtype,
-        "mesh": args.mesh, "objective": args.objective, "compile_s": compile_s,
+    results = {
+        "benchmark": "train_step",
+        "model": args.model,
+        "batch": args.batch,
+        "dtype": args.dtype,
+        "mesh": args.mesh,
+        "objective": args.objective,
+        "compile_s": compile_s,
         "model_gflop_per_sample": model_gflop,
         "xla_gflop_per_sample": xla_gflop,
         "state_bytes_per_device": memory.argument_size_in_bytes,
         "temporary_bytes_per_device": memory.temp_size_in_bytes,
-    }  # fmt: skip
+    }
     if not args.count_only:
         state, batch, key = init(key), *put(harness.random_like(shapes), key)
 
@@ -116,16 +113,16 @@ def main() -> None:
             state, metrics = step(state, batch, key)
             return metrics
 
-        figures |= harness.timed(call, args.repeats, warmup=2)
-        rate = args.batch / figures["ms_min"] * 1e3
+        results |= harness.timed(call, args.repeats, warmup=2)
+        rate = args.batch / results["ms_min"] * 1e3
         peak = harness.peak_tflops(dtype)
-        figures |= {
+        results |= {
             "samples_per_s": rate,
             "peak_tflops": peak,
             "mfu": model_gflop * rate / 1e3 / (peak * len(jax.devices())),
             "peak_memory_bytes": harness.peak_memory_bytes(),
         }
-    harness.print_line(**figures)
+    harness.print_line(**results)
 
 
 if __name__ == "__main__":
