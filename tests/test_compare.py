@@ -47,8 +47,11 @@ def test_winners():
     sets = {"exact": score(truth), "half": score(tones(0.05)), "mixed": score(mixed)}
     assert winners(sets, "loudness_error_db") == ["exact", "exact", None, None]
     assert winners({"half": sets["half"], "mixed": sets["mixed"]}, "loudness_error_db") == [
-        None, None, "mixed", "mixed",
-    ]  # fmt: skip
+        None,
+        None,
+        "mixed",
+        "mixed",
+    ]
     assert winners(sets, "onset_f1") == [None] * 4
 
 
@@ -87,9 +90,16 @@ def test_a_browser_shows_every_picture_and_plays_every_sound(page, tmp_path):
         pytest.skip("needs chromium")
     copy = tmp_path / "page.html"
     copy.write_text(page[1].read_text() + PROBE)
-    command = [chromium, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom",
-               f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=20000",
-               copy.as_uri()]  # fmt: skip
+    command = [
+        chromium,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--dump-dom",
+        f"--user-data-dir={tmp_path / 'profile'}",
+        "--virtual-time-budget=20000",
+        copy.as_uri(),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     assert re.search("<title>(.*?)</title>", done.stdout).group(1) == "10 pictures 8 sounds 1.28 s"
 
@@ -169,8 +179,9 @@ def test_the_command_leaves_bad_clips_out_of_all_sets(world, tmp_path):
     (truth / "000000.mp4").write_bytes(b"no video")
     done = run_command(command, *arguments, f"--out={out}", positional="sets")
     assert done.code == 1 and "fewer than 2 clips can be compared" in done.err
-    done = run_command(command, f"{world / 'run'}@0", *arguments[2:], f"--out={out}",
-                       positional="sets")  # fmt: skip
+    done = run_command(
+        command, f"{world / 'run'}@0", *arguments[2:], f"--out={out}", positional="sets"
+    )
     assert done.code == 1 and "at least 1 step" in done.err and done.err.count("\n") == 1
 
 

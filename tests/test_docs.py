@@ -77,9 +77,11 @@ def source_of(name: str) -> Path | None:
 
 
 def is_definition(node) -> bool:
-    return isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and (
-        node.func.attr.startswith("DEFINE_") or node.func.attr == "add_argument"
-    )  # fmt: skip
+    return (
+        isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and (node.func.attr.startswith("DEFINE_") or node.func.attr == "add_argument")
+    )
 
 
 @functools.cache

@@ -16,9 +16,13 @@ SCRIPTS = sorted([*ROOT.glob("launch/*.sh"), *ROOT.glob("launch/*.sbatch")])
 
 def dry_run(script, tmp_path, *arguments, **env):
     return subprocess.run(
-        ["bash", str(script), "--dry-run", *arguments], capture_output=True, text=True, check=True,
-        cwd=tmp_path, env={"PATH": "/usr/bin:/bin", "VENV": str(tmp_path / "venv"), **env},
-    ).stdout  # fmt: skip
+        ["bash", str(script), "--dry-run", *arguments],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=tmp_path,
+        env={"PATH": "/usr/bin:/bin", "VENV": str(tmp_path / "venv"), **env},
+    ).stdout
 
 
 def commands(script, tmp_path, *arguments, **env):
@@ -48,9 +52,12 @@ def test_the_demo_runs_every_part(tmp_path):
     lines = dry_run(ROOT / "launch/demo.sh", tmp_path).splitlines()
     modules = [line.split()[3] for line in lines if line.startswith("+ python -m vcm_jax")]
     assert modules == [
-        "vcm_jax.impacts", *["vcm_jax.features.extract"] * 3, "vcm_jax.main",
-        "vcm_jax.generate", "vcm_jax.impacts.report",
-    ]  # fmt: skip
+        "vcm_jax.impacts",
+        *["vcm_jax.features.extract"] * 3,
+        "vcm_jax.main",
+        "vcm_jax.generate",
+        "vcm_jax.impacts.report",
+    ]
 
 
 FLAGS = [
@@ -90,8 +97,10 @@ def test_a_local_run_is_started_again_as_long_as_it_was_told_to_stop(tmp_path):
     )
     assert (tmp_path / "runs").read_text().count("x") == 3
     assert [line for line in found.stdout.splitlines() if "ended" in line] == [
-        "ended with 3", "ended with 75", "ended with 75",
-    ]  # fmt: skip
+        "ended with 3",
+        "ended with 75",
+        "ended with 75",
+    ]
     assert found.stdout.count("+ waits") == 2
 
 
@@ -123,12 +132,17 @@ def test_slurm_requeues_the_job_where_that_can_help(tmp_path, code, restarts, re
     wanted = (ROOT / "requirements.txt").read_text() + (ROOT / "setup.py").read_text()
     (venv / ".installed").write_text(f"{wanted}gpu\n")
     found = subprocess.run(
-        ["bash", str(ROOT / "launch/slurm_gpu.sbatch"), *FLAGS], capture_output=True, text=True,
+        ["bash", str(ROOT / "launch/slurm_gpu.sbatch"), *FLAGS],
+        capture_output=True,
+        text=True,
         env={
-            "PATH": f"{bin_folder}:/usr/bin:/bin", "VENV": str(venv), "SLURM_JOB_ID": "17",
-            "SLURM_SUBMIT_DIR": str(ROOT), "SLURM_RESTART_COUNT": str(restarts),
+            "PATH": f"{bin_folder}:/usr/bin:/bin",
+            "VENV": str(venv),
+            "SLURM_JOB_ID": "17",
+            "SLURM_SUBMIT_DIR": str(ROOT),
+            "SLURM_RESTART_COUNT": str(restarts),
         },
-    )  # fmt: skip
+    )
     assert found.returncode == code, found.stderr
     assert ("scontrol requeue 17" in calls.read_text()) == requeued
 
@@ -145,9 +159,15 @@ def test_tpu_queued(tmp_path):
     call = lambda *arguments, **more: commands("tpu_queued.sh", tmp_path, *arguments, **env | more)
     queue = ["gcloud", "compute", "tpus", "queued-resources"]
     create = [
-        *queue, "create", "run1", "--node-id=run1", "--accelerator-type=v6e-16",
-        "--runtime-version=v2", "--spot", "--zone=us-z",
-    ]  # fmt: skip
+        *queue,
+        "create",
+        "run1",
+        "--node-id=run1",
+        "--accelerator-type=v6e-16",
+        "--runtime-version=v2",
+        "--spot",
+        "--zone=us-z",
+    ]
     assert call("create") == [create]
     assert "--spot" not in call("create", SPOT="")[0]
     (state,) = call("state")
@@ -189,11 +209,14 @@ esac
     "states, codes, wanted, exit_code",
     [
         # There is no request yet; the connection fails for a moment; 75 is started again.
-        ("none none none ACTIVE lost ACTIVE ACTIVE", " 75 0",
-         "create install run run delete", 0),
+        ("none none none ACTIVE lost ACTIVE ACTIVE", " 75 0", "create install run run delete", 0),
         # The machines are preempted while the run trains, and while it waits for them.
-        ("ACTIVE SUSPENDED SUSPENDED SUSPENDED none FAILED FAILED none ACTIVE ACTIVE", "0",
-         "install run delete create delete create install run delete", 0),
+        (
+            "ACTIVE SUSPENDED SUSPENDED SUSPENDED none FAILED FAILED none ACTIVE ACTIVE",
+            "0",
+            "install run delete create delete create install run delete",
+            0,
+        ),
         # A process was killed; the others noticed.
         ("ACTIVE ACTIVE ACTIVE ACTIVE", "76 137 0", "install run run run delete", 0),
         # It is killed again and again.
@@ -201,26 +224,35 @@ esac
         # A run that failed: its machines stay, so that one can look at them.
         ("ACTIVE ACTIVE", "1", "install run", 1),
     ],
-)  # fmt: skip
+)
 def test_tpu_watch_against_a_stand_in_for_gcloud(tmp_path, states, codes, wanted, exit_code):
     stub = tmp_path / "bin/gcloud"
     stub.parent.mkdir()
-    stub.write_text(GCLOUD.replace("states", str(tmp_path / "states")).replace(
-        "codes", str(tmp_path / "codes")
-    ))  # fmt: skip
+    stub.write_text(
+        GCLOUD.replace("states", str(tmp_path / "states")).replace("codes", str(tmp_path / "codes"))
+    )
     stub.chmod(0o755)
     (tmp_path / "states").write_text("\n".join(states.split()) + "\n")
     (tmp_path / "codes").write_text("\n".join(codes.split(" ")) + "\n")
     found = subprocess.run(
-        ["bash", str(ROOT / "launch/tpu_queued.sh"), "watch", *FLAGS], timeout=60, cwd=tmp_path,
-        capture_output=True, text=True,
-        env={"PATH": f"{stub.parent}:/usr/bin:/bin", "POLL": "0", "CALLS": str(tmp_path / "calls"),
-             "MAX_RESTARTS": "3"},
-    )  # fmt: skip
+        ["bash", str(ROOT / "launch/tpu_queued.sh"), "watch", *FLAGS],
+        timeout=60,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={
+            "PATH": f"{stub.parent}:/usr/bin:/bin",
+            "POLL": "0",
+            "CALLS": str(tmp_path / "calls"),
+            "MAX_RESTARTS": "3",
+        },
+    )
     kinds = {
-        "queued-resources create": "create", "queued-resources delete": "delete",
-        " scp ": "install", "vcm_jax.main": "run",
-    }  # fmt: skip
+        "queued-resources create": "create",
+        "queued-resources delete": "delete",
+        " scp ": "install",
+        "vcm_jax.main": "run",
+    }
     calls = [
         kind
         for line in (tmp_path / "calls").read_text().splitlines()
@@ -255,8 +287,10 @@ def test_xpk(tmp_path):
 def test_a_command_that_a_script_does_not_know(script, tmp_path):
     found = subprocess.run(
         ["bash", str(ROOT / f"launch/{script}.sh"), "--dry-run", "fly"],
-        capture_output=True, text=True, cwd=tmp_path,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
     assert found.returncode == 2 and found.stderr == "not understood: fly\n"
 
 
@@ -270,10 +304,18 @@ def test_a_command_that_a_script_does_not_know(script, tmp_path):
 )
 def test_a_config_that_is_not_understood_is_one_error_line(tmp_path, config, change, message):
     found = subprocess.run(
-        [sys.executable, "-m", "vcm_jax.main", f"--config=configs/{config}.py",
-         f"--workdir={tmp_path}/run", f"--config.{change}"],
-        capture_output=True, text=True, cwd=ROOT,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "vcm_jax.main",
+            f"--config=configs/{config}.py",
+            f"--workdir={tmp_path}/run",
+            f"--config.{change}",
+        ],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
     assert found.returncode != 0
     assert message in found.stderr and found.stderr.startswith("error: config: ")
     assert len(found.stderr.splitlines()) == 1
@@ -291,7 +333,9 @@ def test_a_config_that_is_not_understood_is_one_error_line(tmp_path, config, cha
 def test_a_config_that_cannot_be_made_is_one_error_line(tmp_path, config, line):
     found = subprocess.run(
         [sys.executable, "-m", "vcm_jax.main", f"--config={config}", f"--workdir={tmp_path}/run"],
-        capture_output=True, text=True, cwd=ROOT,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
     assert found.returncode != 0 and found.stderr.startswith(line)
     assert len(found.stderr.splitlines()) == 1 and not (tmp_path / "run").exists()

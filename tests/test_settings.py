@@ -36,10 +36,14 @@ NAN, INF = float("nan"), float("inf")
         (power_of_two(2), "a power of 2, >= 2", [2, 4, 128], [1, 3, 96, 0, -2, 4.0]),
         (choice("a", "b"), "one of a, b", ["a", "b"], ["c", "", None, 1]),
         (TEXT, "a string", ["", "x"], [None, 1]),
-        (TIME_INTERVAL, "two times 0 <= low <= high <= 1", [(0, 1), [0.5, 0.5]],
-         [(0.6, 0.5), (0.5,), (0, 1.1), (-0.1, 1), (0, 1, 1), 0.5, None, ("0", "1"), (0, NAN)]),
+        (
+            TIME_INTERVAL,
+            "two times 0 <= low <= high <= 1",
+            [(0, 1), [0.5, 0.5]],
+            [(0.6, 0.5), (0.5,), (0, 1.1), (-0.1, 1), (0, 1, 1), 0.5, None, ("0", "1"), (0, NAN)],
+        ),
     ],
-)  # fmt: skip
+)
 def test_ranges(accepts, text, good, bad):
     assert accepts.text == text
     for value in good:

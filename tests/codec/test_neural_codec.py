@@ -61,10 +61,12 @@ def vae_stages(codec, mode) -> dict:
     config, seed = MODES[mode][0], {"16k": 9010, "44k": 9110}[mode]
     samples, frames, latents = {"16k": (16_000, 62, 31), "44k": (30_000, 58, 28)}[mode]
     wave = chirp(config, seed, MODES[mode][2], samples)
-    mel = np.concatenate([
-        log_mel(wave[None], config)[:, :frames],
-        normal_mel(mode, seed + 1, (1, config.bands, frames)),
-    ])  # fmt: skip
+    mel = np.concatenate(
+        [
+            log_mel(wave[None], config)[:, :frames],
+            normal_mel(mode, seed + 1, (1, config.bands, frames)),
+        ]
+    )
     latent = swap(golden.randn(seed + 3, (2, codec.latent_dim, latents)))
 
     @jax.jit

@@ -55,8 +55,10 @@ def vggsound(tmp_path_factory):
         "efghijklmno",
         "f_ghijklmno",
     ]
-    rows = [[name, 3 * i, "dog barking, howling" if i % 2 else "rain", "train"]
-            for i, name in enumerate(names)]  # fmt: skip
+    rows = [
+        [name, 3 * i, "dog barking, howling" if i % 2 else "rain", "train"]
+        for i, name in enumerate(names)
+    ]
     rows += [["-test_ghijk", 130, "rain", "test"], ["gone_ghijkl", 4, "rain", "train"]]
     write_csv(folder / "vggsound.csv", rows)
     for i, (name, start, _, _) in enumerate(rows[:-1]):
@@ -159,8 +161,9 @@ def test_wavcaps(tmp_path):
         path = folder / "json_files" / f"{part}_final.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({"num_captions_per_audio": 1, "data": data}))
-    for i, name in enumerate(["FreeSound_flac/17", "FreeSound_flac/18", "BBC_flac/17",
-                              "AudioSet_SL_flac/Yab-c"]):  # fmt: skip
+    for i, name in enumerate(
+        ["FreeSound_flac/17", "FreeSound_flac/18", "BBC_flac/17", "AudioSet_SL_flac/Yab-c"]
+    ):
         write_sound(folder / f"{name}.flac", i, seconds=1.0)
     out = build("wavcaps", folder, tmp_path / "out", **SMALL)
     found = {record["id"]: record for record in RecordSource(out / "train")}
@@ -226,8 +229,13 @@ def test_what_does_not_fit(vggsound, tmp_path):
     fails("vggsound takes no --pattern", "vggsound", vggsound, options={"pattern": "x"})
     fails("has no split 'dev'", "vggsound", vggsound, splits=["dev"], options={"val_size": 1})
     fails("no clips for split val", "vggsound", vggsound, options={"val_size": 0})
-    fails("codec comes from split train", "vggsound", vggsound, splits=["test"],
-          options={"val_size": 1})  # fmt: skip
+    fails(
+        "codec comes from split train",
+        "vggsound",
+        vggsound,
+        splits=["test"],
+        options={"val_size": 1},
+    )
     other = tmp_path / "other"
     write_csv(other / "vggsound.csv", [["a", 1, "x", "train"], ["b", "x", "train"]])
     fails("vggsound.csv, line 2: 3 fields, needed are id, start, label, split", "vggsound", other)
@@ -247,7 +255,8 @@ def test_shards_without_records_are_not_listed_to_tfds(tmp_path, monkeypatch):
     (tmp_path / "mine" / "s1.wav").write_bytes(b"no sound")
     folder = build("folder", tmp_path / "mine", tmp_path / "out", **SMALL)
     assert [file.name for file in sorted(folder.glob("train/*.array_record"))] == [
-        "part-00000.array_record", "part-00002.array_record",
-    ]  # fmt: skip
+        "part-00000.array_record",
+        "part-00002.array_record",
+    ]
     source = tfds.data_source("folder", data_dir=tmp_path / "out")["train"]
     assert [record["id"] for record in source] == [b"s0", b"s2"]

@@ -13,9 +13,13 @@ import pytest
 from vcm_jax.devices import distributed, preemption, sharding
 
 SLURM = {
-    "SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "n[1-2]", "SLURM_NTASKS": "2",
-    "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_STEP_TASKS_PER_NODE": "1(x2)",
-}  # fmt: skip
+    "SLURM_JOB_ID": "7",
+    "SLURM_STEP_NODELIST": "n[1-2]",
+    "SLURM_NTASKS": "2",
+    "SLURM_PROCID": "0",
+    "SLURM_LOCALID": "0",
+    "SLURM_STEP_TASKS_PER_NODE": "1(x2)",
+}
 
 
 def test_one_process_needs_nothing():
@@ -29,9 +33,7 @@ def test_one_process_needs_nothing():
 def test_variables(prefix):
     values = {"COORDINATOR_ADDRESS": "10.0.0.1:1234", "NUM_PROCESSES": "4", "PROCESS_ID": "3"}
     found = distributed.settings({prefix + name: value for name, value in values.items()})
-    assert found == {
-        "coordinator_address": "10.0.0.1:1234", "num_processes": 4, "process_id": 3
-    }  # fmt: skip
+    assert found == {"coordinator_address": "10.0.0.1:1234", "num_processes": 4, "process_id": 3}
 
 
 @pytest.mark.parametrize(
@@ -57,8 +59,11 @@ def test_variables_that_do_not_fit(change, message):
         ({"SLURM_GPUS_ON_NODE": "8"}, list(range(8))),
         # One process per GPU, with and without binding.
         (
-            {"CUDA_VISIBLE_DEVICES": "0,1", "SLURM_STEP_TASKS_PER_NODE": "2(x3)",
-             "SLURM_LOCALID": "1"},
+            {
+                "CUDA_VISIBLE_DEVICES": "0,1",
+                "SLURM_STEP_TASKS_PER_NODE": "2(x3)",
+                "SLURM_LOCALID": "1",
+            },
             [1],
         ),
         (
@@ -66,7 +71,7 @@ def test_variables_that_do_not_fit(change, message):
             [0],
         ),
     ],
-)  # fmt: skip
+)
 def test_slurm(change, ids):
     assert distributed.settings(SLURM | change) == {"local_device_ids": ids}
 
@@ -88,9 +93,10 @@ def test_every_process_reads_the_rows_of_its_devices(sizes, per_process, parts, 
     for process, part in enumerate(parts):
         ours = jax.devices()[process * per_process : (process + 1) * per_process]
         monkeypatch.setattr(
-            jax.sharding.NamedSharding, "addressable_devices_indices_map",
+            jax.sharding.NamedSharding,
+            "addressable_devices_indices_map",
             lambda self, shape, ours=ours: {device: whole[device] for device in ours},
-        )  # fmt: skip
+        )
         assert sharding.process_part(mesh, 16) == part
     # An order of the devices that scatters the rows of a process over the batch.
     scattered = {d: whole[d] for d in jax.devices()[::4]}

@@ -33,8 +33,11 @@ sys.exit(supervisor._run_child([sys.executable, "-c", sys.argv[1]]))
 def start(child):
     return subprocess.Popen(
         [sys.executable, "-c", PARENT, f"import os, signal, sys, time\n{child}"],
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def finish(process):
@@ -58,9 +61,10 @@ os.abort()"""
     code, _, err = finish(start(child))
     assert code == distributed.PEER_LOST
     assert err.splitlines() == [
-        "W1125 13:02:50 a.py:1] before", "W1125 13:02:51 a.py:1] between",
+        "W1125 13:02:50 a.py:1] before",
+        "W1125 13:02:51 a.py:1] between",
         distributed.PEER_LOST_LINE,
-    ]  # fmt: skip
+    ]
 
 
 def test_the_last_line_of_a_process_that_notices_itself_is_kept():

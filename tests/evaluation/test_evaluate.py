@@ -57,10 +57,18 @@ def test_the_protocol_on_its_own_files(small):
         tolerance = 1e-4 if name.startswith("FD") else 1e-6
         assert result["metrics"][name] == pytest.approx(value, rel=tolerance), name
     assert result["clips"] == {
-        "FD-PANN": 60, "KL-PANNS-softmax": 59, "ISC-PANNS-mean": 60, "ISC-PANNS-std": 60,
-        "FD-VGG": 60, "FD-PASST": 59, "KL-PASST-softmax": 59, "ISC-PASST-mean": 59,
-        "ISC-PASST-std": 59, "IB-Score": 59, "DeSync": 20,
-    }  # fmt: skip
+        "FD-PANN": 60,
+        "KL-PANNS-softmax": 59,
+        "ISC-PANNS-mean": 60,
+        "ISC-PANNS-std": 60,
+        "FD-VGG": 60,
+        "FD-PASST": 59,
+        "KL-PASST-softmax": 59,
+        "ISC-PASST-mean": 59,
+        "ISC-PASST-std": 59,
+        "IB-Score": 59,
+        "DeSync": 20,
+    }
     assert result["missing"]["passt_logits"] == {"pred": ["pred_only"], "truth": ["gt_only"]}
     assert list(result["left_out"]) == ["LAION-CLAP-Score", "MS-CLAP-Score"]
     assert "not" not in result["left_out"]["MS-CLAP-Score"] and "0.632" in table
@@ -105,14 +113,22 @@ def tiny(clips, seed=0, **changes):
     rng = np.random.default_rng(seed)
     make = lambda *shape: {clip: rng.standard_normal(shape).astype(np.float32) for clip in clips}
     layers = lambda: {
-        clip: {"2048": rng.standard_normal(6).astype(np.float32),
-               "logits": rng.standard_normal(5).astype(np.float32)} for clip in clips
-    }  # fmt: skip
+        clip: {
+            "2048": rng.standard_normal(6).astype(np.float32),
+            "logits": rng.standard_normal(5).astype(np.float32),
+        }
+        for clip in clips
+    }
     found = {
-        "pann_features": layers(), "vggish_features": make(8, 4), "passt_features_embed": make(3),
-        "passt_logits": make(5), "imagebind_audio": make(7), "imagebind_video": make(7),
-        "clap_laion_audio": make(7), "clap_laion_text": make(1, 7),
-    }  # fmt: skip
+        "pann_features": layers(),
+        "vggish_features": make(8, 4),
+        "passt_features_embed": make(3),
+        "passt_logits": make(5),
+        "imagebind_audio": make(7),
+        "imagebind_video": make(7),
+        "clap_laion_audio": make(7),
+        "clap_laion_text": make(1, 7),
+    }
     return found | changes
 
 
@@ -153,8 +169,10 @@ def test_caches_that_cannot_be_used(tmp_path):
     mixed = tiny(CLIPS)["vggish_features"] | {"c1": np.zeros((7, 4), np.float32)}
     refused(r"clips have features of shapes \(7, 4\) and \(8, 4\)", vggish_features=mixed)
     refused("does not hold layers 2048, logits", pann_features=tiny(CLIPS)["passt_logits"])
-    refused("IB-Score: 12 of 12 rows are all zeros",
-            imagebind_audio={clip: np.zeros(7, np.float32) for clip in CLIPS})  # fmt: skip
+    refused(
+        "IB-Score: 12 of 12 rows are all zeros",
+        imagebind_audio={clip: np.zeros(7, np.float32) for clip in CLIPS},
+    )
     one = [caches.write(tmp_path / side, tiny(["a"], i)) for i, side in enumerate(("o", "p"))]
     with pytest.raises(EvaluateError, match="FD-PANN compares sets: 1 and 1 clips are few"):
         ask(*one)
@@ -194,8 +212,9 @@ def test_sounds_and_their_captions(tmp_path):
     (tmp_path / "captions.tsv").write_text("\n".join(["id\tcaption", *rows]))
     quieter = {name: np.stack([0.5 * sound, 0.5 * sound], 1) for name, sound in truth.items()}
     truth, pred = (
-        write_sounds(tmp_path / "truth", truth), write_sounds(tmp_path / "pred", quieter),
-    )  # fmt: skip
+        write_sounds(tmp_path / "truth", truth),
+        write_sounds(tmp_path / "pred", quieter),
+    )
     result, table = ask(pred, truth, captions=str(tmp_path / "captions.tsv"))
     found = result["metrics"]
     assert found["loudness_error_db"] == pytest.approx(20 * np.log10(2), abs=0.01)

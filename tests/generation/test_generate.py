@@ -93,10 +93,13 @@ def test_a_missing_video_is_the_learned_empty_one(world, run):
     item = encode_request(request, run)
     assert item.clip is None and item.sync is None
     zeros = Features(
-        request, item.sequence, item.seconds, np.zeros_like(
-            encode_request(Request("v", clip(world)), run).clip),
-        np.zeros((item.sequence.sync_seq_len, 5), np.float32), item.text,
-    )  # fmt: skip
+        request,
+        item.sequence,
+        item.seconds,
+        np.zeros_like(encode_request(Request("v", clip(world)), run).clip),
+        np.zeros((item.sequence.sync_seq_len, 5), np.float32),
+        item.text,
+    )
     (empty,), (other,) = (
         generate_latents(run, [features], uniform_times(1), 0, 1) for features in (item, zeros)
     )

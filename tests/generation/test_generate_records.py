@@ -27,9 +27,15 @@ TIMES = uniform_times(1)
 def given(world):
     """A run, and the records of the test clips."""
     extract.extract(
-        world / "test_records", videos=world / "data/test", captions=world / "data/test.tsv",
-        codec=world / "records/codec", duration=1.28, clip_dim=6, sync_dim=5, text_dim=4,
-    )  # fmt: skip
+        world / "test_records",
+        videos=world / "data/test",
+        captions=world / "data/test.tsv",
+        codec=world / "records/codec",
+        duration=1.28,
+        clip_dim=6,
+        sync_dim=5,
+        text_dim=4,
+    )
     return load_run(world / "run"), RecordSource(world / "test_records")
 
 

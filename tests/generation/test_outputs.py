@@ -62,9 +62,7 @@ def test_the_path_of_one_clip(videos, tmp_path):
 @pytest.mark.parametrize("out", ["out_v1.0", "out.d/", "out", "a.b.c"])
 def test_a_dot_in_a_folder_s_name(videos, tmp_path, out):
     wanted, _ = plan(f"{tmp_path}/{out}", video=str(videos))
-    assert [path for _, path in wanted] == [
-        tmp_path / out / f"00000{i}.mp4" for i in range(3)
-    ]  # fmt: skip
+    assert [path for _, path in wanted] == [tmp_path / out / f"00000{i}.mp4" for i in range(3)]
 
 
 def test_a_folder_that_exists_may_be_called_like_a_video(videos, tmp_path):
@@ -174,10 +172,15 @@ def failing(function, name, error):
 @pytest.mark.parametrize(
     "error",
     [
-        ValueError("v"), OSError("o"), MemoryError(), TypeError("t"), IndexError("i"),
-        RuntimeError("RESOURCE_EXHAUSTED: out of memory"), PermissionError(13, "no", "x"),
+        ValueError("v"),
+        OSError("o"),
+        MemoryError(),
+        TypeError("t"),
+        IndexError("i"),
+        RuntimeError("RESOURCE_EXHAUSTED: out of memory"),
+        PermissionError(13, "no", "x"),
     ],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("where", ["encode_request", "generate_latents", "write", "mux_audio"])
 def test_any_exception_of_a_clip_leaves_that_clip_out(
     run, videos, tmp_path, monkeypatch, where, error

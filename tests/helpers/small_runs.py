@@ -70,11 +70,19 @@ def write_records(folder, size, seed=0, encoders=ENCODERS):
     write_manifest(
         folder,
         Manifest(
-            SEQUENCE, encoders.spec(), codec_spec, True, size, 0,
+            SEQUENCE,
+            encoders.spec(),
+            codec_spec,
+            True,
+            size,
+            0,
             describe_fields(deserialize(packed[0])),
-            mean.tolist(), std.tolist(), [shard], str(seed),
+            mean.tolist(),
+            std.tolist(),
+            [shard],
+            str(seed),
         ),
-    )  # fmt: skip
+    )
 
 
 SIZES = dict(clip_dim=6, sync_dim=5, text_dim=4, hidden_dim=16, num_heads=2, depth=2, fused_depth=1)
@@ -103,9 +111,15 @@ def make_world(folder, clips: int, **extraction):
     """Clips, and the workdir of a run whose weights are random and not zero."""
     write_dataset(folder / "data", {"train": clips, "test": 3}, 1.28, seed=0, workers=1)
     extract.extract(
-        folder / "records", videos=folder / "data/train", captions=folder / "data/train.tsv",
-        duration=1.28, clip_dim=6, sync_dim=5, text_dim=4, **extraction,
-    )  # fmt: skip
+        folder / "records",
+        videos=folder / "data/train",
+        captions=folder / "data/train.tsv",
+        duration=1.28,
+        clip_dim=6,
+        sync_dim=5,
+        text_dim=4,
+        **extraction,
+    )
     save_run(folder)
     return folder
 

@@ -131,8 +131,10 @@ def test_captions_lead_to_clap(folders, installed, tmp_path):
     wanted = av_benchmark.plan(folders[0], None, captions, 2.0)
     av_benchmark.prepare(wanted, tmp_path / "out")
     assert (tmp_path / "out/captions.csv").read_text().splitlines() == [
-        "name,caption", 'clip,"a ""bell"", loud"', "deep__other,rain",
-    ]  # fmt: skip
+        "name,caption",
+        'clip,"a ""bell"", loud"',
+        "deep__other,rain",
+    ]
     with pytest.raises(BenchmarkError, match="no extract_text.py"):
         av_benchmark.extract_features(wanted, tmp_path / "out", 2, 0)
     assert "clap_ms_text" in av_benchmark.expected_files(wanted)

@@ -120,9 +120,11 @@ def test_a_transformers_checkpoint_gives_the_same(folder, tmp_path, kind):
     tolerance = 5e-3 if kind == "float16" else 0
     with torch.inference_mode():
         torch.testing.assert_close(
-            clip.image_features(again, pictures()), clip.image_features(model, pictures()),
-            atol=tolerance, rtol=0,
-        )  # fmt: skip
+            clip.image_features(again, pictures()),
+            clip.image_features(model, pictures()),
+            atol=tolerance,
+            rtol=0,
+        )
     assert same.keys() == weights.keys() and tokenizer.hash == Tokenizer(folder).hash
 
 
@@ -206,10 +208,18 @@ def simple_tokenizer(text: str) -> list[int]:
 
 
 CAPTIONS = [
-    "", "  ", "The dog's ball", "ALL the   balls\tand\ndogs!!", "don't re-fall 1234, they'll!!?",
-    "a &amp; b &lt;tag&gt;", "caf\u00e9 \u732b \U0001f415", "the " * 100, "x" * 75,
-    "x" * 76, "x" * 74,
-]  # fmt: skip
+    "",
+    "  ",
+    "The dog's ball",
+    "ALL the   balls\tand\ndogs!!",
+    "don't re-fall 1234, they'll!!?",
+    "a &amp; b &lt;tag&gt;",
+    "caf\u00e9 \u732b \U0001f415",
+    "the " * 100,
+    "x" * 75,
+    "x" * 76,
+    "x" * 74,
+]
 
 
 @pytest.mark.parametrize("form", ["gzip", "pair", "json", "old"])

@@ -289,7 +289,7 @@ def without(name):
         ({"encoder.conv_in.weight": np.zeros(3)}, "not MMAudio's network"),
         (one_time() | {"fused_blocks.7.x": np.zeros(1)}, "7.x .it looks most like tiny"),
     ],
-)  # fmt: skip
+)
 def test_a_file_that_does_not_fit_is_refused_before_anything_is_written(
     tensors, message, known, tmp_path
 ):

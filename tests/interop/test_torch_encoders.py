@@ -189,9 +189,13 @@ def codec(tmp_path_factory):
 def test_extraction(folder, videos, codec, tmp_path):
     out = tmp_path / "records"
     manifest = extract(
-        out, videos=videos, captions=videos / "captions.tsv", encoders=folder, codec=codec,
+        out,
+        videos=videos,
+        captions=videos / "captions.tsv",
+        encoders=folder,
+        codec=codec,
         duration=1.28,
-    )  # fmt: skip
+    )
     encoders = load_encoders(folder)
     assert (manifest.num_records, manifest.num_failures) == (3, 2)
     assert manifest.encoders == encoders.spec()
@@ -290,9 +294,13 @@ def test_a_stopped_run_encodes_no_clip_twice(folder, videos, codec, tmp_path, mo
         return encode(self, seen, sequence)
 
     run = functools.partial(
-        extract, tmp_path / "r", videos=videos, captions=videos / "captions.tsv", encoders=folder,
+        extract,
+        tmp_path / "r",
+        videos=videos,
+        captions=videos / "captions.tsv",
+        encoders=folder,
         codec=codec,
-    )  # fmt: skip
+    )
     monkeypatch.setattr(TorchEncoders, "encode_frames", counted)
     with pytest.raises(KeyboardInterrupt):
         run(duration=1.28)
@@ -305,9 +313,13 @@ def test_a_stopped_run_encodes_no_clip_twice(folder, videos, codec, tmp_path, mo
 
 def test_generation_needs_the_weights_of_the_features(folder, videos, codec, tmp_path):
     extract(
-        tmp_path / "records", videos=videos, captions=videos / "captions.tsv", encoders=folder,
-        codec=codec, duration=1.28,
-    )  # fmt: skip
+        tmp_path / "records",
+        videos=videos,
+        captions=videos / "captions.tsv",
+        encoders=folder,
+        codec=codec,
+        duration=1.28,
+    )
     widths = {"clip_dim": 12, "sync_dim": 16, "text_dim": 16}
     save_run(tmp_path, **{f"model_overrides.{name}": width for name, width in widths.items()})
     run = load_run(tmp_path / "run", encoder_folder=folder)
@@ -360,9 +372,12 @@ def test_killed_while_it_encodes(folder, videos, codec, tmp_path):
         code = COMMAND.format(tests=str(HELPERS), seconds=seconds, log=str(log), argv=argv)
         environment = os.environ | {"JAX_PLATFORMS": "cpu"}
         return subprocess.Popen(
-            [sys.executable, "-c", code], env=environment, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        )  # fmt: skip
+            [sys.executable, "-c", code],
+            env=environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
 
     first = command(0.5)
     deadline = time.time() + 120

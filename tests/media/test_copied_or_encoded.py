@@ -55,8 +55,10 @@ def test_matroska_keeps_its_frames_without_decoding_times(tmp_path, codec):
 
 
 def test_hevc_of_iphones_stays_hvc1(tmp_path):
-    path = make(tmp_path / "a.mov", dataclasses.replace(MUTE, codec="libx265", container="mov",
-                                                        size=(64, 64)))  # fmt: skip
+    path = make(
+        tmp_path / "a.mov",
+        dataclasses.replace(MUTE, codec="libx265", container="mov", size=(64, 64)),
+    )
     assert muxed(path, tmp_path)[1][:2] == ("hevc", "hvc1")
 
 
@@ -191,8 +193,9 @@ def test_colours_stay(tmp_path, codec, tags):
                      [230, 230, 230]], np.uint8)  # fmt: skip
     picture = np.repeat(np.repeat(bars[None], 16, axis=1), 64, axis=0)
     container = {"ffv1": "matroska", "libvpx": "webm"}.get(codec, "mov")
-    movie = dataclasses.replace(MUTE, codec=codec, container=container, count=2, size=(96, 64),
-                                tags=tags)  # fmt: skip
+    movie = dataclasses.replace(
+        MUTE, codec=codec, container=container, count=2, size=(96, 64), tags=tags
+    )
     path = make(tmp_path / "a", movie, [picture] * 2)
     before = read_frames(path, {25: np.copy})[25]
     mux_audio(path, noise(1.0)[0], RATE, tmp_path / "out.mp4")

@@ -36,8 +36,10 @@ def test_the_picture_decides_how_long_a_clip_is(tmp_path, codec, container, opti
 def test_a_live_recording_of_a_sound(tmp_path):
     path = tmp_path / "live.webm"
     make(path, Movie("libvpx", "webm", count=2, sound=1.0, options=LIVE))
-    with av.open(str(path)) as old, av.open(str(tmp_path / "s.mka"), "w", format="matroska",
-                                            options=dict(LIVE)) as new:  # fmt: skip
+    with (
+        av.open(str(path)) as old,
+        av.open(str(tmp_path / "s.mka"), "w", format="matroska", options=dict(LIVE)) as new,
+    ):
         stream = new.add_stream_from_template(old.streams.audio[0])
         for packet in old.demux(audio=0):
             if packet.size:
@@ -133,10 +135,18 @@ def test_sound_that_begins_later(tmp_path):
     assert not sound[: round(0.13 * RATE)].any() and sound[round(0.21 * RATE) :].any()
 
 
-@pytest.mark.parametrize("codec, container", [("libx264", "mp4"), ("libx265", "mp4"),
-                                              ("libx264", "matroska"), ("libx264", "mpegts"),
-                                              ("libvpx-vp9", "webm"), ("mpeg4", "avi"),
-                                              ("mjpeg", "mov")])  # fmt: skip
+@pytest.mark.parametrize(
+    "codec, container",
+    [
+        ("libx264", "mp4"),
+        ("libx265", "mp4"),
+        ("libx264", "matroska"),
+        ("libx264", "mpegts"),
+        ("libvpx-vp9", "webm"),
+        ("mpeg4", "avi"),
+        ("mjpeg", "mov"),
+    ],
+)
 def test_damage_in_the_middle(tmp_path, codec, container):
     """Frames that are damaged are skipped; where most is gone, the file is refused."""
     movie = Movie(codec, container, count=31, size=(192, 128), group=10, layout=None)
@@ -159,9 +169,16 @@ def test_damage_in_the_middle(tmp_path, codec, container):
         assert sum(1 for _ in out.decode(video=0)) >= 28
 
 
-@pytest.mark.parametrize("codec, container", [("libx264", "mp4"), ("libx265", "mp4"),
-                                              ("ffv1", "matroska"), ("libvpx-vp9", "mp4"),
-                                              ("mjpeg", "mov")])  # fmt: skip
+@pytest.mark.parametrize(
+    "codec, container",
+    [
+        ("libx264", "mp4"),
+        ("libx265", "mp4"),
+        ("ffv1", "matroska"),
+        ("libvpx-vp9", "mp4"),
+        ("mjpeg", "mov"),
+    ],
+)
 def test_what_is_mostly_gone_is_refused(tmp_path, codec, container):
     movie = Movie(codec, container, count=31, size=(192, 128), layout=None)
     path = make(tmp_path / "a", movie)

@@ -66,8 +66,13 @@ def test_joining_strings_does_not_make_html():
 def test_a_document(tmp_path):
     path = tmp_path / "page.html"
     sound = np.zeros(16_000, np.float32)
-    page.write_document(path, "<Title>", page.element("p", "caf\u00e9 \ud800"),
-                        page.player(sound, 16_000), page.spectrogram(sound, 16_000))  # fmt: skip
+    page.write_document(
+        path,
+        "<Title>",
+        page.element("p", "caf\u00e9 \ud800"),
+        page.player(sound, 16_000),
+        page.spectrogram(sound, 16_000),
+    )
     reader = Reader(path.read_text(encoding="utf-8"))
     assert reader.elements == ["html", "meta", "title", "style", "body", "p", "audio", "img"]
     assert "<Title>" in reader.text and "caf\u00e9 ?" in reader.text

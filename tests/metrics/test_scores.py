@@ -42,10 +42,11 @@ def test_the_full_size_reference():
         ),
         "KL-PANNS-softmax": kl_divergence(layer(pred, "logits"), layer(truth, "logits")),
         "KL-PASST-softmax": kl_divergence(rows(pred, "passt_logits"), rows(truth, "passt_logits")),
-        "IB-Score": cosine_score(rows(truth | pred, "imagebind_video"),
-                                 rows(truth | pred, "imagebind_audio")),
+        "IB-Score": cosine_score(
+            rows(truth | pred, "imagebind_video"), rows(truth | pred, "imagebind_audio")
+        ),
         "DeSync": desync(arrays["desync_logits_first14"], arrays["desync_logits_last14"]),
-    }  # fmt: skip
+    }
     for name, logits in (("PANNS", layer(pred, "logits")), ("PASST", rows(pred, "passt_logits"))):
         found[f"ISC-{name}-mean"], found[f"ISC-{name}-std"] = inception_score(logits)
     for name, value in description["metrics_reference"].items():

@@ -53,10 +53,14 @@ def home(tmp_path, server, monkeypatch):
     use_tiny_table(monkeypatch, server.folder, server.release_url)
     template = f"{server.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
     values = {
-        "HF_HOME": str(home), "HF_HUB_CACHE": str(home / "hub"), "HF_ASSETS_CACHE":
-        str(home / "assets"), "ENDPOINT": server.url, "HUGGINGFACE_CO_URL_TEMPLATE": template,
-        "HF_TOKEN_PATH": str(home / "token"), "HF_HUB_OFFLINE": False,
-    }  # fmt: skip
+        "HF_HOME": str(home),
+        "HF_HUB_CACHE": str(home / "hub"),
+        "HF_ASSETS_CACHE": str(home / "assets"),
+        "ENDPOINT": server.url,
+        "HUGGINGFACE_CO_URL_TEMPLATE": template,
+        "HF_TOKEN_PATH": str(home / "token"),
+        "HF_HUB_OFFLINE": False,
+    }
     for name, value in values.items():
         monkeypatch.setattr(constants, name, value)
     monkeypatch.setattr(resume, "WAIT", 0.01)

@@ -44,15 +44,22 @@ def start(home, server, served):
     def start():
         code = PROGRAM.format(folder=str(served), release=server.release_url, name=NAME)
         environment = os.environ | {
-            "HF_HOME": str(home), "HF_ENDPOINT": server.url, "JAX_PLATFORMS": "cpu",
+            "HF_HOME": str(home),
+            "HF_ENDPOINT": server.url,
+            "JAX_PLATFORMS": "cpu",
             "PYTHONPATH": f"{ROOT}:{ROOT / 'tests/helpers'}",
-        }  # fmt: skip
+        }
         for name in ("HF_HUB_CACHE", "HF_ASSETS_CACHE", "HF_HUB_OFFLINE", "HF_TOKEN"):
             environment.pop(name, None)
-        running.append(subprocess.Popen(
-            [sys.executable, "-c", code], env=environment, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        ))  # fmt: skip
+        running.append(
+            subprocess.Popen(
+                [sys.executable, "-c", code],
+                env=environment,
+                text=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+            )
+        )
         return running[-1]
 
     yield start
@@ -147,9 +154,13 @@ def test_the_environments_settings(tmp_path, setting):
         # huggingface_hub tries again for half a minute: ask it for less.
         command = [sys.executable, "-c", IMPATIENT, *command[3:]]
     found = subprocess.run(
-        command, env=environment | {setting: value}, cwd=ROOT, text=True, capture_output=True,
+        command,
+        env=environment | {setting: value},
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
         timeout=120,
-    )  # fmt: skip
+    )
     assert found.returncode == 1
     lines = found.stderr.splitlines()
     assert "about 10.74 GB" in lines[0] and "CC-BY-NC 4.0" in lines[1]

@@ -251,11 +251,14 @@ def test_a_full_disk(home, server, name, monkeypatch):
             path_open = Path.open
             full.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 4000)
             full.setattr(
-                Path, "open", lambda p, mode="r", *a, **k: (
-                    Full(path_open(p, mode, *a, **k)) if ".incomplete" in p.name
+                Path,
+                "open",
+                lambda p, mode="r", *a, **k: (
+                    Full(path_open(p, mode, *a, **k))
+                    if ".incomplete" in p.name
                     else path_open(p, mode, *a, **k)
                 ),
-            )  # fmt: skip
+            )
         else:
             full.setattr(resume, "CHUNK", 4000)
             full.setattr(resume, "open", opened, raising=False)

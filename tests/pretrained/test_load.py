@@ -344,8 +344,10 @@ def test_what_a_killed_process_left(weights):
     (left / "checkpoints").touch()
     pretrained.load(folder)
     assert sorted(p.name for p in (folder / "converted").iterdir()) == [
-        "codec_16k", "encoders", NAME,
-    ]  # fmt: skip
+        "codec_16k",
+        "encoders",
+        NAME,
+    ]
 
 
 def test_a_table_with_another_checksum(home, server, monkeypatch):
@@ -395,9 +397,12 @@ def test_two_at_once(weights, conversions, capsys):
 def test_the_table():
     """Names, sizes and checksums are the published ones; the monkeypatched table is another."""
     assert list(table.PUBLIC_MODELS) == [
-        "mmaudio_small_16k", "mmaudio_small_44k", "mmaudio_medium_44k", "mmaudio_large_44k",
+        "mmaudio_small_16k",
+        "mmaudio_small_44k",
+        "mmaudio_medium_44k",
+        "mmaudio_large_44k",
         "mmaudio_large_44k_v2",
-    ]  # fmt: skip
+    ]
     for name, public in table.PUBLIC_MODELS.items():
         assert len(public.files) == 8 and public.network.name == f"{name}.pth"
         assert public.network.checksum.startswith("md5:")

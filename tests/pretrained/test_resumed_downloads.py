@@ -70,8 +70,10 @@ def test_servers_that_send_another_range(download, server, fault):
 def test_servers_that_send_ranges_in_parts(download, server):
     assert download(have=DATA[:1000], largest_range=20_000) == DATA
     assert [asked for asked, _ in server.downloads(NAME)] == [
-        "bytes=1000-", "bytes=21000-", "bytes=41000-",
-    ]  # fmt: skip
+        "bytes=1000-",
+        "bytes=21000-",
+        "bytes=41000-",
+    ]
 
 
 def test_a_file_that_became_shorter(download):

@@ -34,9 +34,15 @@ def old(tmp_path):
 
 def config(folder):
     sizes = dict(
-        clip_dim=6, sync_dim=5, text_dim=4, hidden_dim=4, num_heads=1, depth=2, fused_depth=1,
+        clip_dim=6,
+        sync_dim=5,
+        text_dim=4,
+        hidden_dim=4,
+        num_heads=1,
+        depth=2,
+        fused_depth=1,
         audio_kernel=3,
-    )  # fmt: skip
+    )
     found = load_config("impacts")
     found.update_from_flattened_dict({
         "steps": 4, "batch_size": 4, "data.dir": str(folder), "data.sources": ("records=1",),
@@ -74,9 +80,13 @@ def test_it_generates(old):
     for arguments in ([], ["--checkpoint=2", "--sigma_rel=0.08"]):
         out = old / "sound.wav"
         done = run_command(
-            generate, f"--workdir={old / 'run'}", "--prompt=x", "--duration=0.64", f"--out={out}",
+            generate,
+            f"--workdir={old / 'run'}",
+            "--prompt=x",
+            "--duration=0.64",
+            f"--out={out}",
             *arguments,
-        )  # fmt: skip
+        )
         assert done.code == 0, done.err
         sound, rate = soundfile.read(out)
         assert rate == 16_000 and len(sound) == 10_240 and np.isfinite(sound).all()

@@ -6,13 +6,19 @@ from vcm_jax.training import resume
 
 META = {
     "config": {
-        "seed": 0, "steps": 10, "batch_size": 8, "log_every": 2, "mesh": {"data": 1},
-        "data": {"dir": "a", "sources": ["train=1"]}, "objective": {"p": 1.0},
-        "optimizer": {"eps": 1e-6}, "model": "demo",
+        "seed": 0,
+        "steps": 10,
+        "batch_size": 8,
+        "log_every": 2,
+        "mesh": {"data": 1},
+        "data": {"dir": "a", "sources": ["train=1"]},
+        "objective": {"p": 1.0},
+        "optimizer": {"eps": 1e-6},
+        "model": "demo",
     },
     "records": {"codec": {"fingerprint": "c"}},
     "sources": {"train=1": {"records": 12, "fingerprint": "0123456789"}},
-}  # fmt: skip
+}
 
 
 def changed(section, **values):

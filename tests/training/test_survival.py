@@ -44,14 +44,18 @@ def start(workdir, config, *flags, devices=8, **env):
     """Starts `python -m vcm_jax.main` with these settings, in the background."""
     xla = re.sub(r"device_count=\d+", f"device_count={devices}", os.environ["XLA_FLAGS"])
     environment = {
-        **os.environ, "XLA_FLAGS": xla, "PYTHONUNBUFFERED": "1",
-        "PYTHONPATH": str(ROOT), **env,
-    }  # fmt: skip
+        **os.environ,
+        "XLA_FLAGS": xla,
+        "PYTHONUNBUFFERED": "1",
+        "PYTHONPATH": str(ROOT),
+        **env,
+    }
     if cache := jax.config.jax_compilation_cache_dir:
         environment |= {
-            "JAX_COMPILATION_CACHE_DIR": cache, "JAX_COMPILATION_CACHE_MAX_SIZE": str(2**30),
+            "JAX_COMPILATION_CACHE_DIR": cache,
+            "JAX_COMPILATION_CACHE_MAX_SIZE": str(2**30),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
-        }  # fmt: skip
+        }
     # If a shell runs the tests in the background, Ctrl-C is ignored, and a child inherits that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     keys = (f"--config.{key}={value}" for key, value in config.items())
@@ -185,11 +189,15 @@ def test_two_processes_resume_and_end(data, tmp_path):
         port = portpicker.pick_unused_port()
         processes = [
             start(
-                workdir, config, devices=4, JAX_COORDINATOR_ADDRESS=f"localhost:{port}",
-                JAX_NUM_PROCESSES="2", JAX_PROCESS_ID=str(i),
+                workdir,
+                config,
+                devices=4,
+                JAX_COORDINATOR_ADDRESS=f"localhost:{port}",
+                JAX_NUM_PROCESSES="2",
+                JAX_PROCESS_ID=str(i),
             )
             for i in range(2)
-        ]  # fmt: skip
+        ]
         if kill:
             read_to_step(processes[0], 7)
             for process in processes:

@@ -86,8 +86,11 @@ def test_an_interrupted_run_ends_bit_identical_to_one_that_was_not(data, tmp_pat
     } <= set(tags)
     lines = (tmp_path / "stopped" / "metrics.jsonl").read_text().splitlines()
     # The weights with the best metric are kept, in a workdir to generate from.
-    metrics = {r["step"]: r["val/log_mel_fd_1_steps"] for r in map(json.loads, lines)
-               if "val/log_mel_fd_1_steps" in r}  # fmt: skip
+    metrics = {
+        r["step"]: r["val/log_mel_fd_1_steps"]
+        for r in map(json.loads, lines)
+        if "val/log_mel_fd_1_steps" in r
+    }
     best = tmp_path / "stopped" / "best"
     assert list(metrics) == [3, 6] and (best / "run.json").exists() and (best / "codec").is_dir()
     kept = checkpoint.open_manager(best, read_only=True).latest_step()
@@ -178,9 +181,13 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
 def test_steps_that_are_not_finite_can_be_skipped(data, tmp_path):
     """The first step ruins the weights; the run stops after three more, which change nothing."""
     config = make_config(
-        data, eval_every=0, checkpoint_every=2, on_nonfinite="skip", steps=9,
+        data,
+        eval_every=0,
+        checkpoint_every=2,
+        on_nonfinite="skip",
+        steps=9,
         **{"optimizer.learning_rate": 1e25, "optimizer.warmup_steps": 0},
-    )  # fmt: skip
+    )
     with pytest.raises(loop.NonFiniteError, match="3 steps in a row were skipped: .* at step 4;"):
         loop.train(config, tmp_path)
     state = final_state(tmp_path)
@@ -211,10 +218,17 @@ def test_watching_a_run(data, tmp_path):
     assert first != last
     tags = set(events.Tags()["scalars"])
     assert {
-        "ema/distance_0.05", "ema/distance_0.1", "speed/data_wait_ms", "speed/device_ms",
-        "speed/host_ms", "speed/step_ms", "speed/tflops_per_device", "train/update_norm",
-        "train/skipped_steps", "memory/host_peak_gib",
-    } <= tags  # fmt: skip
+        "ema/distance_0.05",
+        "ema/distance_0.1",
+        "speed/data_wait_ms",
+        "speed/device_ms",
+        "speed/host_ms",
+        "speed/step_ms",
+        "speed/tflops_per_device",
+        "train/update_norm",
+        "train/skipped_steps",
+        "memory/host_peak_gib",
+    } <= tags
     assert all(0 < event.value < 1 for event in events.Scalars("ema/distance_0.1"))
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
 
@@ -223,8 +237,9 @@ def test_watching_a_run(data, tmp_path):
     weights = averages.restore_weights(tmp_path, 6, 0.08)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=0.05),
-        weights["params"], final_state(tmp_path)["ema"]["0.1"],
-    )  # fmt: skip
+        weights["params"],
+        final_state(tmp_path)["ema"]["0.1"],
+    )
 
 
 def test_what_may_change_when_a_run_is_resumed(data, tmp_path, caplog):
@@ -253,8 +268,12 @@ def test_a_dry_run_says_what_a_run_takes_and_writes_nothing(data, tmp_path, caps
     assert not (tmp_path / "run").exists()
     assert "fused_blocks_0/ffn/w1/kernel" in out and "Total: " in out
     assert "mesh: {'data': 2, 'fsdp': 2, 'tensor': 2}, 8 devices" in out
-    for line in ("state of a device: ", "activations and other temporaries of a device: ",
-                 "model FLOPs: ", "input: "):  # fmt: skip
+    for line in (
+        "state of a device: ",
+        "activations and other temporaries of a device: ",
+        "model FLOPs: ",
+        "input: ",
+    ):
         assert line in out
 
 
@@ -389,9 +408,14 @@ def test_every_objective_builds_its_run(name):
     }
     state = jax.eval_shape(make_init(net, stats, optimizer, (0.05,)), jax.random.key(0))
     shapes = {
-        "latent_mean": (80, 20), "latent_std": (80, 20), "clip": (20, 6), "sync": (56, 5),
-        "text": (77, 4), "has_video": (), "has_text": (),
-    }  # fmt: skip
+        "latent_mean": (80, 20),
+        "latent_std": (80, 20),
+        "clip": (20, 6),
+        "sync": (56, 5),
+        "text": (77, 4),
+        "has_video": (),
+        "has_text": (),
+    }
     batch = {
         key: jax.ShapeDtypeStruct((8, *shape), bool if key.startswith("has") else np.float32)
         for key, shape in shapes.items()

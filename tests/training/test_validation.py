@@ -47,14 +47,23 @@ def clips():
     for start in (0, 4):
         number = zeros(SIZES.clip_seq_len, SIZES.clip_dim)
         number[:, 0, 0] = np.arange(start, start + 4)
-        batches.append({
-            "latent_mean": latents[start : start + 4], "latent_std": zeros(40, 20),
-            "clip": number, "sync": zeros(16, 5), "text": zeros(5, 4),
-            "has_video": np.ones(4, bool), "has_text": np.ones(4, bool),
-        })  # fmt: skip
+        batches.append(
+            {
+                "latent_mean": latents[start : start + 4],
+                "latent_std": zeros(40, 20),
+                "clip": number,
+                "sync": zeros(16, 5),
+                "text": zeros(5, 4),
+                "has_video": np.ones(4, bool),
+                "has_text": np.ones(4, bool),
+            }
+        )
     flat = latents.reshape(-1, 20)
-    stats = {"latent_mean": flat.mean(0), "latent_std": flat.std(0),
-             "empty_text": np.zeros((5, 4), np.float32)}  # fmt: skip
+    stats = {
+        "latent_mean": flat.mean(0),
+        "latent_std": flat.std(0),
+        "empty_text": np.zeros((5, 4), np.float32),
+    }
     return codec, batches, stats
 
 
@@ -86,16 +95,28 @@ def test_the_metrics_of_a_network_are_repeatable_and_of_so_many_clips(clips):
     codec, batches, stats = clips
     state = variables(stats)
     score = lambda batches, clips: sound_metrics(
-        MMDiT(SIZES), state.params, stats, iter(batches), codec, jax.random.key(1), steps=(1,),
+        MMDiT(SIZES),
+        state.params,
+        stats,
+        iter(batches),
+        codec,
+        jax.random.key(1),
+        steps=(1,),
         max_clips=clips,
-    )  # fmt: skip
+    )
     first = score(batches, 3)
     assert first == score(batches[:1], 3) != score(batches, 5)
     broken = jax.tree.map(lambda a: a * np.float32(np.nan), stats)
     values = sound_metrics(
-        MMDiT(SIZES), state.params, stats | {"latent_mean": broken["latent_mean"]}, batches, codec,
-        jax.random.key(1), steps=(1,), max_clips=2,
-    )  # fmt: skip
+        MMDiT(SIZES),
+        state.params,
+        stats | {"latent_mean": broken["latent_mean"]},
+        batches,
+        codec,
+        jax.random.key(1),
+        steps=(1,),
+        max_clips=2,
+    )
     assert len(values) == 6 and all(np.isnan(list(values.values())))
     with pytest.raises(ValueError, match="no validation clips"):
         score([], 3)

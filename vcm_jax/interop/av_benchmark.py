@@ -288,10 +288,14 @@ def extract_features(wanted: dict, out: Path, batch_size: int, num_workers: int)
         )
         if (out / "videos").exists():
             _script(
-                root, "extract_video.py", f"--gt_cache={where}",
-                f"--video_path={(out / 'videos').absolute()}", f"--audio_length={duration:g}",
-                f"--gt_batch_size={batch_size}", f"--num_workers={num_workers}",
-            )  # fmt: skip
+                root,
+                "extract_video.py",
+                f"--gt_cache={where}",
+                f"--video_path={(out / 'videos').absolute()}",
+                f"--audio_length={duration:g}",
+                f"--gt_batch_size={batch_size}",
+                f"--num_workers={num_workers}",
+            )
         if wanted["captions"]:
             text = (out / "captions.csv").absolute()
             _script(root, "extract_text.py", f"--text_csv={text}", f"--output_cache_path={where}")

@@ -18,9 +18,11 @@ from vcm_jax.interop.state_dict import StateDictError, check_names, read_state_d
 from vcm_jax.interop.tokenizer import Tokenizer
 
 WEIGHTS = (
-    "model.safetensors", "pytorch_model.bin",
-    "open_clip_model.safetensors", "open_clip_pytorch_model.bin",
-)  # fmt: skip
+    "model.safetensors",
+    "pytorch_model.bin",
+    "open_clip_model.safetensors",
+    "open_clip_pytorch_model.bin",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,14 +53,21 @@ def _size_from_transformers(content: dict) -> ClipSize:
     vision, text = config.vision_config, config.text_config
     acts = {vision.hidden_act, text.hidden_act}
     return ClipSize(
-        vision_width=vision.hidden_size, vision_layers=vision.num_hidden_layers,
-        vision_heads=vision.num_attention_heads, vision_mlp=vision.intermediate_size,
-        patch=vision.patch_size, grid=vision.image_size // vision.patch_size,
-        text_width=text.hidden_size, text_layers=text.num_hidden_layers,
-        text_heads=text.num_attention_heads, text_mlp=text.intermediate_size,
-        vocabulary=text.vocab_size, context=text.max_position_embeddings,
-        projection=config.projection_dim, activation=" and ".join(sorted(acts)),
-    )  # fmt: skip
+        vision_width=vision.hidden_size,
+        vision_layers=vision.num_hidden_layers,
+        vision_heads=vision.num_attention_heads,
+        vision_mlp=vision.intermediate_size,
+        patch=vision.patch_size,
+        grid=vision.image_size // vision.patch_size,
+        text_width=text.hidden_size,
+        text_layers=text.num_hidden_layers,
+        text_heads=text.num_attention_heads,
+        text_mlp=text.intermediate_size,
+        vocabulary=text.vocab_size,
+        context=text.max_position_embeddings,
+        projection=config.projection_dim,
+        activation=" and ".join(sorted(acts)),
+    )
 
 
 def _size_from_open_clip(content: dict) -> ClipSize:
@@ -68,16 +77,21 @@ def _size_from_open_clip(content: dict) -> ClipSize:
     text = {"layers": 12, "width": 512, "heads": 8, "mlp_ratio": 4.0, "vocab_size": 49408}
     text |= {"context_length": 77} | model["text_cfg"]
     return ClipSize(
-        vision_width=vision["width"], vision_layers=vision["layers"],
+        vision_width=vision["width"],
+        vision_layers=vision["layers"],
         vision_heads=vision["width"] // vision["head_width"],
         vision_mlp=int(vision["width"] * vision["mlp_ratio"]),
-        patch=vision["patch_size"], grid=vision["image_size"] // vision["patch_size"],
-        text_width=text["width"], text_layers=text["layers"], text_heads=text["heads"],
+        patch=vision["patch_size"],
+        grid=vision["image_size"] // vision["patch_size"],
+        text_width=text["width"],
+        text_layers=text["layers"],
+        text_heads=text["heads"],
         text_mlp=int(text["width"] * text["mlp_ratio"]),
-        vocabulary=text["vocab_size"], context=text["context_length"],
+        vocabulary=text["vocab_size"],
+        context=text["context_length"],
         projection=model["embed_dim"],
         activation="quick_gelu" if model.get("quick_gelu") else "gelu",
-    )  # fmt: skip
+    )
 
 
 def _check_size(folder: Path, open_clip: bool) -> None:
@@ -140,17 +154,26 @@ def from_open_clip(state_dict: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 def _model() -> CLIPModel:
     """The network without weights, given pictures of IMAGE pixels."""
     vision = dict(
-        hidden_size=SIZE.vision_width, num_hidden_layers=SIZE.vision_layers,
-        num_attention_heads=SIZE.vision_heads, intermediate_size=SIZE.vision_mlp,
-        patch_size=SIZE.patch, image_size=IMAGE, hidden_act=SIZE.activation,
-    )  # fmt: skip
-    text = dict(
-        hidden_size=SIZE.text_width, num_hidden_layers=SIZE.text_layers,
-        num_attention_heads=SIZE.text_heads, intermediate_size=SIZE.text_mlp,
-        vocab_size=SIZE.vocabulary, max_position_embeddings=SIZE.context,
-        bos_token_id=SIZE.vocabulary - 2, eos_token_id=SIZE.vocabulary - 1, pad_token_id=0,
+        hidden_size=SIZE.vision_width,
+        num_hidden_layers=SIZE.vision_layers,
+        num_attention_heads=SIZE.vision_heads,
+        intermediate_size=SIZE.vision_mlp,
+        patch_size=SIZE.patch,
+        image_size=IMAGE,
         hidden_act=SIZE.activation,
-    )  # fmt: skip
+    )
+    text = dict(
+        hidden_size=SIZE.text_width,
+        num_hidden_layers=SIZE.text_layers,
+        num_attention_heads=SIZE.text_heads,
+        intermediate_size=SIZE.text_mlp,
+        vocab_size=SIZE.vocabulary,
+        max_position_embeddings=SIZE.context,
+        bos_token_id=SIZE.vocabulary - 2,
+        eos_token_id=SIZE.vocabulary - 1,
+        pad_token_id=0,
+        hidden_act=SIZE.activation,
+    )
     config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=SIZE.projection)
     with torch.device("meta"):
         return CLIPModel(config)

@@ -84,12 +84,13 @@ class TorchEncoders:
             "sync_dim": self.sync_dim,
             "text_dim": self.text_dim,
             "hash": {
-                "clip": _hash(weights), "vocabulary": self._tokenizer.hash,
+                "clip": _hash(weights),
+                "vocabulary": self._tokenizer.hash,
                 "synchformer": _hash(sync),
             },
             "parameters": {"clip": count(weights), "synchformer": count(sync)},
             "dtype": dtype,
-        }  # fmt: skip
+        }
         del weights, sync  # on another device, or in another dtype, the files need not stay
         self._clip.to(self._device, self._dtype)
         self._sync.to(self._device, self._dtype)

@@ -115,9 +115,15 @@ class FrameAggregation(nn.TransformerEncoderLayer):
 
     def __init__(self, width: int, heads: int):
         super().__init__(
-            width, heads, 4 * width, dropout=0.0, activation=F.gelu, layer_norm_eps=1e-6,
-            batch_first=True, norm_first=True,
-        )  # fmt: skip
+            width,
+            heads,
+            4 * width,
+            dropout=0.0,
+            activation=F.gelu,
+            layer_norm_eps=1e-6,
+            batch_first=True,
+            norm_first=True,
+        )
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
 
     def forward(self, x):

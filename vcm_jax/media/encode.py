@@ -89,10 +89,13 @@ def encoded_picture(source: Source, output, duration: float | None) -> tuple[lis
             context = stream.codec_context
         # Colours are converted only where they are RGB; the range stays as it is.
         frame = frame.reformat(
-            context.width, context.height, "yuv420p",
+            context.width,
+            context.height,
+            "yuv420p",
             dst_colorspace=_BT709 if _is_rgb(frame) else None,
-            src_color_range=frame.color_range, dst_color_range=context.color_range,
-        )  # fmt: skip
+            src_color_range=frame.color_range,
+            dst_color_range=context.color_range,
+        )
         frame.pts, frame.time_base = len(times), context.time_base
         frame.pict_type = av.video.frame.PictureType.NONE  # the encoder places its own key frames
         times.append(time)

@@ -318,5 +318,8 @@ class Source:
         if lost:
             logging.warning(
                 "%s: skipped %d of %d packets of the %s, which are damaged",
-                self.path, lost, total, what,
-            )  # fmt: skip
+                self.path,
+                lost,
+                total,
+                what,
+            )

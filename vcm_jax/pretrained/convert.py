@@ -281,7 +281,5 @@ def convert(
             str(path.relative_to(temporary)): _status(path) | {"checksum": checksum(path)}
             for path in _contents(temporary)
         }
-        record = {
-            "version": _VERSION, "name": component.name, "origins": origins, "files": files
-        }  # fmt: skip
+        record = {"version": _VERSION, "name": component.name, "origins": origins, "files": files}
         write_json(temporary / RECORD, record)

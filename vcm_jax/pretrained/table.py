@@ -72,11 +72,15 @@ CODECS = {
     "44k": (
         _released("v1-44.pth", 1222, "fab020275fa44c6589820ce025191600"),
         WeightFile(
-            "bigvgan_generator.pt", "ext_weights", 489_000_000, "MIT",
-            "nvidia/bigvgan_v2_44khz_128band_512x", "bigvgan_generator.pt",
+            "bigvgan_generator.pt",
+            "ext_weights",
+            489_000_000,
+            "MIT",
+            "nvidia/bigvgan_v2_44khz_128band_512x",
+            "bigvgan_generator.pt",
         ),
     ),
-}  # fmt: skip
+}
 
 # CLIP's weights come first, then its settings and its vocabulary.
 ENCODERS = (

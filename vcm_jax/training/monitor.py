@@ -24,9 +24,15 @@ from vcm_jax.training.writer import Writer
 
 # Dense bfloat16 peaks in TFLOP/s by the beginning of `device_kind` (the makers' data sheets).
 PEAK_TFLOPS = {
-    "NVIDIA A100": 312, "NVIDIA H100": 989, "NVIDIA H200": 989, "NVIDIA B200": 2250,
-    "TPU v4": 275, "TPU v5 lite": 197, "TPU v5": 459, "TPU v6": 918,
-}  # fmt: skip
+    "NVIDIA A100": 312,
+    "NVIDIA H100": 989,
+    "NVIDIA H200": 989,
+    "NVIDIA B200": 2250,
+    "TPU v4": 275,
+    "TPU v5 lite": 197,
+    "TPU v5": 459,
+    "TPU v6": 918,
+}
 # How many steps the host may be ahead of the devices: enough to keep them busy, and few enough that
 # the run notices a SIGTERM or a bad loss soon.
 AHEAD = 2
@@ -221,10 +227,17 @@ class Evaluation:
             values = {f"val/{name}": float(value.compute()) for name, value in merged.items()}
         if self._best is not None:
             values |= validation.sound_metrics(
-                self._net, params, state.stats, self._batches(), self._codec, self._key,
-                steps=self._sample_steps, max_clips=self._max_clips, place=self._whole,
+                self._net,
+                params,
+                state.stats,
+                self._batches(),
+                self._codec,
+                self._key,
+                steps=self._sample_steps,
+                max_clips=self._max_clips,
+                place=self._whole,
                 objective=self._config.objective,
-            )  # fmt: skip
+            )
             self._best.offer(state, values, meta)
         return values
 
@@ -233,9 +246,15 @@ class Evaluation:
         params = next(iter(state.ema.values()))
         for n in self.HEARD_STEPS:
             pair = validation.generate(
-                params, state.stats, self._clips, self._key, self._net, self._config.objective, n,
+                params,
+                state.stats,
+                self._clips,
+                self._key,
+                self._net,
+                self._config.objective,
+                n,
                 self._whole,
-            )  # fmt: skip
+            )
             if not writer.enabled:
                 continue
             found, truth = jax.device_get(pair)

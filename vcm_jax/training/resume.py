@@ -12,8 +12,14 @@ FREE = (
 )  # fmt: skip
 # The state, the order of the data and the snapshots depend on these: a change makes another run.
 FIXED = (
-    "batch_size", "ema_sigma_rels", "model", "model_overrides", "objective", "records", "seed",
-)  # fmt: skip
+    "batch_size",
+    "ema_sigma_rels",
+    "model",
+    "model_overrides",
+    "objective",
+    "records",
+    "seed",
+)
 
 
 class ResumeError(ValueError):

@@ -125,8 +125,11 @@ def kept_statistics(start: dict, data: dict, folder) -> dict[str, np.ndarray]:
         logging.INFO if alike else logging.WARNING,
         "latents are normalised with the statistics of %s: the data's means differ by up to %.2g "
         "of its stds, and stds by a factor of up to %.3g%s",
-        folder, shift, factor, "" if alike else ": are the data's latents those of another codec?",
-    )  # fmt: skip
+        folder,
+        shift,
+        factor,
+        "" if alike else ": are the data's latents those of another codec?",
+    )
     return kept
 
 
@@ -181,7 +184,7 @@ def read_setup(config: ConfigDict, without_data: bool) -> Setup:
         profile = monitor.parse_profile(config.profile)
     return Setup(
         mesh, net, sources, weights, val, model, settings, optimizer, teacher, variables, profile
-    )  # fmt: skip
+    )
 
 
 def initial_stats(setup: Setup) -> dict[str, np.ndarray]:
