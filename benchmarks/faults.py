@@ -118,7 +118,12 @@ def good_commands(world: Path, out: Path) -> dict[str, Command]:
         "reconstruct": Command("vcm_jax.reconstruct", {"workdir": run, "sigma_rel": 0.1}),
         "data.validate": Command(
             "vcm_jax.data.validate",
-            {"videos": data / "train", "captions": data / "train.tsv", "page": out / "v.html"},
+            {
+                "videos": data / "train",
+                "captions": data / "train.tsv",
+                "page": out / "v.html",
+                "media_clips": 1,
+            },
             (records,),
             several,
         ),
