@@ -1,6 +1,7 @@
 """Faults, tried systematically: bad command lines, flipped bytes, full disks.
 
-    python benchmarks/faults.py [--only=commands,flips,disk] [--flips=6]
+    XLA_FLAGS=--xla_backend_optimization_level=0 python benchmarks/faults.py \\
+        [--only=commands,flips,disk] [--flips=6]
 
 It makes a small world (simulated clips, records, a run) with the helpers of the tests, and prints
 one line of counts for each trial, after every case that was not answered as it should be:

@@ -1,4 +1,4 @@
-"""Power-function averages against EDM2's own code (tests/fixtures/phema), in float64."""
+"""EMA weights against EDM2's own code (tests/fixtures/phema), in float64."""
 
 import json
 

@@ -1,3 +1,5 @@
+"""Samplers: exact flows, guidance, restarts, and the search for times."""
+
 import itertools
 
 import jax
@@ -42,14 +44,17 @@ def test_a_sampler_may_stop_before_the_data():
 
 def test_euler_with_guidance_converges_at_first_order():
     """With c added to the velocity and null taking it away, guidance w shifts the data by -w c."""
-    u = lambda x, t, s, cond: exact(x, t, t, None) + cond
+
+    def shifted(x, t, s, cond):
+        return exact(x, t, t, None) + cond
+
     errors = []
     for n in (20, 40):
-        guided = guided_velocity(u, -0.1, 3.0)  # 3 (v + 0.2) - 2 (v - 0.1) = v + 0.8
+        guided = guided_velocity(shifted, -0.1, 3.0)  # 3 (v + 0.2) - 2 (v - 0.1) = v + 0.8
         flow = sample(guided, NOISE, uniform_times(n), 0.2)
-        plain = sample(lambda x, t, s, cond: exact(x, t, t, None) + 0.8, NOISE, uniform_times(n), 0)
+        plain = sample(shifted, NOISE, uniform_times(n), 0.8)
         np.testing.assert_allclose(flow, plain, atol=1e-5)
-        euler = sample(lambda *a: exact(a[0], a[1], a[1], None), NOISE, uniform_times(n), None)
+        euler = sample(shifted, NOISE, uniform_times(n), 0.0)
         errors.append(np.abs(euler - (FLOW.mu + FLOW.sigma * NOISE)).max())
     assert 1.7 < errors[0] / errors[1] < 2.3
 
@@ -75,7 +80,10 @@ def test_bad_times():
 
 def test_restart_takes_a_key_for_each_row_and_the_noising_of_the_run():
     keys = jax.random.split(jax.random.key(3), 5)
-    run = lambda rows: restart_sample(exact, NOISE[rows], (1.0, 0.6, 0.0), None, keys[rows])
+
+    def run(rows):
+        return restart_sample(exact, NOISE[rows], (1.0, 0.6, 0.0), None, keys[rows])
+
     whole = run(np.arange(5))
     np.testing.assert_allclose(whole[np.array([3, 1])], run(np.array([3, 1])), atol=1e-6)
     assert np.abs(whole[0] - run(np.array([1]))[0]).max() > 1e-3
@@ -87,7 +95,7 @@ def test_restart_takes_a_key_for_each_row_and_the_noising_of_the_run():
 
     found = restart_sample(exact, NOISE, (1.0, 0.5, 0.0), None, keys, noised)
     assert seen[0] == (NOISE.shape, (5,))
-    # Without noise, and with u exact from t = 0.5: what the flow makes of data taken for x_0.5.
+    # Without noise: the flow from t = 0.5 to 0, started from the data of the first jump.
     mean, std = FLOW.moments(0.5)
     once = FLOW.mu + FLOW.sigma * NOISE
     np.testing.assert_allclose(found, FLOW.mu + FLOW.sigma / std * (once - mean), atol=1e-5)
@@ -110,11 +118,15 @@ def test_guidance_in_an_interval():
 
 
 def test_the_objective_says_how_its_network_is_sampled():
-    """net = s - t + cond: an average velocity differs from the instant one, and guidance shows."""
-    net = lambda x, t, s, cond: (s - t)[:, None, None] + cond + 0 * x
-    ask = lambda settings, *args: Sampler(*args).velocity(settings, net, -1.0)(
-        NOISE, np.ones(5, np.float32), np.zeros(5, np.float32), 2.0
-    )[0, 0, 0]
+    """With u = s - t + cond average and instantaneous velocities differ, and so does guidance."""
+
+    def net(x, t, s, cond):
+        return (s - t)[:, None, None] + cond + 0 * x
+
+    def ask(settings, *args):
+        u = Sampler(*args).velocity(settings, net, -1.0)
+        return u(NOISE, np.ones(5, np.float32), np.zeros(5, np.float32), 2.0)[0, 0, 0]
+
     assert ask(make_settings("vcm")) == 1.0  # -1 + 2
     assert ask(make_settings("vcm"), 1.0) == 2.0  # an Euler step
     assert ask(make_settings("vcm"), 3.0) == 8.0  # 3 * 2 - 2 * -1
@@ -145,15 +157,18 @@ def test_the_best_path_is_that_of_all_paths():
     errors = rng.random((9, 9))
     for n in (1, 3, 8):
         paths = [(0, *inner, 8) for inner in itertools.combinations(range(1, 8), n - 1)]
-        cost = lambda path: sum(errors[i, j] for i, j in zip(path[:-1], path[1:]))
-        assert tuple(best_path(errors, n)) == min(paths, key=cost)
+        costs = [sum(errors[i, j] for i, j in itertools.pairwise(path)) for path in paths]
+        assert tuple(best_path(errors, n)) == paths[np.argmin(costs)]
     with pytest.raises(ValueError, match="9 steps do not fit a grid of 8"):
         best_path(errors, 9)
 
 
 def test_searched_times_beat_equal_steps():
     """Euler steps on the Gaussian flow, whose velocity turns most where the data begins."""
-    euler = lambda x, t, s, cond: exact(x, t, t, cond)
+
+    def euler(x, t, s, cond):
+        return exact(x, t, t, cond)
+
     times, (found, equal) = search(euler, NOISE, None, 4, 32)
     assert times[0] == 1 and times[-1] == 0 and len(times) == 5 and (np.diff(times) < 0).all()
     assert found < 0.8 * equal

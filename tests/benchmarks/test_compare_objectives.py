@@ -57,6 +57,7 @@ def test_overlapping_rows_see_synchformer_s_times():
 
 
 def test_names_and_the_report_of_what_is_scored(tmp_path):
+<<<<<<< HEAD
     entries = [
         compare.Entry(config, seed, tmp_path)
         for seed in (0, 1)
@@ -66,13 +67,21 @@ def test_names_and_the_report_of_what_is_scored(tmp_path):
             "configs/ablations.py:base=impacts,lambda_end=1/250",
         )
     ]
+=======
+    configs = ["configs/impacts.py:vcm", "configs/impacts.py:flow_matching"]
+    configs.append("configs/ablations.py:base=impacts,lambda_end=1/250")
+    entries = [compare.Entry(config, seed, tmp_path) for seed in (0, 1) for config in configs]
+>>>>>>> objectives
     assert [entry.name for entry in entries[:3]] == ["vcm", "flow_matching", "lambda_end=1/250"]
     assert entries[2].workdir == tmp_path / "lambda_end=1_250-0"
     with pytest.raises(ValueError, match="no run is scored yet"):
         compare.write_report(entries, tmp_path, "note")
 
     metrics = dict.fromkeys(compare.METRICS, 0.5)
-    scored = lambda value: {str(n): metrics | {"f1": value} for n in compare.STEPS}
+
+    def scored(value):
+        return {str(n): metrics | {"f1": value} for n in compare.STEPS}
+
     for entry, value in zip((entries[0], entries[3], entries[1]), (0.6, 0.8, 0.4)):
         found = scored(value)
         if entry.name == "flow_matching":

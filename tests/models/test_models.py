@@ -60,7 +60,10 @@ def check_outputs(config, variables, arrays, x, t, s, cond):
     }.items():
         error = golden.relative_error(apply(variables, *args), arrays[name])
         assert error < TOLERANCE, f"{name}: {error}"
-    method = lambda name: jax.jit(functools.partial(MMDiT(config).apply, method=name))
+
+    def method(name):
+        return jax.jit(functools.partial(MMDiT(config).apply, method=name))
+
     enc = method("encode_conditions")(variables, cond)
     cached = method("velocity")(variables, x, t, s, enc)
     assert golden.relative_error(cached, arrays["output"]) < TOLERANCE
@@ -78,7 +81,10 @@ def test_every_stage_matches_the_reference():
     apply = jax.jit(functools.partial(MMDiT(config).apply, **capture))
     _, captured = apply(variables, x, t, s, cond)
     captured = captured["intermediates"]
-    stage = lambda name: captured[name]["__call__"][0]
+
+    def stage(name):
+        return captured[name]["__call__"][0]
+
     rows = nearest_exact_rows(config.sync_seq_len, config.latent_seq_len)
     times = stage("t_embed") + stage("h_embed")
     global_c = (times + stage("global_cond_mlp"))[:, None]
@@ -127,7 +133,10 @@ def test_the_derivative_along_x_t_s_matches():
     config, variables, _, arrays, (x, t, s, cond) = small()
     info, _ = golden.load(NETWORK, "small")
     v = golden.randn(info["seeds"]["jvp_v"], x.shape)
-    u = lambda x, t, s: MMDiT(config).apply(variables, x, t, s, cond)
+
+    def u(x, t, s):
+        return MMDiT(config).apply(variables, x, t, s, cond)
+
     jvp = jax.jit(lambda tangents: jax.jvp(u, (x, t, s), tangents)[1])
     zero, one = np.zeros_like, np.ones_like
     for name, tangents in {
@@ -200,7 +209,10 @@ def test_parameter_counts(name):
     counts = json.loads((NETWORK / "param_counts.json").read_text())
     reference = counts["large_at_16k" if name == "large_16k" else name]["two_time"]
     variables = abstract_variables(MODELS[name])
-    size = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+    def size(tree):
+        return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
     assert size(variables["params"]) == reference["trainable"]
     assert size(variables) == reference["total"]
 
@@ -216,8 +228,9 @@ def test_nearest_exact_rows_are_those_of_pytorch():
 def test_lengths_follow_the_duration_and_parameters_do_not():
     longer = MODELS["demo"].with_lengths(SequenceConfig(duration=5.5))
     assert longer.latent_seq_len == 172
-    shapes = lambda config: jax.tree.map(lambda leaf: leaf.shape, abstract_variables(config))
-    assert shapes(longer) == shapes(MODELS["demo"])
+    trees = map(abstract_variables, (longer, MODELS["demo"]))
+    shapes = [jax.tree.map(lambda leaf: leaf.shape, tree) for tree in trees]
+    assert shapes[0] == shapes[1]
 
 
 def test_bfloat16_stays_close_to_float32():
@@ -275,7 +288,10 @@ def test_the_alignment_of_the_sync_rows_is_a_setting_of_the_model():
     config = dataclasses.replace(MODELS["demo"], sync_alignment="time", hidden_dim=16)
     plain = dataclasses.replace(config, sync_alignment="index")
     rng = np.random.default_rng(0)
-    normal = lambda *shape: rng.standard_normal(shape).astype(np.float32)
+
+    def normal(*shape):
+        return rng.standard_normal(shape).astype(np.float32)
+
     cond = Conditions(normal(1, 20, 64), normal(1, 56, 256), normal(1, 77, 32))
     x, t = normal(1, 80, 20), np.float32([0.5])
     variables = MMDiT(config).init(jax.random.key(0), x, t, t, cond)
