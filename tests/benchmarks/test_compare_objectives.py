@@ -57,21 +57,9 @@ def test_overlapping_rows_see_synchformer_s_times():
 
 
 def test_names_and_the_report_of_what_is_scored(tmp_path):
-<<<<<<< HEAD
-    entries = [
-        compare.Entry(config, seed, tmp_path)
-        for seed in (0, 1)
-        for config in (
-            "configs/impacts.py:vcm",
-            "configs/impacts.py:flow_matching",
-            "configs/ablations.py:base=impacts,lambda_end=1/250",
-        )
-    ]
-=======
     configs = ["configs/impacts.py:vcm", "configs/impacts.py:flow_matching"]
     configs.append("configs/ablations.py:base=impacts,lambda_end=1/250")
     entries = [compare.Entry(config, seed, tmp_path) for seed in (0, 1) for config in configs]
->>>>>>> objectives
     assert [entry.name for entry in entries[:3]] == ["vcm", "flow_matching", "lambda_end=1/250"]
     assert entries[2].workdir == tmp_path / "lambda_end=1_250-0"
     with pytest.raises(ValueError, match="no run is scored yet"):

@@ -165,15 +165,8 @@ def held(sizes, model=MODEL):
     init = make_init(MMDiT(model), STATS, OPTIMIZER, (0.05, 0.1))
     abstract = jax.eval_shape(init, jax.random.key(0))
     shardings = sharding.state_shardings(abstract, mesh, model.num_heads)
-<<<<<<< HEAD
-    state = jax.jit(
-        lambda: jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), abstract),
-        out_shardings=shardings,
-    )()
-=======
     zeros = functools.partial(jax.tree.map, lambda a: jnp.zeros(a.shape, a.dtype), abstract)
     state = jax.jit(zeros, out_shardings=shardings)()
->>>>>>> objectives
     found = dict.fromkeys(jax.devices(), 0)
     for leaf in jax.tree.leaves(state):
         for shard in leaf.addressable_shards:
@@ -230,14 +223,8 @@ def test_a_step_that_is_not_finite_can_be_left_out():
     jax.tree.map(np.testing.assert_array_equal, after.replace(step=0), state.replace(step=0))
     good, metrics = step(after, make_batch(), jax.random.key(7))
     assert float(metrics.nonfinite.compute()) == 0
-<<<<<<< HEAD
-    assert not np.array_equal(
-        good.params["final_layer"]["conv"]["bias"], after.params["final_layer"]["conv"]["bias"]
-    )
-=======
     biases = [state.params["final_layer"]["conv"]["bias"] for state in (good, after)]
     assert not np.array_equal(*biases)
->>>>>>> objectives
 
 
 @pytest.mark.parametrize("sizes", [(4, 2, 1), pytest.param((8, 1, 1), marks=pytest.mark.slow)])
