@@ -124,7 +124,7 @@ def test_an_interrupted_run_ends_bit_identical_to_one_that_was_not(data, tmp_pat
     jax.tree.map(close, final_state(tmp_path / "second")["params"], weights["params"])
     with pytest.raises(checkpoint.CheckpointError, match=r"no checkpoint of step 7; .*\[3, 6\]"):
         averages.restore_weights(tmp_path / "whole", step=7)
-    with pytest.raises(checkpoint.CheckpointError, match=r"no EMA weights .* only 0.05, 0.1"):
+    with pytest.raises(checkpoint.CheckpointError, match=r"no EMA .* only 0.05, 0.1"):
         averages.restore_weights(tmp_path / "whole", sigma_rel=0.2)
 
 
@@ -269,8 +269,8 @@ def test_a_dry_run_says_what_a_run_takes_and_writes_nothing(data, tmp_path, caps
     assert "fused_blocks_0/ffn/w1/kernel" in out and "Total: " in out
     assert "mesh: {'data': 2, 'fsdp': 2, 'tensor': 2}, 8 devices" in out
     for line in (
-        "state of a device: ",
-        "activations and other temporaries of a device: ",
+        "state per device: ",
+        "activations and other temporaries per device: ",
         "model FLOPs: ",
         "input: ",
     ):
