@@ -6,6 +6,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 
 from vcm_jax.codec.linear import fit_linear_codec
 from vcm_jax.features import extract
@@ -102,9 +103,13 @@ def make_config(data, objective="vcm", **changes):
 
 
 def final_state(workdir):
-    manager = checkpoint.open_manager(workdir, read_only=True)
-    state = manager.restore(manager.latest_step())["state"]
-    return jax.tree.map(np.asarray, state)
+    """The last checkpoint of a run, on the host, whatever devices and processes have saved it."""
+    with checkpoint.open_manager(workdir, read_only=True) as manager:
+        step = manager.latest_step()
+        tree = manager.item_metadata(step)["state"].tree
+        on_host = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+        args = ocp.args.PyTreeRestore(item=tree, restore_args=on_host)
+        return manager.restore(step, args=ocp.args.Composite(state=args))["state"]
 
 
 def make_world(folder, clips: int, **extraction):
