@@ -8,9 +8,11 @@ import sys
 
 import numpy as np
 import pytest
+from commands import run_command
 
 from vcm_jax.codec import LinearCodec, fit_linear_codec
 from vcm_jax.data import checks
+from vcm_jax.data import validate as validator
 from vcm_jax.data.checks import check_leaks
 from vcm_jax.data.survey import Survey
 from vcm_jax.data.validate import validate
@@ -22,6 +24,8 @@ from vcm_jax.records.source import RecordSource
 
 RATE, SECONDS = 16_000, 0.8
 SMALL = dict(duration=SECONDS, clip_dim=8, sync_dim=12, text_dim=6)
+
+OPTIONS = {"positional": "the records folder"}
 
 
 def write_clip(path, seed: int, still: bool = False):
@@ -274,3 +278,13 @@ def test_command_says_what_is_wrong_and_fails(good, tmp_path):
 def test_videos_and_sounds_at_once_are_refused(tmp_path):
     with pytest.raises(ValueError, match="one of --videos and --sounds, not both"):
         validate(tmp_path, videos=tmp_path, sounds=tmp_path)
+
+
+def test_a_page_that_cannot_be_written_is_no_success(good, tmp_path):
+    records = good[2]
+    assert run_command(validator, records, f"--page={tmp_path / 'v.html'}", **OPTIONS).code == 0
+    (tmp_path / "file").write_text("")
+    for page in (tmp_path / "file/v.html", tmp_path):
+        done = run_command(validator, records, f"--page={page}", **OPTIONS)
+        assert done.code == 74 and f"warning: {page}: not written" in done.out
+        assert "fit to train on" in done.out

@@ -1,6 +1,8 @@
 """The picture that `mux_audio` writes is the picture that came in."""
 
 import dataclasses
+import errno
+import resource
 from fractions import Fraction
 
 import av
@@ -318,6 +320,19 @@ def test_nothing_is_left_where_neither_way_works(tmp_path, monkeypatch):
     monkeypatch.setattr(write, "copied_picture", fails)
     with pytest.raises(MediaError, match=r"a.mp4: cannot be written as mp4 \(no such luck\)"):
         mux_audio(path, noise(1.0)[0], RATE, tmp_path / "out.mp4")
+    assert [file.name for file in tmp_path.iterdir()] == ["a.mp4"]
+
+
+def test_a_full_disk_is_not_the_fault_of_the_video(tmp_path):
+    path = make(tmp_path / "a.mp4", MUTE)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    try:
+        with pytest.raises(OSError, match="out.mp4") as error:
+            mux_audio(path, noise(1.0)[0], RATE, tmp_path / "out.mp4")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert error.value.errno in (errno.EFBIG, errno.ENOSPC)
     assert [file.name for file in tmp_path.iterdir()] == ["a.mp4"]
 
 

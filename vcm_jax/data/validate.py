@@ -6,14 +6,14 @@
 It reads every record of the folder. Given the media files, it decodes --media_clips of them; given
 the list of captions, it compares every caption; given the records of a test set, it looks for
 leaks. The exit code is 0 if the records are fit and 1 if they are not; each error says why.
-Warnings alone do not make records unfit.
+Warnings alone do not make records unfit. It is 74 if the page that --page names cannot be written.
 """
 
 from pathlib import Path
 
 from absl import flags
 
-from vcm_jax.cli import run
+from vcm_jax.cli import UNWRITABLE_CODE, run
 from vcm_jax.data.checks import (
     Finding,
     check_captions,
@@ -119,9 +119,12 @@ def main(args, rest):
     for finding in findings:
         print(finding)
     fit = not any(finding.level == "error" for finding in findings)
-    if page.exists():
+    written = not any(finding.what.startswith(f"{page}: not written") for finding in findings)
+    if written and page.exists():
         print(f"{page}: a page with the findings, histograms and examples")
     print(f"{folder}: {'fit' if fit else 'NOT fit'} to train on")
+    if fit and args.page and not written:
+        return UNWRITABLE_CODE
     return 0 if fit else 1
 
 

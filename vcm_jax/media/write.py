@@ -13,7 +13,7 @@ import numpy as np
 import soundfile
 from absl import logging
 
-from vcm_jax.atomic import atomic_path
+from vcm_jax.atomic import UNWRITABLE, atomic_path
 from vcm_jax.media.encode import X264, encoded_picture
 from vcm_jax.media.remux import NotCopied, check_copy, copied_picture
 from vcm_jax.media.streams import MediaError, ffmpeg_name, opened, reason, shown
@@ -91,6 +91,8 @@ def _write_movie(video_path, out_path, picture, audio, sample_rate: int, kind: s
                 sound = np.pad(audio[:samples], (0, max(0, samples - len(audio))))
                 _mux(output, packets + _audio_packets(output, sound, sample_rate))
         except (av.error.FFmpegError, OSError) as error:
+            if error.errno in UNWRITABLE:  # the fault of the disk, not of the video
+                raise OSError(error.errno, os.strerror(error.errno), str(out_path)) from error
             raise MediaError(
                 f"{source.path}: cannot be written as mp4 ({reason(error)})"
             ) from error
@@ -117,6 +119,7 @@ def mux_audio(video_path, audio: np.ndarray, sample_rate: int, out_path, duratio
     Raises:
       MediaError: the video is missing, unreadable, mostly damaged, has no picture, or cannot be
         written.
+      OSError: the disk is full or read-only.
     """
     kind = "mov" if Path(out_path).suffix.lower() == ".mov" else "mp4"
     with atomic_path(out_path) as temporary:
