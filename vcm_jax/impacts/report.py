@@ -214,8 +214,10 @@ def make_report(workdir: Path, data: Path, num_clips: int, num_train: int, shown
 def define_flags():
     flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
     flags.DEFINE_string("data", None, "Folder of the Impacts set.", required=True)
-    flags.DEFINE_integer("clips", 200, "Number of test clips to score.")
-    flags.DEFINE_integer("train_clips", 400, "Training clips for the material classifier.")
+    flags.DEFINE_integer("clips", 200, "Number of test clips to score.", lower_bound=MIN_CLIPS)
+    flags.DEFINE_integer(
+        "train_clips", 400, "Training clips for the material classifier.", lower_bound=1
+    )
     flags.DEFINE_integer("shown", 6, "Clips in the page.", lower_bound=1)
 
 
