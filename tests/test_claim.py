@@ -107,8 +107,8 @@ def test_a_forked_child_does_not_keep_the_folder(tmp_path):
         from vcm_jax.claim import hold
         with hold(sys.argv[1]):
             if os.fork() == 0:
+                os.write(int(sys.argv[2]), b"x")
                 time.sleep(60)
-            os.write(int(sys.argv[2]), b"x")
             os._exit(0)
         """
     )
