@@ -223,3 +223,14 @@ def test_frame_rates_that_vary(tmp_path):
     path = make(tmp_path / "a.mp4", Movie(gaps=gaps, layout=None))
     expected = np.repeat(np.arange(11), np.round(np.array(gaps[:11]) * 25).astype(int))
     assert numbers(path)[: len(expected)] == expected.tolist()
+
+
+@pytest.mark.parametrize("rate", [120, 240, 480])
+def test_slow_motion_is_as_long_as_it_is(tmp_path, rate):
+    """The samples at 25 fps are complete several frames before the picture is."""
+    path = make(tmp_path / "a.mp4", Movie(count=rate // 2, rate=Fraction(rate), layout=None))
+    for fps in (8, 25):
+        frames = read_frames(path, {fps: np.copy}, 0.5)[fps]
+        assert len(frames) == math.floor(0.5 * fps)
+    with pytest.raises(MediaError, match="0.50 s of picture, shorter than the 0.55 s needed"):
+        read_frames(path, {25: np.copy}, 0.55)

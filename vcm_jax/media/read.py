@@ -170,7 +170,14 @@ def num_frames(duration: float, fps: float) -> int:
     return math.floor(round(duration * fps, 6))
 
 
-def _sample(source: Source, transforms, limits, start: float) -> tuple[dict, float, float]:
+def _is_short(end: float, duration: float, step: float) -> bool:
+    """Whether a picture of `end` seconds lacks more than a frame (`step` seconds) of `duration`."""
+    return end < duration - 1.01 * step
+
+
+def _sample(
+    source: Source, transforms, limits, start: float, duration: float
+) -> tuple[dict, float, float]:
     """({fps: transformed frames}, seconds of picture after `start`, seconds of its last frame)."""
     stream = source.need_picture()
     # Ticks fine enough to shift the frames by any time.
@@ -188,7 +195,9 @@ def _sample(source: Source, transforms, limits, start: float) -> tuple[dict, flo
         end = max(end, float(frame.pts * base) + step)
         for fps, rate in rates.items():
             rate.push(frame, limits[fps])
-        if all(len(rate.outputs) >= limits[fps] for fps, rate in rates.items()):
+        # At a high frame rate the samples are complete some frames before the picture is.
+        complete = all(len(rate.outputs) >= limits[fps] for fps, rate in rates.items())
+        if complete and not _is_short(end, duration, step):
             break
     else:
         for fps, rate in rates.items():
@@ -224,13 +233,14 @@ def read_frames(
         fps: math.inf if duration is None else num_frames(duration, fps) for fps in transforms
     }
     with opened(path) as source:
-        outputs, end, step = _sample(source, transforms, limits, start)
+        wanted = math.inf if duration is None else duration
+        outputs, end, step = _sample(source, transforms, limits, start, wanted)
     path = shown(path)
     if not outputs:
         raise MediaError(f"{path}: no frame could be decoded")
     if start and end <= 0:
         raise MediaError(f"{path}: start {start:g} s is past the end of the picture")
-    if duration is not None and end < duration - 1.01 * step:
+    if duration is not None and _is_short(end, duration, step):
         after = f" after {start:g} s" if start else ""
         raise MediaError(
             f"{path}: {end:.2f} s of picture{after}, shorter than the {duration:g} s needed"
