@@ -18,6 +18,7 @@ setup(
     long_description=(HERE / "README.md").read_text(),
     long_description_content_type="text/markdown",
     packages=find_packages(include=["vcm_jax", "vcm_jax.*"]),
+    license="Apache-2.0",
     python_requires=">=3.11",
     install_requires=REQUIREMENTS,
     extras_require={
