@@ -23,6 +23,8 @@ FLOORS = [
     {"generation", "data"},
     {"evaluation", "training", "interop.export_torch", "interop.import_torch"},
     {"main", "generate", "evaluate", "compare", "search_times", "reconstruct"},
+    {"codec.corpus"},
+    {"codec.train"},
     {"impacts"},
 ]
 ROOMS = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}

@@ -4,6 +4,8 @@ import hashlib
 import json
 from collections.abc import Mapping
 
+import numpy as np
+
 
 def short_hash(*chunks) -> str:
     """The first 16 hexadecimal digits of the SHA-256 of bytes or arrays."""
@@ -11,6 +13,11 @@ def short_hash(*chunks) -> str:
     for chunk in chunks:
         digest.update(chunk)
     return digest.hexdigest()[:16]
+
+
+def array_hash(array: np.ndarray) -> str:
+    """Hash of an array's values, shape and type."""
+    return short_hash(f"{array.dtype.str} {array.shape} ".encode(), np.ascontiguousarray(array))
 
 
 def _hash_json(content: Mapping) -> str:

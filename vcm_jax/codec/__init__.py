@@ -4,11 +4,12 @@ from pathlib import Path
 
 from vcm_jax.codec.folders import copy_codec as copy_codec
 from vcm_jax.codec.folders import read_description
+from vcm_jax.codec.learned import LearnedCodec as LearnedCodec
 from vcm_jax.codec.linear import LinearCodec as LinearCodec
 from vcm_jax.codec.linear import fit_linear_codec as fit_linear_codec
 from vcm_jax.codec.neural import NeuralCodec as NeuralCodec
 
-_KINDS = {kind.name: kind for kind in (LinearCodec, NeuralCodec)}
+_KINDS = {kind.name: kind for kind in (LinearCodec, LearnedCodec, NeuralCodec)}
 
 
 def load_codec(folder):
@@ -16,8 +17,8 @@ def load_codec(folder):
 
     Returns:
       An object with `name`, `sample_rate` (Hz), `hop`, `latent_downsample`, `latent_dim`,
-      `fingerprint`, `on_device`, `encode(audio) -> (mean, std)` and `decode(latents) -> audio`;
-      see `LinearCodec`.
+      `fingerprint`, `on_device`, `encode(audio) -> (mean, std)` and
+      `decode(latents, seed) -> audio`; see `LearnedCodec`.
 
     Raises:
       ValueError: no codec in the folder, an unknown kind or version, or damaged files.

@@ -20,13 +20,17 @@ def _link(path, target) -> None:
 def copy_codec(source, folder) -> None:
     """Copy a codec folder. Hard links share its files, which never change, where possible.
 
-    The copy appears when it is complete; if `folder` exists already, it stays as it is.
+    Folders inside it, such as the one of its training, are not copied. The copy appears when it is
+    complete; if `folder` exists already, it stays as it is.
 
     Raises:
       OSError: `source` cannot be read or `folder` not written.
     """
     with atomic_folder(folder) as temporary:
-        shutil.copytree(source, temporary, copy_function=_link)
+        temporary.mkdir()
+        for path in Path(source).iterdir():
+            if not path.is_dir():
+                _link(path, temporary / path.name)
 
 
 def write_description(folder, content: dict) -> None:

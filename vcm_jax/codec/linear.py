@@ -14,36 +14,40 @@ import numpy as np
 
 from vcm_jax.atomic import atomic_path
 from vcm_jax.codec.folders import check_description, read_description, write_description
-from vcm_jax.codec.mel import MEL_16K, log_mel, mel_filters
+from vcm_jax.codec.mel import MEL_FLOOR, MELS, MelConfig, log_mel, mel_filters
 from vcm_jax.hashes import short_hash
 
 _VERSION = 1
 _STACK = 2  # spectrogram frames per latent token: SequenceConfig.latent_downsample
 _ITERATIONS = 32  # of Griffin-Lim
-_FLOOR = -5.0  # log10 of the smallest mel value
+_DIMS = {"16k": 20, "44k": 40}  # latent channels, as many as MMAudio's codec has in this mode
 
 _log_mel = jax.jit(log_mel, static_argnums=1)
 
 
-def _rows(audio: np.ndarray) -> np.ndarray:
-    """Stacked log-mel frames of a sound: (samples,) -> (N, 160) float64; `encode` defines N."""
+def stacked_frames(audio: np.ndarray, mel: MelConfig) -> np.ndarray:
+    """Stacked log-mel frames of a sound: (samples,) -> (N, 2bands) float64; `encode` defines N.
+
+    Raises:
+      ValueError: another shape, or no samples.
+    """
     audio = np.asarray(audio, np.float32)
-    token = _STACK * MEL_16K.hop
+    token = _STACK * mel.hop
     if audio.ndim != 1 or len(audio) == 0:
         raise ValueError(f"the sound must be (samples,), not {audio.shape}")
     tokens = max(2, -(-len(audio) // token))
     padded = np.pad(audio, (0, tokens * token - len(audio)))
-    mel = np.asarray(_log_mel(padded[None], MEL_16K)[0], np.float64)
-    return mel.reshape(-1, _STACK * MEL_16K.bands)[: -(-len(audio) // token)]
+    frames = np.asarray(_log_mel(padded[None], mel)[0], np.float64)
+    return frames.reshape(-1, _STACK * mel.bands)[: -(-len(audio) // token)]
 
 
 @functools.cache
-def _inverse_filters() -> np.ndarray:
+def _inverse_filters(mel: MelConfig) -> np.ndarray:
     """Pseudo-inverse of the mel filters: (bins, bands) float32."""
-    return np.linalg.pinv(mel_filters(MEL_16K))
+    return np.linalg.pinv(mel_filters(mel))
 
 
-def _magnitudes_to_audio(magnitudes: np.ndarray, iterations: int) -> np.ndarray:
+def _magnitudes_to_audio(magnitudes: np.ndarray, mel: MelConfig, iterations: int) -> np.ndarray:
     """Griffin-Lim with fixed initial phases: (bins, frames) -> (frames * hop,) float32."""
     # librosa centres frame i at sample i * hop, log_mel at (i + 1/2) * hop. With the first and
     # the last frame repeated, the wanted sound starts half a hop later.
@@ -51,24 +55,28 @@ def _magnitudes_to_audio(magnitudes: np.ndarray, iterations: int) -> np.ndarray:
     audio = librosa.griffinlim(
         padded,
         n_iter=iterations,
-        hop_length=MEL_16K.hop,
-        win_length=MEL_16K.n_fft,
-        n_fft=MEL_16K.n_fft,
+        hop_length=mel.hop,
+        win_length=mel.n_fft,
+        n_fft=mel.n_fft,
         window="hann",
         center=True,
         momentum=0.99,
         init="random",
         random_state=0,
     )
-    start = MEL_16K.hop // 2
-    return audio[start : start + magnitudes.shape[1] * MEL_16K.hop].astype(np.float32)
+    start = mel.hop // 2
+    return audio[start : start + magnitudes.shape[1] * mel.hop].astype(np.float32)
 
 
 class LinearCodec:
-    """16 kHz sound to 31.25 latents a second and back, by PCA of pairs of log-mel frames.
+    """Sound to latents and back, by PCA of pairs of log-mel frames.
+
+    There are 31.25 latents a second at 16 kHz, and 43.07 at 44.1 kHz.
 
     Attributes:
       name: "linear".
+      mode: "16k" or "44k".
+      mel: the spectrogram.
       sample_rate: Hz.
       hop: samples per spectrogram frame.
       latent_downsample: spectrogram frames per latent token.
@@ -82,32 +90,43 @@ class LinearCodec:
 
     name = "linear"
     on_device = False
-    sample_rate = MEL_16K.sample_rate
-    hop = MEL_16K.hop
     latent_downsample = _STACK
 
-    def __init__(self, mean: np.ndarray, components: np.ndarray, explained_variance: float):
-        """mean (160,) and components (C, 160) of the stacked log-mel frames."""
+    def __init__(
+        self,
+        mean: np.ndarray,
+        components: np.ndarray,
+        explained_variance: float,
+        mode: str = "16k",
+    ):
+        """mean (2bands,) and components (C, 2bands) of the stacked log-mel frames."""
+        self.mode, self.mel = mode, MELS[mode]
+        self.sample_rate, self.hop = self.mel.sample_rate, self.mel.hop
         self.mean = np.asarray(mean, np.float32)
         self.components = np.asarray(components, np.float32)
         self.explained_variance = float(explained_variance)
         self.latent_dim = len(self.components)
         content = self.mean.tobytes() + self.components.tobytes()
-        self.fingerprint = short_hash(f"linear {_VERSION} ".encode(), content)
+        kind = "linear" if mode == "16k" else f"linear {mode}"
+        self.fingerprint = short_hash(f"{kind} {_VERSION} ".encode(), content)
 
     def encode(self, audio: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Sound (samples,) in [-1, 1] -> latent mean and std (N, C) float32; the std is 0.
 
-        There are N = ceil(samples / 512) tokens; the last one is padded with silence.
+        There are N = ceil(samples / (2 hop)) tokens; the last one is padded with silence.
 
         Raises:
           ValueError: another shape, or no samples.
         """
-        latents = ((_rows(audio) - self.mean) @ self.components.T).astype(np.float32)
+        latents = ((stacked_frames(audio, self.mel) - self.mean) @ self.components.T).astype(
+            np.float32
+        )
         return latents, np.zeros_like(latents)
 
-    def decode(self, latents: np.ndarray) -> np.ndarray:
-        """Latents (N, C) -> sound (N * 512,) float32, deterministic; peaks may exceed 1.
+    def decode(self, latents: np.ndarray, seed: int = 0) -> np.ndarray:
+        """Latents (N, C) -> sound (N * 2 hop,) float32; peaks may exceed 1.
+
+        The seed has no effect: nothing here is random.
 
         Raises:
           ValueError: another shape.
@@ -115,9 +134,11 @@ class LinearCodec:
         latents = np.asarray(latents, np.float32)
         if latents.ndim != 2 or latents.shape[1] != self.latent_dim:
             raise ValueError(f"latents must be (N, {self.latent_dim}), not {latents.shape}")
-        mel = (latents @ self.components + self.mean).reshape(-1, MEL_16K.bands)
-        magnitudes = np.maximum(_inverse_filters() @ 10.0 ** np.maximum(mel, _FLOOR).T, 0)
-        return _magnitudes_to_audio(magnitudes, _ITERATIONS)
+        log_mel = (latents @ self.components + self.mean).reshape(-1, self.mel.bands)
+        base = np.float32(10 if self.mel.log10 else np.e)
+        power = np.maximum(base**log_mel, MEL_FLOOR).T
+        magnitudes = np.maximum(_inverse_filters(self.mel) @ power, 0)
+        return _magnitudes_to_audio(magnitudes, self.mel, _ITERATIONS)
 
     def save(self, folder):
         """Write codec.json and codec.npz into a folder; the json comes last and atomically."""
@@ -126,7 +147,11 @@ class LinearCodec:
             np.savez(file, mean=self.mean, components=self.components)
         fields = ("name", "sample_rate", "hop", "latent_downsample", "latent_dim", "fingerprint")
         meta = {key: getattr(self, key) for key in fields}
-        meta |= {"version": _VERSION, "explained_variance": self.explained_variance}
+        meta |= {
+            "version": _VERSION,
+            "mode": self.mode,
+            "explained_variance": self.explained_variance,
+        }
         write_description(folder, meta)
 
     @classmethod
@@ -145,27 +170,36 @@ class LinearCodec:
             )
         try:
             with np.load(folder / "codec.npz") as arrays:
-                codec = cls(arrays["mean"], arrays["components"], meta["explained_variance"])
+                codec = cls(
+                    arrays["mean"],
+                    arrays["components"],
+                    meta["explained_variance"],
+                    meta.get("mode", "16k"),  # earlier versions had no other
+                )
         except Exception as error:  # np.load raises errors of many types on damaged files
             raise ValueError(f"{folder / 'codec.npz'}: missing or damaged ({error})") from error
         check_description(codec, meta, folder)
         return codec
 
 
-def fit_linear_codec(sounds: Iterable[np.ndarray], latent_dim: int = 20) -> LinearCodec:
+def fit_linear_codec(
+    sounds: Iterable[np.ndarray], latent_dim: int | None = None, mode: str = "16k"
+) -> LinearCodec:
     """PCA of the stacked log-mel frames of training sounds, in one pass and bounded memory.
 
     Args:
-      sounds: (samples,) each, 16 kHz.
-      latent_dim: C, the number of principal components.
+      sounds: (samples,) each, at the sample rate of the mode.
+      latent_dim: C, the number of principal components; None is 20 in mode 16k and 40 in 44k.
+      mode: "16k" or "44k".
 
     Raises:
       ValueError: fewer frames than components.
     """
-    width = _STACK * MEL_16K.bands
+    mel, latent_dim = MELS[mode], latent_dim or _DIMS[mode]
+    width = _STACK * mel.bands
     count, total, square = 0, np.zeros(width), np.zeros((width, width))
     for sound in sounds:
-        rows = _rows(sound)
+        rows = stacked_frames(sound, mel)
         count += len(rows)
         total += rows.sum(0)
         square += rows.T @ rows
@@ -177,4 +211,4 @@ def fit_linear_codec(sounds: Iterable[np.ndarray], latent_dim: int = 20) -> Line
     # The sign of an eigenvector is arbitrary: fix it, so that all machines give the same codec.
     strongest = np.abs(components).argmax(axis=1)
     components = components * np.sign(components[np.arange(latent_dim), strongest])[:, None]
-    return LinearCodec(mean, components, values[::-1][:latent_dim].sum() / values.sum())
+    return LinearCodec(mean, components, values[::-1][:latent_dim].sum() / values.sum(), mode)

@@ -33,6 +33,8 @@ class MelConfig:
 
 MEL_16K = MelConfig(16_000, 1024, 256, 80, 0.0, 8_000.0, log10=True)
 MEL_44K = MelConfig(44_100, 2048, 512, 128, 0.0, 22_050.0, log10=False)
+MELS = {"16k": MEL_16K, "44k": MEL_44K}
+MEL_FLOOR = 1e-5  # the smallest mel value, before the logarithm
 
 
 @functools.cache
@@ -78,4 +80,4 @@ def log_mel(audio: jax.Array, config: MelConfig) -> jax.Array:
     magnitude = jnp.sqrt(spectrum.real**2 + spectrum.imag**2 + 1e-9)
     # Matrix products are exact in float32 on all platforms only on request.
     mel = jnp.matmul(magnitude, mel_filters(config).T, precision="highest")
-    return (jnp.log10 if config.log10 else jnp.log)(jnp.maximum(mel, 1e-5))
+    return (jnp.log10 if config.log10 else jnp.log)(jnp.maximum(mel, MEL_FLOOR))

@@ -15,7 +15,7 @@ from vcm_jax.atomic import atomic_path
 from vcm_jax.codec import bigvgan, vae
 from vcm_jax.codec.folders import check_description, read_description, write_description
 from vcm_jax.codec.mel import MEL_16K, MEL_44K, MelConfig, log_mel
-from vcm_jax.hashes import short_hash
+from vcm_jax.hashes import array_hash
 
 _VERSION = 1
 _WINDOW = 512  # spectrogram frames that are vocoded at once
@@ -112,7 +112,7 @@ class NeuralCodec:
 
         def read(name):
             array = self.arrays[name]
-            if self._hashes and _hash(array) != self._hashes[name]:
+            if self._hashes and array_hash(array) != self._hashes[name]:
                 raise ValueError(f"{name} is not the array that was saved")
             return jnp.asarray(array, self.dtype if array.ndim == 3 else jnp.float32)
 
@@ -186,8 +186,10 @@ class NeuralCodec:
             sound[(start + skip) * self.hop : (start + size) * self.hop] = good
         return sound
 
-    def decode(self, latents: np.ndarray) -> np.ndarray:
+    def decode(self, latents: np.ndarray, seed: int = 0) -> np.ndarray:
         """Latents (N, C) -> sound (N * 2 hop,) float32 in [-1, 1].
+
+        The seed has no effect: nothing here is random.
 
         Raises:
           ValueError: another shape.
@@ -202,7 +204,7 @@ class NeuralCodec:
         fields = ("name", "mode", "sample_rate", "hop", "latent_downsample", "latent_dim")
         meta = {key: getattr(self, key) for key in (*fields, "fingerprint")}
         names = [name for name in self.arrays if name != "fingerprint"]
-        hashes = {name: _hash(self.arrays[name]) for name in names}
+        hashes = {name: array_hash(self.arrays[name]) for name in names}
         meta |= {"version": _VERSION, "hashes": hashes}
         write_description(folder, meta)
 
@@ -252,11 +254,6 @@ def windows(frames: int, context: int) -> tuple[int, list[int]]:
     count = -(-inner // (_WINDOW - 2 * context))
     size = -(-(-(-inner // count) + 2 * context) // _STEP) * _STEP
     return size, [min(i * (size - 2 * context), frames - size) for i in range(count)]
-
-
-def _hash(array: np.ndarray) -> str:
-    """Hash of an array's values, shape and type."""
-    return short_hash(f"{array.dtype.str} {array.shape} ".encode(), np.ascontiguousarray(array))
 
 
 def _fingerprint(arrays: Mapping[str, np.ndarray]) -> str:

@@ -78,27 +78,29 @@ def _projection(name: str, inputs: int, outputs: int) -> np.ndarray:
     return (rng.standard_normal((inputs, outputs)) / np.sqrt(inputs)).astype(np.float32)
 
 
-def _motion_profiles(grids: np.ndarray) -> np.ndarray:
-    """Motion from frame to frame: pooled frames (T, G, G, 3) -> (T - 1, 4 G) float32.
+def _motion_profiles(grids: np.ndarray, version: int) -> np.ndarray:
+    """Motion from frame to frame: pooled frames (T, G, G, 3) -> (T - 1, 8 G) float32.
 
-    Each profile has the size and the signed mean of the change in every row and every column of
-    cells. Square roots bring the weak motion of small objects into the range of strong motion.
+    Each profile has the size of the change in every row and every column of cells, and its signed
+    value for each colour, which tells what moves. Version 1 had the mean over the colours instead,
+    4 G in all. Square roots bring the weak motion of small objects into the range of strong motion.
     """
     change = np.diff(grids, axis=0)
     change = np.sign(change) * np.maximum(np.abs(change) - _SYNC_NOISE, 0)
-    maps = np.abs(change).max(axis=-1), change.mean(axis=-1)
+    signed = [change.mean(axis=-1)] if version == 1 else list(np.moveaxis(change, -1, 0))
+    maps = [np.abs(change).max(axis=-1), *signed]
     bands = [m.sum(axis=axis) for m in maps for axis in (2, 1)]
     profiles = np.concatenate(bands, axis=1)
     return np.sign(profiles) * np.sqrt(np.abs(profiles))
 
 
-def _sync_rows(grids: np.ndarray, sequence: SequenceConfig) -> np.ndarray:
-    """Descriptors (Ts, 5 * 4 G) of the motion around (j + 1/2) / Ts of the clip.
+def _sync_rows(grids: np.ndarray, sequence: SequenceConfig, version: int) -> np.ndarray:
+    """Descriptors (Ts, 5 * 8 G) of the motion around (j + 1/2) / Ts of the clip.
 
     Synchformer's rows come from overlapping segments and are unevenly spaced in time. These are
     evenly spaced, so that nearest upsampling to the latent rate places each row correctly.
     """
-    profiles = _motion_profiles(grids)
+    profiles = _motion_profiles(grids, version)
     rows = (np.arange(sequence.sync_seq_len) + 0.5) / sequence.sync_seq_len
     # Profile k lies between frames k and k + 1.
     centre = rows * sequence.duration * sequence.sync_fps - 0.5
@@ -120,12 +122,20 @@ def _word_vector(word: str, dim: int) -> np.ndarray:
 
 
 class WeightsFreeEncoders:
-    """Encoders without weights: deterministic, fast, and good enough to learn synchrony."""
+    """Encoders without weights: deterministic, fast, and good enough to learn synchrony.
 
-    name, version = "weights_free", 1
+    Attributes:
+      version: of the features, 2; the runs and records of earlier programs have 1, whose sync
+        features do not know the colours of what moves.
+    """
+
+    name, versions = "weights_free", (1, 2)
     on_device = False
 
-    def __init__(self, clip_dim: int = 1024, sync_dim: int = 768, text_dim: int = 1024):
+    def __init__(
+        self, clip_dim: int = 1024, sync_dim: int = 768, text_dim: int = 1024, version: int = 2
+    ):
+        self.version = version
         self.clip_dim, self.sync_dim, self.text_dim = clip_dim, sync_dim, text_dim
 
     def frame_transforms(self, sequence: SequenceConfig) -> dict[float, Callable]:
@@ -154,7 +164,7 @@ class WeightsFreeEncoders:
         pictures = frames[sequence.clip_fps].reshape(sequence.clip_seq_len, -1)
         moving = _CLIP_CONTRAST * (pictures - np.median(pictures, axis=0))
         clip = np.concatenate([pictures - np.float32(0.5), moving], axis=1) / _CLIP_SCALE
-        sync = _sync_rows(frames[sequence.sync_fps], sequence) / _SYNC_SCALE
+        sync = _sync_rows(frames[sequence.sync_fps], sequence, self.version) / _SYNC_SCALE
         return (
             (clip @ _projection("clip", clip.shape[1], self.clip_dim)).astype(np.float32),
             (sync @ _projection("sync", sync.shape[1], self.sync_dim)).astype(np.float32),
@@ -234,7 +244,9 @@ def encoders_from_spec(spec: Mapping, folder=None) -> Encoders:
         raise ValueError(
             f"--encoders={folder}: the features were made by encoders without weights, leave it out"
         )
-    encoders = WeightsFreeEncoders(*(spec[f"{kind}_dim"] for kind in ("clip", "sync", "text")))
+    widths = (spec[f"{kind}_dim"] for kind in ("clip", "sync", "text"))
+    version = spec["version"] if spec["version"] in WeightsFreeEncoders.versions else 2
+    encoders = WeightsFreeEncoders(*widths, version=version)
     if spec != encoders.spec():
         raise ValueError(
             f"features were made by encoders {dict(spec)}, this program has {encoders.spec()}"

@@ -107,6 +107,12 @@ def _noise(seed: int, request_id: str, shape) -> np.ndarray:
     return rng.standard_normal(shape, np.float32)
 
 
+def _decoder_seed(seed: int, request_id: str) -> int:
+    """The seed of a codec that draws noise, as a function of (seed, id)."""
+    sequence = np.random.SeedSequence([seed % 2**64, _id_hash(request_id)])
+    return int(sequence.generate_state(1, np.uint64)[0] >> 1)
+
+
 def _keys(seed: int, ids: list[str]) -> jax.Array:
     """Keys of a restart sampler's later noise, which are functions of (seed, id) too."""
     hashes = np.array([_id_hash(request_id) for request_id in ids], np.uint32)
@@ -219,7 +225,7 @@ def _sounds(run: Run, group: list[Features], times, seed: int, batch_size: int, 
         return
     for item, latent in zip(group, latents):
         try:
-            sound = decode(run, latent, item.seconds)
+            sound = decode(run, item, latent, seed)
         except Exception as error:
             if on_error is None:
                 raise
@@ -228,15 +234,22 @@ def _sounds(run: Run, group: list[Features], times, seed: int, batch_size: int, 
         yield item, sound
 
 
-def decode(run: Run, latent: np.ndarray, seconds: float) -> np.ndarray:
-    """The sound of latents `N C`, cut to `seconds`.
+def decode(run: Run, item: Features, latent: np.ndarray, seed: int) -> np.ndarray:
+    """The sound of a request's latents `N C`, cut to its length.
+
+    Args:
+      run: whose codec decodes.
+      item: the request; a codec's noise is a function of the seed and its id.
+      latent: not normalised.
+      seed: any integer.
 
     Raises:
       ValueError: the latents are not finite.
     """
     if not np.isfinite(latent).all():
         raise ValueError("the network's output is not finite: the weights are damaged or diverged")
-    return run.codec.decode(latent)[: round(seconds * run.codec.sample_rate)]
+    sound = run.codec.decode(latent, _decoder_seed(seed, item.request.id))
+    return sound[: round(item.seconds * run.codec.sample_rate)]
 
 
 def write(item: Features, sound: np.ndarray, sample_rate: int, path: Path) -> None:

@@ -139,7 +139,7 @@ def generate_records(
             summary = Summary()
             todo = _todo(source, indices, out, suffix, summary, progress.update)
             batches = _pipelined(_batches(todo, batch_size), start)
-            _write_all(run, batches, summary, progress.update)
+            _write_all(run, batches, seed, summary, progress.update)
     return summary
 
 
@@ -199,14 +199,16 @@ def _pipelined(batches: Iterable[list[Item]], start: Callable) -> Iterator[tuple
         yield before
 
 
-def _write_all(run: Run, batches: Iterable, summary: Summary, update: Callable[[], None]) -> None:
+def _write_all(
+    run: Run, batches: Iterable, seed: int, summary: Summary, update: Callable[[], None]
+) -> None:
     """Decodes and writes all sounds, with a thread per core unless the codec uses the devices."""
     started = time.perf_counter()
     threads = 1 if run.codec.on_device else os.cpu_count()
     with concurrent.futures.ThreadPoolExecutor(threads) as pool:
         for number, (batch, latents) in enumerate(batches):
             latents = np.asarray(latents)  # waits for the devices
-            futures = [pool.submit(_write, run, *item) for item in zip(batch, latents)]
+            futures = [pool.submit(_write, run, *item, seed) for item in zip(batch, latents)]
             before = summary.written
             for (_, item), future in zip(batch, futures):
                 error = future.exception()
@@ -224,6 +226,6 @@ def _write_all(run: Run, batches: Iterable, summary: Summary, update: Callable[[
     summary.seconds = time.perf_counter() - started
 
 
-def _write(run: Run, item: Item, latent: np.ndarray) -> None:
+def _write(run: Run, item: Item, latent: np.ndarray, seed: int) -> None:
     path, features = item
-    write_sound(path, decode(run, latent, features.seconds), run.codec.sample_rate)
+    write_sound(path, decode(run, features, latent, seed), run.codec.sample_rate)

@@ -56,7 +56,7 @@ def generate_sounds(loaded, items, steps: int) -> tuple[list[np.ndarray], float]
     started = time.perf_counter()
     latents = generate_latents(loaded, items, times, seed=0, batch_size=batch_size)
     seconds = (time.perf_counter() - started) / len(items)
-    return [decode(loaded, x, item.seconds) for item, x in zip(items, latents)], seconds
+    return [decode(loaded, item, x, 0) for item, x in zip(items, latents)], seconds
 
 
 @dataclasses.dataclass
