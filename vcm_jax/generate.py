@@ -25,6 +25,7 @@ from vcm_jax.cli import LEFT_OUT, define_duration, define_run_flags, run
 from vcm_jax.generation.outputs import generate_files, is_folder, plan
 from vcm_jax.generation.records import generate_records
 from vcm_jax.generation.run import Run, load_run
+from vcm_jax.generation.windows import Windowing
 from vcm_jax.records.source import RecordSource
 
 
@@ -53,7 +54,14 @@ def define_flags():
     flags.DEFINE_list("guidance_interval", None, "Times at which that guidance applies: 0,0.8.")
     flags.DEFINE_bool("restart", False, "After every step, predict the data and add new noise.")
     define_duration(0.0, "Seconds: the maximum for a video, the length for a prompt.")
-    flags.DEFINE_integer("batch_size", 8, "Clips at a time.", lower_bound=1)
+    flags.DEFINE_string(
+        "window",
+        "auto",
+        "Seconds of the windows in which longer clips are sampled; 0: each clip as a whole; auto: "
+        "the training length, for clips of 1.5 times that.",
+    )
+    flags.DEFINE_float("window_overlap", 0.25, "Fraction of a window that the next one shares.")
+    flags.DEFINE_integer("batch_size", 8, "Clips, or windows of a long one, at a time.", 1)
     flags.DEFINE_integer("seed", 0, "Seed of the noise, any integer.")
     flags.DEFINE_string("codec", None, "Codec folder (the run's own), e.g. with another vocoder.")
     flags.DEFINE_string("encoders", None, "Folder of CLIP's and Synchformer's weights.")
@@ -81,6 +89,19 @@ def read_sampler(args) -> tuple[tuple[float, ...], sampling.Sampler]:
     return times, sampling.Sampler(args.guidance_scale, interval, args.restart)
 
 
+def read_windowing(args) -> Windowing:
+    """How the flags divide long clips.
+
+    Raises:
+      ValueError: they are no numbers, or out of range.
+    """
+    try:
+        seconds = None if args.window == "auto" else float(args.window)
+    except ValueError:
+        raise ValueError(f"--window={args.window}: give seconds, 0 or auto") from None
+    return Windowing(seconds, args.window_overlap)
+
+
 def read_shard(text: str) -> tuple[int, int]:
     """(i, n) of "i/n".
 
@@ -97,13 +118,15 @@ def _load(args, sampler: sampling.Sampler, with_encoders: bool) -> Run:
     loaded = load_run(
         args.workdir, args.checkpoint, args.sigma_rel, args.codec, args.encoders, with_encoders
     )
-    return dataclasses.replace(loaded, sampler=sampler)
+    return dataclasses.replace(loaded, sampler=sampler, windowing=read_windowing(args))
 
 
 def _from_records(args) -> int | None:
     for name in ("video", "prompt", "captions", "duration", "encoders"):
         if getattr(args, name):
             raise ValueError(f"--records has its own clips: leave out --{name}")
+    if args.window != "auto":
+        raise ValueError("--window is for videos and prompts: records are sampled as a whole")
     if args.format == "mp4" or not is_folder(args.out):
         raise ValueError("--records makes a folder of sounds: --format=wav or flac")
     index, count = read_shard(args.shard)
