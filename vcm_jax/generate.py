@@ -11,6 +11,10 @@ reason and costs no other clip; the exit code is then 3, or 1 if no clip could b
 `--records=RECORDS` takes extracted features instead: a whole test set in one resumable run on all
 devices. `--out` is then a folder of sounds. `--shard=0/2` generates every second one, for two
 hosts.
+
+Sounds never clip: where the true peak exceeds -1 dBTP, a limiter lowers the gain around it. In
+folders of sounds, `.as_made` keeps what the network made of those that were changed; `evaluate`,
+`compare` and `interop.av_benchmark` read it in their place.
 """
 
 import dataclasses
@@ -22,6 +26,7 @@ from tqdm import tqdm
 
 from vcm_jax import sampling
 from vcm_jax.cli import LEFT_OUT, define_duration, define_run_flags, run
+from vcm_jax.generation.finish import Finish
 from vcm_jax.generation.outputs import generate_files, is_folder, plan
 from vcm_jax.generation.records import generate_records
 from vcm_jax.generation.run import Run, load_run
@@ -62,6 +67,13 @@ def define_flags():
     )
     flags.DEFINE_float("window_overlap", 0.25, "Fraction of a window that the next one shares.")
     flags.DEFINE_integer("batch_size", 8, "Clips, or windows of a long one, at a time.", 1)
+    flags.DEFINE_float(
+        "loudness",
+        None,
+        "Integrated loudness of all sounds in LUFS, such as -23, before the limiter.",
+        -69.0,
+        0.0,
+    )
     flags.DEFINE_integer("seed", 0, "Seed of the noise, any integer.")
     flags.DEFINE_string("codec", None, "Codec folder (the run's own), e.g. with another vocoder.")
     flags.DEFINE_string("encoders", None, "Folder of CLIP's and Synchformer's weights.")
@@ -143,11 +155,14 @@ def _from_records(args) -> int | None:
         suffix=args.format or "wav",
         part=index * jax.process_count() + jax.process_index(),
         parts=count * jax.process_count(),
+        lufs=args.loudness,
     )
     if done.timed:
         speed, devices = done.timed / done.seconds, jax.local_device_count()
         print(f"{speed:.3g} clips/s after the first batch, on {devices} devices")
-    return _summarise(done.written, done.left_out, f"{done.kept} were there", done.kept)
+    return _summarise(
+        done.written, done.left_out, done.limited, f"{done.kept} were there", done.kept
+    )
 
 
 def _from_videos(args) -> int | None:
@@ -158,6 +173,7 @@ def _from_videos(args) -> int | None:
         args.out, video=args.video, prompt=args.prompt, captions=args.captions, format=args.format
     )
     loaded, written = _load(args, sampler, with_encoders=True), 0
+    finish = Finish(args.loudness, keep=is_folder(args.out))
     made = generate_files(
         loaded,
         wanted,
@@ -165,17 +181,22 @@ def _from_videos(args) -> int | None:
         seed=args.seed,
         batch_size=min(args.batch_size, max(1, len(wanted))),
         duration=args.duration or None,
+        finish=finish,
     )
     for clip, reason in tqdm(made, "Generating", len(wanted), unit="clip"):
         if reason is None:
             written += 1
         else:
             left_out.append((clip, reason))
-    return _summarise(written, left_out)
+    return _summarise(written, left_out, finish.summary())
 
 
-def _summarise(written: int, left_out: list[tuple[str, str]], note: str = "", kept: int = 0) -> int:
+def _summarise(
+    written: int, left_out: list[tuple[str, str]], limited: str, note: str = "", kept: int = 0
+) -> int:
     """Prints what was done; returns the exit code."""
+    if limited:
+        print(limited)
     for clip, reason in left_out:
         print(f"left out: {clip}: {reason}".replace("\n", " "), file=sys.stderr)
     counts = f"{written} written, {len(left_out)} left out"

@@ -12,10 +12,10 @@ from absl import logging
 
 from vcm_jax import sampling
 from vcm_jax.features.extract import encode_spans, encode_video
+from vcm_jax.generation.finish import Finish
 from vcm_jax.generation.run import Run
 from vcm_jax.generation.windows import Windows, sample_in_windows
 from vcm_jax.media.read import probe
-from vcm_jax.media.write import mux_audio, write_sound
 from vcm_jax.models import MMDiT
 from vcm_jax.models.conditioned import sample_latents, velocity_of_features
 from vcm_jax.records.sequence import SequenceConfig
@@ -285,9 +285,25 @@ def decode(run: Run, latent: np.ndarray, seconds: float) -> np.ndarray:
     return run.codec.decode(latent)[: round(seconds * run.codec.sample_rate)]
 
 
-def write(item: Features, sound: np.ndarray, sample_rate: int, path: Path) -> None:
-    """Writes the sound as .wav or .flac, or together with the request's picture as .mp4 or .mov."""
+def write(
+    item: Features, sound: np.ndarray, sample_rate: int, path, finish: Finish | None = None
+) -> None:
+    """Writes the sound as .wav or .flac, or together with the request's picture as .mp4 or .mov.
+
+    Its true peak is limited to -1 dBTP.
+
+    Args:
+      item: what the sound was made for.
+      sound: (samples,), from `generate`.
+      sample_rate: Hz.
+      path: of the file.
+      finish: the loudness that is wanted, and a count of what the limiter did.
+
+    Raises:
+      ValueError: the sound is not finite or, if a loudness is wanted, silent or too short.
+    """
+    finish, path = finish or Finish(), Path(path)
     if path.suffix.lower() in (".wav", ".flac"):
-        write_sound(path, sound, sample_rate)
+        finish.write_sound(path, sound, sample_rate)
     else:
-        mux_audio(item.request.video, sound, sample_rate, path, item.seconds)
+        finish.mux(item.request.video, sound, sample_rate, path, item.seconds)
