@@ -11,6 +11,10 @@ reason and costs no other clip; the exit code is then 3, or 1 if no clip could b
 `--records=RECORDS` takes extracted features instead: a whole test set in one resumable run on all
 devices. `--out` is then a folder of sounds. `--shard=0/2` generates every second one, for two
 hosts.
+
+Sounds never clip: where the true peak exceeds -1 dBTP, a limiter lowers the gain around it. In
+folders of sounds, `.as_made` keeps what the network made of those that were changed; `evaluate`,
+`compare` and `interop.av_benchmark` read it in their place.
 """
 
 import dataclasses
@@ -22,9 +26,11 @@ from tqdm import tqdm
 
 from vcm_jax import sampling
 from vcm_jax.cli import LEFT_OUT, define_duration, define_run_flags, run
+from vcm_jax.generation.finish import Finish
 from vcm_jax.generation.outputs import generate_files, is_folder, plan
 from vcm_jax.generation.records import generate_records
 from vcm_jax.generation.run import Run, load_run
+from vcm_jax.generation.windows import Windowing
 from vcm_jax.records.source import RecordSource
 
 
@@ -53,7 +59,21 @@ def define_flags():
     flags.DEFINE_list("guidance_interval", None, "Times at which that guidance applies: 0,0.8.")
     flags.DEFINE_bool("restart", False, "After every step, predict the data and add new noise.")
     define_duration(0.0, "Seconds: the maximum for a video, the length for a prompt.")
-    flags.DEFINE_integer("batch_size", 8, "Clips at a time.", lower_bound=1)
+    flags.DEFINE_string(
+        "window",
+        "auto",
+        "Seconds of the windows in which longer clips are sampled; 0: each clip as a whole; auto: "
+        "the training length, for clips of 1.5 times that.",
+    )
+    flags.DEFINE_float("window_overlap", 0.25, "Fraction of a window that the next one shares.")
+    flags.DEFINE_integer("batch_size", 8, "Clips, or windows of a long one, at a time.", 1)
+    flags.DEFINE_float(
+        "loudness",
+        None,
+        "Integrated loudness of all sounds in LUFS, such as -23, before the limiter.",
+        -69.0,
+        0.0,
+    )
     flags.DEFINE_integer("seed", 0, "Seed of the noise, any integer.")
     flags.DEFINE_string("codec", None, "Codec folder (the run's own), e.g. with another vocoder.")
     flags.DEFINE_string("encoders", None, "Folder of CLIP's and Synchformer's weights.")
@@ -81,6 +101,19 @@ def read_sampler(args) -> tuple[tuple[float, ...], sampling.Sampler]:
     return times, sampling.Sampler(args.guidance_scale, interval, args.restart)
 
 
+def read_windowing(args) -> Windowing:
+    """How the flags divide long clips.
+
+    Raises:
+      ValueError: they are no numbers, or out of range.
+    """
+    try:
+        seconds = None if args.window == "auto" else float(args.window)
+    except ValueError:
+        raise ValueError(f"--window={args.window}: give seconds, 0 or auto") from None
+    return Windowing(seconds, args.window_overlap)
+
+
 def read_shard(text: str) -> tuple[int, int]:
     """(i, n) of "i/n".
 
@@ -97,13 +130,15 @@ def _load(args, sampler: sampling.Sampler, with_encoders: bool) -> Run:
     loaded = load_run(
         args.workdir, args.checkpoint, args.sigma_rel, args.codec, args.encoders, with_encoders
     )
-    return dataclasses.replace(loaded, sampler=sampler)
+    return dataclasses.replace(loaded, sampler=sampler, windowing=read_windowing(args))
 
 
 def _from_records(args) -> int | None:
     for name in ("video", "prompt", "captions", "duration", "encoders"):
         if getattr(args, name):
             raise ValueError(f"--records has its own clips: leave out --{name}")
+    if args.window != "auto":
+        raise ValueError("--window is for videos and prompts: records are sampled as a whole")
     if args.format == "mp4" or not is_folder(args.out):
         raise ValueError("--records makes a folder of sounds: --format=wav or flac")
     index, count = read_shard(args.shard)
@@ -120,11 +155,14 @@ def _from_records(args) -> int | None:
         suffix=args.format or "wav",
         part=index * jax.process_count() + jax.process_index(),
         parts=count * jax.process_count(),
+        lufs=args.loudness,
     )
     if done.timed:
         speed, devices = done.timed / done.seconds, jax.local_device_count()
         print(f"{speed:.3g} clips/s after the first batch, on {devices} devices")
-    return _summarise(done.written, done.left_out, f"{done.kept} were there", done.kept)
+    return _summarise(
+        done.written, done.left_out, done.limited, f"{done.kept} were there", done.kept
+    )
 
 
 def _from_videos(args) -> int | None:
@@ -135,6 +173,7 @@ def _from_videos(args) -> int | None:
         args.out, video=args.video, prompt=args.prompt, captions=args.captions, format=args.format
     )
     loaded, written = _load(args, sampler, with_encoders=True), 0
+    finish = Finish(args.loudness, keep=is_folder(args.out))
     made = generate_files(
         loaded,
         wanted,
@@ -142,17 +181,22 @@ def _from_videos(args) -> int | None:
         seed=args.seed,
         batch_size=min(args.batch_size, max(1, len(wanted))),
         duration=args.duration or None,
+        finish=finish,
     )
     for clip, reason in tqdm(made, "Generating", len(wanted), unit="clip"):
         if reason is None:
             written += 1
         else:
             left_out.append((clip, reason))
-    return _summarise(written, left_out)
+    return _summarise(written, left_out, finish.summary())
 
 
-def _summarise(written: int, left_out: list[tuple[str, str]], note: str = "", kept: int = 0) -> int:
+def _summarise(
+    written: int, left_out: list[tuple[str, str]], limited: str, note: str = "", kept: int = 0
+) -> int:
     """Prints what was done; returns the exit code."""
+    if limited:
+        print(limited)
     for clip, reason in left_out:
         print(f"left out: {clip}: {reason}".replace("\n", " "), file=sys.stderr)
     counts = f"{written} written, {len(left_out)} left out"

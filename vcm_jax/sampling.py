@@ -95,17 +95,19 @@ OWN_SAMPLER = Sampler()
 
 def check_times(times) -> tuple[float, ...]:
     """The times as a tuple of floats; raises ValueError as `sample`."""
-    _intervals(times)
+    intervals(times)
     return tuple(float(time) for time in times)
 
 
-def _intervals(times) -> np.ndarray:
-    """(t, s) of every jump, `n 2`."""
+def intervals(times, restart: bool = False) -> np.ndarray:
+    """(t, s) of every jump, float32 `n 2`; raises ValueError as `sample` or `restart_sample`."""
     times = np.asarray(times, np.float32)
     if times.ndim != 1 or len(times) < 2 or not (np.diff(times) < 0).all():
         raise ValueError(f"times must decrease and be at least two, not {times.tolist()}")
     if times[0] > 1 or times[-1] < 0:
         raise ValueError(f"times must lie in [0, 1], not {times.tolist()}")
+    if restart and times[-1] != 0:
+        raise ValueError(f"a restart sampler ends at time 0, not {times[-1]}")
     return np.stack([times[:-1], times[1:]], 1)
 
 
@@ -137,7 +139,12 @@ def sample(u, x1, times, cond):
     def body(x, interval):
         return jump(u, x, interval[0], interval[1], cond), None
 
-    return jax.lax.scan(body, x1, jnp.asarray(_intervals(times)))[0]
+    return jax.lax.scan(body, x1, jnp.asarray(intervals(times)))[0]
+
+
+def fresh_noise(key, step, shape, dtype=jnp.float32):
+    """The noise that `restart_sample` adds after jump number `step` (from 0)."""
+    return jax.random.normal(jax.random.fold_in(key, step), shape, dtype)
 
 
 def restart_sample(u, x1, times, cond, key, noised=common.noised):
@@ -154,22 +161,17 @@ def restart_sample(u, x1, times, cond, key, noised=common.noised):
     Raises:
       ValueError: as `sample`, or when the last time is not 0.
     """
-    intervals = _intervals(times)
-    if intervals[-1, 1] != 0:
-        raise ValueError(f"a restart sampler ends at time 0, not {intervals[-1, 1]}")
+    jumps = intervals(times, restart=True)
 
-    def fresh_noise(i):
-        def normal(key, shape):
-            return jax.random.normal(jax.random.fold_in(key, i), shape, x1.dtype)
-
+    def noise(i):
         if key.ndim:
-            return jax.vmap(lambda row_key: normal(row_key, x1.shape[1:]))(key)
-        return normal(key, x1.shape)
+            return jax.vmap(lambda each: fresh_noise(each, i, x1.shape[1:], x1.dtype))(key)
+        return fresh_noise(key, i, x1.shape, x1.dtype)
 
     def body(x, step):
         (t, s), i = step
         x0 = jump(u, x, t, jnp.zeros_like(t), cond)
-        return noised(x0, fresh_noise(i), jnp.full(x.shape[0], s, x0.dtype)), None
+        return noised(x0, noise(i), jnp.full(x.shape[0], s, x0.dtype)), None
 
-    steps = jnp.arange(len(intervals))
-    return jax.lax.scan(body, x1, (jnp.asarray(intervals), steps))[0]
+    steps = jnp.arange(len(jumps))
+    return jax.lax.scan(body, x1, (jnp.asarray(jumps), steps))[0]

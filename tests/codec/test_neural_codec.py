@@ -286,3 +286,37 @@ def test_activations_and_variances_are_bounded(monkeypatch):
     _, std = vae.encode(codec._encoder, golden.randn(1, (1, 12, 80)))
     assert [size for before, (_, size, _) in zip(sizes, sizes[1:]) if before[2] > 256] == [256, 256]
     np.testing.assert_allclose([std.min(), std.max()], np.exp([-15, 10]), rtol=1e-5)
+
+
+@pytest.mark.parametrize("count", [16, 17, 40, 99])
+def test_long_spectrograms_are_decoded_in_windows(monkeypatch, count):
+    """Windows of a network without attention join to what it makes of the whole clip."""
+    codec, sizes = tiny_codec(monkeypatch), []
+    for name, value in (("_WHOLE", 16), ("_LATENTS", 12), ("_OVERLAP", 5)):
+        monkeypatch.setattr(neural, name, value)
+
+    def decode(params, latents):
+        sizes.append(latents.shape[1])
+        mel = np.repeat(latents[..., :1], 80, axis=2)
+        return np.stack([mel, 2 * mel], axis=2).reshape(1, -1, 80)
+
+    monkeypatch.setattr(neural, "_decode", decode)
+    latents = np.random.default_rng(0).standard_normal((count, codec.latent_dim), np.float32)
+    found = codec.decode_mel(latents)
+    np.testing.assert_allclose(found, decode(None, latents[None])[0], atol=1e-6)
+    assert sizes[:-1] == ([count] if count <= 16 else [12] * -(-(count - 5) // 7))
+
+
+def test_windows_of_spectrograms_are_cross_faded(monkeypatch):
+    codec, calls = tiny_codec(monkeypatch), []
+    for name, value in (("_WHOLE", 16), ("_LATENTS", 12), ("_OVERLAP", 6)):
+        monkeypatch.setattr(neural, name, value)
+
+    def decode(params, latents):
+        calls.append(len(calls))
+        return np.full((1, 2 * latents.shape[1], 80), calls[-1], np.float32)
+
+    monkeypatch.setattr(neural, "_decode", decode)
+    found = codec.decode_mel(np.zeros((24, codec.latent_dim), np.float32))[:, 0]
+    assert (np.diff(found) >= 0).all() and found[0] == 0 and found[-1] == 2
+    assert np.diff(found).max() < 0.1  # over 12 frames

@@ -12,7 +12,7 @@ from commands import run_command
 from vcm_jax import generate as command
 from vcm_jax.claim import ClaimError, hold
 from vcm_jax.features import extract
-from vcm_jax.generation import records as generation_records
+from vcm_jax.generation import finish
 from vcm_jax.generation.clips import Request, encode_request, generate
 from vcm_jax.generation.records import RecordsError, generate_records
 from vcm_jax.generation.run import load_run
@@ -116,14 +116,14 @@ def test_two_processes_do_not_make_the_same_sounds(given, tmp_path):
 def test_one_bad_clip_costs_no_other(given, tmp_path, monkeypatch):
     run, source = given
     damaged = Changed(source, damaged=1)
-    write = generation_records.write_sound
+    write = finish.write_sound
 
     def fail(path, *args):
         if path.stem == "000002":
             raise TypeError("a bug")
         write(path, *args)
 
-    monkeypatch.setattr(generation_records, "write_sound", fail)
+    monkeypatch.setattr(finish, "write_sound", fail)
     done = generate_records(run, damaged, tmp_path / "out", TIMES)
     assert list(read(tmp_path / "out")) == ["000000"] and done.written == 1
     reasons = dict(done.left_out)
@@ -132,10 +132,10 @@ def test_one_bad_clip_costs_no_other(given, tmp_path, monkeypatch):
     def full(path, *args):
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
-    monkeypatch.setattr(generation_records, "write_sound", full)
+    monkeypatch.setattr(finish, "write_sound", full)
     with pytest.raises(OSError, match="No space left"):  # no later clip could be written
         generate_records(run, source, tmp_path / "out", TIMES)
-    monkeypatch.setattr(generation_records, "write_sound", write)
+    monkeypatch.setattr(finish, "write_sound", write)
     done = generate_records(run, source, tmp_path / "out", TIMES)
     assert (done.written, done.kept, done.left_out) == (2, 1, [])
 

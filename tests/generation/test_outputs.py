@@ -9,7 +9,7 @@ import pytest
 from commands import run_command
 
 from vcm_jax import generate as command
-from vcm_jax.generation import clips, outputs
+from vcm_jax.generation import clips, finish, outputs
 from vcm_jax.generation.outputs import plan
 from vcm_jax.generation.run import load_run
 from vcm_jax.media.read import probe
@@ -185,7 +185,7 @@ def failing(function, name, error):
 def test_any_exception_of_a_clip_leaves_that_clip_out(
     run, videos, tmp_path, monkeypatch, where, error
 ):
-    module = clips if where in ("generate_latents", "mux_audio") else outputs
+    module = {"generate_latents": clips, "mux_audio": finish}.get(where, outputs)
     monkeypatch.setattr(module, where, failing(getattr(module, where), "000001", error))
     wanted, _ = plan(str(tmp_path / "out"), video=str(videos))
     done = dict(outputs.generate_files(run, wanted, uniform_times(1), batch_size=2))

@@ -16,11 +16,14 @@ from vcm_jax.pretrained import table
 _SIZES = dict(hidden_dim=16, num_heads=2, depth=2, fused_depth=1, clip_dim=12, sync_dim=16)
 
 
+def _model(mode: str) -> str:
+    return NAMES[mode].removeprefix("mmaudio_")
+
+
 def use_tiny_sizes(monkeypatch) -> None:
     """Makes the networks, codecs and encoders tiny."""
-    for mode in NAMES:
-        tiny = dataclasses.replace(MODELS[f"small_{mode}"], text_dim=16, **_SIZES)
-        monkeypatch.setitem(MODELS, f"small_{mode}", tiny)
+    for name in map(_model, NAMES):
+        monkeypatch.setitem(MODELS, name, dataclasses.replace(MODELS[name], text_dim=16, **_SIZES))
     tiny_codecs.shrink(monkeypatch)
     tiny_encoders.use_tiny_sizes(monkeypatch)
 
@@ -28,7 +31,7 @@ def use_tiny_sizes(monkeypatch) -> None:
 def network(mode: str, seed: int = 0) -> dict[str, np.ndarray]:
     """A state dict as MMAudio's files have it."""
     rng = np.random.default_rng(seed)
-    shapes = torch_shapes(MODELS[f"small_{mode}"])
+    shapes = torch_shapes(MODELS[_model(mode)])
     return {
         name: rng.standard_normal(shape).astype(np.float32)
         for name, shape in shapes.items()

@@ -13,7 +13,7 @@ from vcm_jax.pretrained import convert, table
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 # The models of which there are tiny files.
-NAMES = {"16k": "mmaudio_small_16k", "44k": "mmaudio_small_44k"}
+NAMES = {"16k": "mmaudio_small_16k", "44k": "mmaudio_large_44k_v2"}
 LFS = (".pth", ".pt", ".bin")
 
 

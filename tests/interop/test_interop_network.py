@@ -285,7 +285,7 @@ def without(name):
         (one_time() | {"sync_pos_emb": np.zeros((1, 1, 8, 3))}, r"emb \(1, 1, 8, 3\) inst"),
         (one_time() | {"h_embed.mlp.0.bias": np.zeros(64)}, "missing: h_embed.mlp.0.weight, h_emb"),
         (one_time() | {"clip_cond_proj.bias": np.full(64, np.nan)}, "not finite: clip_cond_proj"),
-        (one_time() | {"clip_input_proj.2.w1.weight": np.zeros(1)}, "version 2"),
+        (one_time() | {"clip_input_proj.2.w1.weight": np.zeros(1)}, "version 2, for a net"),
         ({"encoder.conv_in.weight": np.zeros(3)}, "not MMAudio's network"),
         (one_time() | {"fused_blocks.7.x": np.zeros(1)}, "7.x .it looks most like tiny"),
     ],

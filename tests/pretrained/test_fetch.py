@@ -53,8 +53,8 @@ def test_from_nothing(home, server, monkeypatch, capsys):
     assert pretrained.fetch(NAME) == root and len(server.log) == before
     # The other mode has the encoders in common.
     asked.clear()
-    pretrained.fetch("mmaudio_small_44k")
-    assert_complete(server, root, "mmaudio_small_44k")
+    pretrained.fetch("mmaudio_large_44k_v2")
+    assert_complete(server, root, "mmaudio_large_44k_v2")
     text = "\n".join(line for line, _ in asked)
     assert "needs 3 files" in text and "clip" not in text and "MIT" in text
 
@@ -62,10 +62,10 @@ def test_from_nothing(home, server, monkeypatch, capsys):
 def test_into_a_folder(home, server, tmp_path):
     """Laid out as MMAudio's own; nothing is left in the caches, and files there are copied."""
     out = tmp_path / "out"
-    assert pretrained.fetch("mmaudio_small_44k", out) == out
-    for file in public_files("mmaudio_small_44k"):
+    assert pretrained.fetch("mmaudio_large_44k_v2", out) == out
+    for file in public_files("mmaudio_large_44k_v2"):
         assert (out / file.place).is_file()
-    assert_complete(server, out, "mmaudio_small_44k")
+    assert_complete(server, out, "mmaudio_large_44k_v2")
     assert not (home / "hub").exists()
     shutil.rmtree(out)
     pretrained.fetch(NAME)

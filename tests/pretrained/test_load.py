@@ -87,7 +87,8 @@ def test_a_name(home, server, conversions, mode):
     name = NAMES[mode]
     found = pretrained.load(name)
     assert_loads(found, mode)
-    assert (found.name, found.model) == (name, f"small_{mode}")
+    assert (found.name, found.model) == (name, name.removeprefix("mmaudio_"))
+    assert MODELS[found.model].version == (2 if mode == "44k" else 1)
     assert (found.steps, found.guidance_scale, found.licence) == (25, 4.5, "CC-BY-NC 4.0")
     wanted = SequenceConfig() if mode == "16k" else SequenceConfig.mode_44k()
     assert found.sequence == wanted
@@ -198,7 +199,7 @@ def test_a_folder(weights, server, conversions, flat):
 def test_mmaudios_own_folder(weights, home, server, monkeypatch, tmp_path):
     """Its repository has no vocoder for 44.1 kHz and no CLIP: Hugging Face's cache has them."""
     folder = weights(modes=("44k",))
-    pretrained.fetch("mmaudio_small_44k")
+    pretrained.fetch("mmaudio_large_44k_v2")
     server.log.clear()
     shutil.rmtree(folder / "clip")
     (folder / "ext_weights/bigvgan_generator.pt").unlink()

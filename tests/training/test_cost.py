@@ -48,6 +48,8 @@ def test_forward_flops_are_the_published_sizes():
     assert total["small_16k"] == pytest.approx(61.3, rel=0.005)
     assert total["large_16k"] == pytest.approx(392, rel=0.005)
     assert total["large_44k"] == pytest.approx(528, rel=0.005)
+    assert total["large_44k_v2"] == pytest.approx(total["large_44k"], rel=1e-4)
+    assert total["large_44k_v2"] > total["large_44k"]  # more features of the times
     assert step_flops(SMALL, VCM.passes()) / 1e9 == pytest.approx(262, rel=0.005)
 
 

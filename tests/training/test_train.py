@@ -1,5 +1,6 @@
 """Runs of a few steps on small records: they resume, stop, and are refused."""
 
+import copy
 import json
 import shutil
 
@@ -258,9 +259,13 @@ def test_a_dry_run_says_what_a_run_takes_and_writes_nothing(data, tmp_path, caps
         assert line in out
 
 
-def test_imported_weights_start_a_run_and_keep_their_statistics(data, tmp_path, caplog):
+@pytest.mark.parametrize("version", [1, 2])
+def test_imported_weights_start_a_run_and_keep_their_statistics(data, tmp_path, caplog, version):
     config = make_config(
-        data, steps=1, init_from=str(tmp_path / "imported"), **{"optimizer.learning_rate": 1e-12}
+        data,
+        steps=1,
+        init_from=str(tmp_path / "imported"),
+        **{"optimizer.learning_rate": 1e-12, "model_overrides.version": version},
     )
     manifest = RecordSource(data / "train").manifest
     rng = np.random.default_rng(0)
@@ -283,7 +288,9 @@ def test_imported_weights_start_a_run_and_keep_their_statistics(data, tmp_path, 
     # Weights without statistics get those of the data; other sizes are refused.
     found = setup.kept_statistics({"latent_mean": latents["latent_mean"]}, {}, "imported")
     assert found == {}
-    config.model_overrides.hidden_dim = 32
-    with pytest.raises(loop.SetupError, match="init_from .*imported was made with another conf"):
-        loop.train(config, tmp_path / "other")
-    assert not (tmp_path / "other").exists()
+    for name, value in (("hidden_dim", 32), ("version", 3 - version)):
+        other = copy.deepcopy(config)
+        other.model_overrides[name] = value
+        with pytest.raises(loop.SetupError, match="init_from .*imported was made with another con"):
+            loop.train(other, tmp_path / "other")
+        assert not (tmp_path / "other").exists()

@@ -9,11 +9,11 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import jax
-import librosa
 import numpy as np
 
 from vcm_jax.atomic import atomic_path
 from vcm_jax.codec.folders import check_description, read_description, write_description
+from vcm_jax.codec.griffin_lim import griffin_lim
 from vcm_jax.codec.mel import MEL_FLOOR, MELS, MelConfig, log_mel, mel_filters
 from vcm_jax.hashes import short_hash
 
@@ -45,27 +45,6 @@ def stacked_frames(audio: np.ndarray, mel: MelConfig) -> np.ndarray:
 def _inverse_filters(mel: MelConfig) -> np.ndarray:
     """Pseudo-inverse of the mel filters: (bins, bands) float32."""
     return np.linalg.pinv(mel_filters(mel))
-
-
-def _magnitudes_to_audio(magnitudes: np.ndarray, mel: MelConfig, iterations: int) -> np.ndarray:
-    """Griffin-Lim with fixed initial phases: (bins, frames) -> (frames * hop,) float32."""
-    # librosa centres frame i at sample i * hop, log_mel at (i + 1/2) * hop. With the first and
-    # the last frame repeated, the wanted sound starts half a hop later.
-    padded = np.pad(magnitudes, ((0, 0), (1, 1)), mode="edge")
-    audio = librosa.griffinlim(
-        padded,
-        n_iter=iterations,
-        hop_length=mel.hop,
-        win_length=mel.n_fft,
-        n_fft=mel.n_fft,
-        window="hann",
-        center=True,
-        momentum=0.99,
-        init="random",
-        random_state=0,
-    )
-    start = mel.hop // 2
-    return audio[start : start + magnitudes.shape[1] * mel.hop].astype(np.float32)
 
 
 class LinearCodec:
@@ -134,11 +113,29 @@ class LinearCodec:
         latents = np.asarray(latents, np.float32)
         if latents.ndim != 2 or latents.shape[1] != self.latent_dim:
             raise ValueError(f"latents must be (N, {self.latent_dim}), not {latents.shape}")
-        log_mel = (latents @ self.components + self.mean).reshape(-1, self.mel.bands)
+        hop, count = self.mel.hop, len(latents) * _STACK
+
+        # Griffin-Lim centres frame i at sample i * hop, log_mel at (i + 1/2) * hop. With the first
+        # and the last frame repeated, the wanted sound starts half a hop later.
+        def magnitudes(first: int, end: int) -> np.ndarray:
+            return self._magnitudes(latents, np.clip(np.arange(first, end) - 1, 0, count - 1))
+
+        sound, at = np.empty(count * hop, np.float32), -(hop // 2)
+        for chunk in griffin_lim(magnitudes, count + 2, self.mel.n_fft, hop, _ITERATIONS):
+            chunk, at = chunk[max(0, -at) :], max(0, at)
+            chunk = chunk[: len(sound) - at]
+            sound[at : at + len(chunk)] = chunk
+            at += len(chunk)
+        return sound
+
+    def _magnitudes(self, latents: np.ndarray, frames: np.ndarray) -> np.ndarray:
+        """|STFT| (bins, len(frames)) of consecutive frames."""
+        first = frames[0] // _STACK
+        rows = latents[first : frames[-1] // _STACK + 1]
+        log_mel = (rows @ self.components + self.mean).reshape(-1, self.mel.bands)
         base = np.float32(10 if self.mel.log10 else np.e)
-        power = np.maximum(base**log_mel, MEL_FLOOR).T
-        magnitudes = np.maximum(_inverse_filters(self.mel) @ power, 0)
-        return _magnitudes_to_audio(magnitudes, self.mel, _ITERATIONS)
+        power = np.maximum(base ** log_mel[frames - first * _STACK], MEL_FLOOR)
+        return np.maximum(_inverse_filters(self.mel) @ power.T, 0)
 
     def save(self, folder):
         """Write codec.json and codec.npz into a folder; the json comes last and atomically."""

@@ -19,6 +19,8 @@ from vcm_jax.hashes import array_hash
 
 _VERSION = 1
 _WINDOW = 512  # spectrogram frames that are vocoded at once
+_WHOLE = 1024  # latents: longer clips are decoded to spectrograms in windows
+_LATENTS, _OVERLAP = 512, 64  # latents in such a window, and shared with the next one, at least
 _STEP = 64  # the number of frames in a window is a multiple of it: few programs are compiled
 
 
@@ -158,8 +160,9 @@ class NeuralCodec:
     def decode_mel(self, latents: np.ndarray) -> np.ndarray:
         """Latents (N, C) -> log-mel spectrogram (2 N, bands) float32.
 
-        The whole clip is decoded at once, because the middle of the network attends to all of it.
-        The N^2 scores take 56 MB for two minutes at 16 kHz.
+        The middle of the network attends to all that it decodes. Clips of more than 1,024 latents
+        (33 s at 16 kHz) are decoded in windows of 512, far longer than the 8 s on which the network
+        was trained. They overlap by 64 latents, in which the spectrograms are cross-faded.
 
         Raises:
           ValueError: another shape.
@@ -167,7 +170,21 @@ class NeuralCodec:
         latents = np.asarray(latents, np.float32)
         if latents.ndim != 2 or latents.shape[1] != self.latent_dim or len(latents) == 0:
             raise ValueError(f"latents must be (N, {self.latent_dim}), not {latents.shape}")
-        return np.asarray(_decode(self._decoder, latents[None])[0])
+        if len(latents) <= _WHOLE:
+            return np.asarray(_decode(self._decoder, latents[None])[0])
+        count = -(-(len(latents) - _OVERLAP) // (_LATENTS - _OVERLAP))
+        starts = np.linspace(0, len(latents) - _LATENTS, count).round().astype(int)
+        step = self.latent_downsample
+        mel = np.zeros((len(latents) * step, self._mel.bands), np.float32)
+        end = 0  # of the frames that are written
+        for start in starts:
+            found = np.asarray(_decode(self._decoder, latents[None, start : start + _LATENTS])[0])
+            first, shared = start * step, max(0, end - start * step)
+            rise = ((np.arange(shared) + 0.5) / max(1, shared))[:, None].astype(np.float32)
+            mel[first:end] += rise * (found[:shared] - mel[first:end])
+            mel[end : first + len(found)] = found[shared:]
+            end = first + len(found)
+        return mel
 
     def vocode(self, mel: np.ndarray) -> np.ndarray:
         """Log-mel spectrogram (L, bands) -> sound (L * hop,) float32 in [-1, 1].

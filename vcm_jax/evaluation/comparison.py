@@ -13,6 +13,7 @@ from vcm_jax.cli import describe
 from vcm_jax.evaluation.caches import EvaluateError
 from vcm_jax.evaluation.sounds import SAMPLE_RATE, read_pair, sounds_by_key
 from vcm_jax.generation.clips import Request
+from vcm_jax.generation.finish import Finish
 from vcm_jax.generation.outputs import generate_files
 from vcm_jax.generation.run import load_run
 from vcm_jax.interop.state_dict import list_few
@@ -168,6 +169,7 @@ def generate_entry(
         seed=seed,
         batch_size=min(8, len(clips)),
         duration=duration or None,
+        finish=Finish(keep=True),
     )
     for clip_id, reason in tqdm(made, "Generating", len(clips), unit="clip"):
         if reason is not None:

@@ -14,6 +14,7 @@ from vcm_jax.interop.state_dict import list_few
 from vcm_jax.media.clips import SOUND_SUFFIXES, VIDEO_SUFFIXES, list_clips
 from vcm_jax.media.names import output_name, pairing_key
 from vcm_jax.media.read import read_audio
+from vcm_jax.media.write import find_as_made
 from vcm_jax.metrics import SoundMetrics
 
 SAMPLE_RATE = 16_000  # Hz: all sounds are compared at this rate
@@ -85,12 +86,15 @@ def pair_sounds(
 def read_pair(pred: Path, truth: Path, duration: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
     """Two sounds of a clip at 16 kHz, mono, of equal length: their first `duration` seconds.
 
+    The generated sound is read as the network made it, before the limiter, where that was kept.
+
     Raises:
       MediaError: a file is unreadable, not finite, or shorter than `duration`.
       EvaluateError: without a duration, the lengths differ by more than 0.1 s.
     """
     samples = round(duration * SAMPLE_RATE) or None
-    sounds = [read_audio(path, SAMPLE_RATE, samples, duration) for path in (pred, truth)]
+    paths = find_as_made(pred), truth
+    sounds = [read_audio(path, SAMPLE_RATE, samples, duration) for path in paths]
     lengths = [len(sound) for sound in sounds]
     if abs(lengths[0] - lengths[1]) > _APART * SAMPLE_RATE:
         raise EvaluateError(

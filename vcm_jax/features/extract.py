@@ -20,6 +20,7 @@ import inspect
 import json
 import os
 import shutil
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +38,7 @@ from vcm_jax.features.records_codec import prepare_codec
 from vcm_jax.features.shards import Journal, shard_paths
 from vcm_jax.features.work import ExtractError
 from vcm_jax.media.clips import SOUND_SUFFIXES, VIDEO_SUFFIXES, Clip, list_clips
-from vcm_jax.media.read import read_frames
+from vcm_jax.media.read import read_frames, read_spans
 from vcm_jax.records.manifest import MANIFEST, Manifest, read_manifest
 from vcm_jax.records.schema import VERSION
 from vcm_jax.records.sequence import SequenceConfig
@@ -60,6 +61,26 @@ def encode_video(
     """
     frames = read_frames(path, encoders.frame_transforms(sequence), sequence.duration)
     return encoders.encode_frames(frames, sequence)
+
+
+def encode_spans(
+    path, sequence: SequenceConfig, encoders: Encoders, starts: Sequence[float], length: float
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """`encode_video` of spans of a video, each like a clip of its own; the video is decoded once.
+
+    Args:
+      path: video file.
+      sequence: lengths of a span.
+      encoders: make the features.
+      starts: increasing, seconds from the start of the picture.
+      length: seconds of picture that there must be.
+
+    Raises:
+      MediaError: as `read_spans`.
+    """
+    transforms = encoders.frame_transforms(sequence)
+    for frames in read_spans(path, transforms, starts, sequence.duration, length):
+        yield encoders.encode_frames(frames, sequence)
 
 
 def _claim(out: Path, settings: dict) -> None:

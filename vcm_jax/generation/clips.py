@@ -11,17 +11,14 @@ import numpy as np
 from absl import logging
 
 from vcm_jax import sampling
-from vcm_jax.features.extract import encode_video
+from vcm_jax.features.extract import encode_spans, encode_video
+from vcm_jax.generation.finish import Finish
 from vcm_jax.generation.run import Run
+from vcm_jax.generation.windows import Windows, sample_in_windows
 from vcm_jax.media.read import probe
-from vcm_jax.media.write import mux_audio, write_sound
 from vcm_jax.models import MMDiT
-from vcm_jax.models.conditioned import sample_latents
+from vcm_jax.models.conditioned import sample_latents, velocity_of_features
 from vcm_jax.records.sequence import SequenceConfig
-
-# The network sees a whole clip at once, and the cost of attention grows with the square of its
-# length.
-MAX_DURATION = 120.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,10 +42,12 @@ class Features:
 
     Attributes:
       request: what was asked for.
-      sequence: lengths of the features.
+      sequence: lengths of the features: those of the clip, or of one of its windows.
       seconds: length of the sound.
-      clip, sync: features `Tc Dc` and `Ts Ds` of the video; None without a video.
+      clip, sync: features `Tc Dc` and `Ts Ds` of the video, `W Tc Dc` and `W Ts Ds` of its windows;
+        None without a video.
       text: features `Tt Dt` of the prompt.
+      windows: in which the clip is sampled; None if it is sampled as a whole.
     """
 
     request: Request
@@ -57,6 +56,7 @@ class Features:
     clip: np.ndarray | None
     sync: np.ndarray | None
     text: np.ndarray
+    windows: Windows | None = None
 
 
 def encode_request(request: Request, run: Run, duration: float | None = None) -> Features:
@@ -64,37 +64,45 @@ def encode_request(request: Request, run: Run, duration: float | None = None) ->
 
     Args:
       request: what is wanted.
-      run: whose encoders make the features.
+      run: whose encoders make the features, and whose `windowing` says how long clips are divided.
       duration: seconds; the sound is as long as the video or, if that is less, `duration`.
 
     Raises:
       MediaError: the video cannot be read.
-      ValueError: the sound would be too short or too long.
+      ValueError: the sound would be too short.
     """
     clip = sync = None
     seconds = duration or run.sequence.duration
     if request.video is not None:
         length = probe(request.video).duration
         seconds = min(length, duration or length)
-    if seconds > MAX_DURATION:
-        raise ValueError(
-            f"{request.video or request.id}: {seconds:.0f} s is more than {MAX_DURATION:.0f} s; "
-            "give --duration or cut the video"
-        )
     try:
         sequence = dataclasses.replace(run.sequence, duration=seconds)
+        plan = run.windowing.plan(run.sequence, seconds)
     except ValueError as error:
         raise ValueError(f"{request.video or request.id}: {error}") from None
-    if request.video is not None:
+    sequence = plan.sequence if plan else sequence
+    if request.video is not None and plan:
+        spans = encode_spans(request.video, sequence, run.encoders, plan.times, seconds)
+        # As in records, features are float16: there are many of them.
+        spans = [[array.astype(np.float16) for array in span] for span in spans]
+        clip, sync = (np.stack(arrays) for arrays in zip(*spans))
+    elif request.video is not None:
         clip, sync = encode_video(request.video, sequence, run.encoders)
     text = run.encoders.encode_text(request.prompt, sequence)
-    return Features(request, sequence, seconds, clip, sync, text)
+    return Features(request, sequence, seconds, clip, sync, text, plan)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "objective", "sampler", "times"))
 def _sample(variables, model, objective, sampler, times, features, noise, keys):
     net = MMDiT(model)
     return sample_latents(net, variables, features, noise, times, objective, sampler, keys)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "objective", "sampler"))
+def _velocity(variables, model, objective, sampler, features, x, t, s):
+    net = MMDiT(model)
+    return velocity_of_features(net, variables, features, x, t, s, objective, sampler)
 
 
 def _id_hash(request_id: str) -> int:
@@ -136,13 +144,9 @@ def start_latents(run: Run, items: list[Features], times, seed: int, batch_size:
     model = run.model.with_lengths(items[0].sequence)
     shape = (model.latent_seq_len, model.latent_dim)
     filled = items + items[-1:] * (batch_size - len(items))
-    features = {
-        "clip": _stack([f.clip for f in filled], (model.clip_seq_len, model.clip_dim)),
-        "sync": _stack([f.sync for f in filled], (model.sync_seq_len, model.sync_dim)),
-        "text": np.stack([f.text for f in filled]).astype(np.float32),
-        "has_video": np.array([f.clip is not None for f in filled]),
-        "has_text": np.ones(batch_size, bool),  # an empty prompt has features too
-    }
+    features = _features(
+        model, [f.clip for f in filled], [f.sync for f in filled], [f.text for f in filled]
+    )
     noise = np.stack([_noise(seed, f.request.id, shape) for f in filled])
     keys = _keys(seed, [f.request.id for f in filled])
     if put is not None:
@@ -154,8 +158,11 @@ def start_latents(run: Run, items: list[Features], times, seed: int, batch_size:
 def generate_latents(run: Run, items: list[Features], times, seed: int, batch_size: int):
     """Latents `N C` of every item, in order; all items have the same length.
 
-    The arguments are those of `start_latents`, for any number of items.
+    The arguments are those of `start_latents`, for any number of items. Of items with windows,
+    `batch_size` windows are sampled at a time.
     """
+    if items and items[0].windows is not None:
+        return [_latents_in_windows(run, item, times, seed, batch_size) for item in items]
     latents = []
     for start in range(0, len(items), batch_size):
         batch = items[start : start + batch_size]
@@ -164,8 +171,44 @@ def generate_latents(run: Run, items: list[Features], times, seed: int, batch_si
     return latents
 
 
+def _latents_in_windows(run: Run, item: Features, times, seed: int, batch_size: int) -> np.ndarray:
+    model = run.model.with_lengths(item.sequence)
+
+    def velocity(x, indices, t, s):
+        clip, sync = (
+            [None] * len(indices) if array is None else [array[i] for i in indices]
+            for array in (item.clip, item.sync)
+        )
+        features = _features(model, clip, sync, [item.text] * len(indices))
+        return _velocity(run.variables, model, run.objective, run.sampler, features, x, t, s)
+
+    x0 = sample_in_windows(
+        velocity,
+        item.windows,
+        _noise(seed, item.request.id, (item.windows.length, model.latent_dim)),
+        times,
+        batch_size,
+        restart=run.sampler.restart,
+        noised=run.objective.noised,
+        key=_keys(seed, [item.request.id])[0],
+    )
+    stats = run.variables["stats"]
+    return x0 * np.asarray(stats["latent_std"]) + np.asarray(stats["latent_mean"])
+
+
+def _features(model, clip: list, sync: list, text: list[np.ndarray]) -> dict[str, np.ndarray]:
+    """A batch as `sample_latents` takes it; clip and sync features may be None."""
+    return {
+        "clip": _stack(clip, (model.clip_seq_len, model.clip_dim)),
+        "sync": _stack(sync, (model.sync_seq_len, model.sync_dim)),
+        "text": np.stack(text).astype(np.float32),
+        "has_video": np.array([f is not None for f in clip]),
+        "has_text": np.ones(len(text), bool),  # an empty prompt has features too
+    }
+
+
 def _stack(features, shape):
-    """Stacks features; None becomes zeros, which `_sample` replaces by the empty condition."""
+    """Stacks features; None becomes zeros, which the network replaces by the empty condition."""
     zeros = np.zeros(shape, np.float32)
     return np.stack([zeros if f is None else f for f in features]).astype(np.float32)
 
@@ -185,7 +228,7 @@ def generate(
       items: from `encode_request`. An item waits until a batch of its length is full.
       times: as `sampling.sample`'s, for example `sampling.uniform_times(1)`.
       seed: of the noise, any integer; the noise also depends on the request's id.
-      batch_size: clips at a time.
+      batch_size: clips, or windows of a long clip, at a time.
       on_error: called for an item whose sound cannot be made, which is then left out. Without it
         the error is raised.
 
@@ -194,6 +237,9 @@ def generate(
     """
     waiting: dict[SequenceConfig, list[Features]] = {}
     for item in items:
+        if item.windows is not None:  # its windows fill batches
+            yield from _sounds(run, [item], times, seed, batch_size, on_error)
+            continue
         lengths = (
             item.sequence.latent_seq_len,
             item.sequence.clip_seq_len,
@@ -252,9 +298,25 @@ def decode(run: Run, item: Features, latent: np.ndarray, seed: int) -> np.ndarra
     return sound[: round(item.seconds * run.codec.sample_rate)]
 
 
-def write(item: Features, sound: np.ndarray, sample_rate: int, path: Path) -> None:
-    """Writes the sound as .wav or .flac, or together with the request's picture as .mp4 or .mov."""
+def write(
+    item: Features, sound: np.ndarray, sample_rate: int, path, finish: Finish | None = None
+) -> None:
+    """Writes the sound as .wav or .flac, or together with the request's picture as .mp4 or .mov.
+
+    Its true peak is limited to -1 dBTP.
+
+    Args:
+      item: what the sound was made for.
+      sound: (samples,), from `generate`.
+      sample_rate: Hz.
+      path: of the file.
+      finish: the loudness that is wanted, and a count of what the limiter did.
+
+    Raises:
+      ValueError: the sound is not finite or, if a loudness is wanted, silent or too short.
+    """
+    finish, path = finish or Finish(), Path(path)
     if path.suffix.lower() in (".wav", ".flac"):
-        write_sound(path, sound, sample_rate)
+        finish.write_sound(path, sound, sample_rate)
     else:
-        mux_audio(item.request.video, sound, sample_rate, path, item.seconds)
+        finish.mux(item.request.video, sound, sample_rate, path, item.seconds)

@@ -9,6 +9,7 @@ from absl import logging
 from vcm_jax.atomic import UNWRITABLE
 from vcm_jax.cli import describe, explain
 from vcm_jax.generation.clips import Features, Request, encode_request, generate, write
+from vcm_jax.generation.finish import Finish
 from vcm_jax.generation.run import Run
 from vcm_jax.media.clips import list_clips
 from vcm_jax.media.names import output_name
@@ -132,6 +133,7 @@ def generate_files(
     seed: int = 0,
     batch_size: int = 1,
     duration: float | None = None,
+    finish: Finish | None = None,
 ) -> Iterator[tuple[str, str | None]]:
     """Generates and writes every clip; yields (id, None), or (id, reason) if it is left out.
 
@@ -142,6 +144,7 @@ def generate_files(
       seed: of the noise, any integer.
       batch_size: clips at a time.
       duration: seconds, at most, of each.
+      finish: the loudness that is wanted, and a count of what the limiter did.
 
     Raises:
       OSError: the disk is full or read-only, so that no later clip can be written either.
@@ -162,7 +165,7 @@ def generate_files(
     for item, sound in generate(run, encoded(), times, seed, batch_size, leave_out):
         yield from _drain(failures)
         try:
-            write(item, sound, run.codec.sample_rate, paths[item.request.id])
+            write(item, sound, run.codec.sample_rate, paths[item.request.id], finish)
         except Exception as error:
             if is_hopeless(error):
                 raise

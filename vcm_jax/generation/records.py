@@ -23,10 +23,10 @@ from tqdm import tqdm
 from vcm_jax.claim import claim, hold
 from vcm_jax.devices import sharding
 from vcm_jax.generation.clips import Features, Request, decode, start_latents
+from vcm_jax.generation.finish import Finish
 from vcm_jax.generation.outputs import is_hopeless, reason
 from vcm_jax.generation.run import Run
 from vcm_jax.media.names import IdError, output_name
-from vcm_jax.media.write import write_sound
 from vcm_jax.records.schema import RecordError
 from vcm_jax.records.source import RecordSource
 
@@ -48,6 +48,7 @@ class Summary:
       left_out: (id, reason) of clips without a sound.
       seconds: from the end of the first batch, which includes compilation, to the end.
       timed: sounds that were generated in these seconds.
+      limited: one line that says what the limiter did; "" if it did nothing.
     """
 
     written: int = 0
@@ -55,6 +56,7 @@ class Summary:
     left_out: list[tuple[str, str]] = dataclasses.field(default_factory=list)
     seconds: float = 0.0
     timed: int = 0
+    limited: str = ""
 
 
 def check_records(run: Run, source: RecordSource) -> None:
@@ -74,7 +76,7 @@ def check_records(run: Run, source: RecordSource) -> None:
             raise RecordsError(f"{source.path} is not for this run: {what} {theirs}, not {ours}")
 
 
-def settings(run: Run, source: RecordSource, times, seed: int) -> dict:
+def settings(run: Run, source: RecordSource, times, seed: int, lufs: float | None = None) -> dict:
     """Everything that the sounds follow from, as JSON; weights and records as hashes."""
     weights = hashlib.sha256()
     for leaf in jax.tree.leaves(run.variables):
@@ -86,7 +88,7 @@ def settings(run: Run, source: RecordSource, times, seed: int) -> dict:
         "times": [float(time) for time in times],
         "sampler": list(dataclasses.astuple(run.sampler)),
         "seed": seed,
-    }
+    } | ({} if lufs is None else {"loudness": lufs})
 
 
 def generate_records(
@@ -100,10 +102,13 @@ def generate_records(
     suffix: str = "wav",
     part: int = 0,
     parts: int = 1,
+    lufs: float | None = None,
 ) -> Summary:
     """Writes OUT/ID.wav or .flac for every record, on all devices of this process.
 
-    A record that cannot be read and a sound that cannot be made or written are left out.
+    A record that cannot be read and a sound that cannot be made or written are left out. The true
+    peak of the sounds is limited to -1 dBTP; of those that this changes, evaluation finds what the
+    network made in OUT/.as_made.
 
     Args:
       run: from `load_run`.
@@ -114,6 +119,7 @@ def generate_records(
       batch_size: clips at a time, over all devices; rounded up to a multiple of their number.
       suffix: "wav" or "flac", 16 bits, mono.
       part, parts: this process generates every `parts`-th record, from `part` on.
+      lufs: the integrated loudness of all sounds, before the limiter; None: as they are.
 
     Raises:
       RecordsError: the records do not fit the run, or their ids do not name different files.
@@ -123,7 +129,7 @@ def generate_records(
     out = Path(out)
     check_records(run, source)
     with hold(out, (part, parts)):
-        claim(out, settings(run, source, times, seed), _SETTINGS)
+        claim(out, settings(run, source, times, seed, lufs), _SETTINGS)
         mesh = sharding.make_mesh(devices=jax.local_devices())
         variables = jax.device_put(run.variables, sharding.replicated(mesh))
         run = dataclasses.replace(run, variables=variables)
@@ -139,7 +145,10 @@ def generate_records(
             summary = Summary()
             todo = _todo(source, indices, out, suffix, summary, progress.update)
             batches = _pipelined(_batches(todo, batch_size), start)
-            _write_all(run, batches, seed, summary, progress.update)
+            finish = Finish(lufs, keep=True)
+            write = functools.partial(_write, run, finish, seed)
+            _write_all(run, batches, write, summary, progress.update)
+            summary.limited = finish.summary()
     return summary
 
 
@@ -200,7 +209,7 @@ def _pipelined(batches: Iterable[list[Item]], start: Callable) -> Iterator[tuple
 
 
 def _write_all(
-    run: Run, batches: Iterable, seed: int, summary: Summary, update: Callable[[], None]
+    run: Run, batches: Iterable, write: Callable, summary: Summary, update: Callable[[], None]
 ) -> None:
     """Decodes and writes all sounds, with a thread per core unless the codec uses the devices."""
     started = time.perf_counter()
@@ -208,7 +217,7 @@ def _write_all(
     with concurrent.futures.ThreadPoolExecutor(threads) as pool:
         for number, (batch, latents) in enumerate(batches):
             latents = np.asarray(latents)  # waits for the devices
-            futures = [pool.submit(_write, run, *item, seed) for item in zip(batch, latents)]
+            futures = [pool.submit(write, *item) for item in zip(batch, latents)]
             before = summary.written
             for (_, item), future in zip(batch, futures):
                 error = future.exception()
@@ -226,6 +235,6 @@ def _write_all(
     summary.seconds = time.perf_counter() - started
 
 
-def _write(run: Run, item: Item, latent: np.ndarray, seed: int) -> None:
+def _write(run: Run, finish: Finish, seed: int, item: Item, latent: np.ndarray) -> None:
     path, features = item
-    write_sound(path, decode(run, features, latent, seed), run.codec.sample_rate)
+    finish.write_sound(path, decode(run, features, latent, seed), run.codec.sample_rate)

@@ -6,6 +6,7 @@ from pathlib import Path
 from vcm_jax import sampling
 from vcm_jax.codec import check_codec, load_codec
 from vcm_jax.features.encoders import encoders_from_spec
+from vcm_jax.generation.windows import Windowing
 from vcm_jax.models import ModelConfig
 from vcm_jax.objectives import read_section
 from vcm_jax.records.sequence import SequenceConfig
@@ -25,6 +26,7 @@ class Run:
       codec: turns latents into sound.
       objective: settings of the objective that the run was trained with.
       sampler: how the run is sampled; by default the objective's own way.
+      windowing: how clips longer than those of training are divided.
 
     Raises:
       ValueError: the sampler does not fit the objective.
@@ -38,6 +40,7 @@ class Run:
     codec: object
     objective: object
     sampler: sampling.Sampler = sampling.OWN_SAMPLER
+    windowing: Windowing = Windowing()
 
     def __post_init__(self):
         self.sampler.check(self.objective)

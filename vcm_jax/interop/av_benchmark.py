@@ -7,7 +7,8 @@ tables. First this command prepares its input: OUT/audio has mono wav files of e
 own sample rate, OUT/videos links to the videos, and all names are such that av-benchmark's rule
 for file names does not change them; names.tsv lists them. Then the command runs the installed
 av-benchmark, which needs PyTorch and a GPU, into OUT/cache, and checks that it dropped no clip. A
-cache of other clips is removed first. Give --videos for the true sounds only: generated sounds are
+cache of other clips is removed first. Sounds of `vcm_jax.generate` are used as the network made
+them, before its limiter. Give --videos for the true sounds only: generated sounds are
 compared with these videos. Give --captions on both sides for CLAP scores. Then compare:
 
     python -m vcm_jax.evaluate --pred=OUT_OF_GENERATED/cache --truth=OUT_OF_TRUE/cache
@@ -34,6 +35,7 @@ from vcm_jax.cli import run
 from vcm_jax.interop.state_dict import StateDictError, as_array, import_torch, list_few, read_tree
 from vcm_jax.media.clips import SOUND_SUFFIXES, VIDEO_SUFFIXES, list_clips
 from vcm_jax.media.read import probe, read_audio
+from vcm_jax.media.write import find_as_made
 
 INSTALL = (
     "it is not on any package index: git clone https://github.com/hkchengrex/av-benchmark && "
@@ -159,6 +161,7 @@ def _entry(clip, name: str, video: Path | None, duration: float) -> dict:
     Raises:
       BenchmarkError: the sound or the video is too short.
     """
+    sound = find_as_made(clip.path)
     for path in filter(None, (clip.path, video)):
         length = probe(path).duration
         if length < duration - _SHORT_BY:
@@ -169,10 +172,10 @@ def _entry(clip, name: str, video: Path | None, duration: float) -> dict:
     return {
         "id": clip.id,
         "name": name,
-        "sound": str(clip.path.absolute()),
+        "sound": str(sound.absolute()),
         "video": video and str(video.absolute()),
         "caption": clip.caption,
-        "digest": _digest(clip.path) + (_digest(video) if video is not None else ""),
+        "digest": _digest(sound) + (_digest(video) if video is not None else ""),
     }
 
 

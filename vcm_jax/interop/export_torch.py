@@ -30,8 +30,9 @@ def to_mmaudio(state_dict: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     first one. This is the inverse of `network_from_torch`, where that constant is 0.
     """
     second = {n: np.float64(v) for n, v in state_dict.items() if n.startswith("h_embed.")}
-    features = np.concatenate([np.ones(128), np.zeros(128)])  # cos 0 and sin 0
-    hidden = second["h_embed.mlp.0.weight"] @ features + second["h_embed.mlp.0.bias"]
+    weight = second["h_embed.mlp.0.weight"]
+    features = np.repeat([1.0, 0.0], weight.shape[1] // 2)  # cos 0 and sin 0
+    hidden = weight @ features + second["h_embed.mlp.0.bias"]
     hidden = hidden / (1 + np.exp(-hidden))
     constant = second["h_embed.mlp.2.weight"] @ hidden + second["h_embed.mlp.2.bias"]
     first = {name: value for name, value in state_dict.items() if name not in second}

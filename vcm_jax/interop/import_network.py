@@ -20,6 +20,7 @@ from vcm_jax.interop.state_dict import (
 )
 from vcm_jax.interop.weights import torch_shapes, variables_from_torch
 from vcm_jax.models import MODELS, ModelConfig
+from vcm_jax.models.layers import time_frequencies
 from vcm_jax.runs import checkpoint
 
 # Tables that some files hold and that our network computes itself.
@@ -33,16 +34,21 @@ _STATS = {
 _SECOND_EMBEDDER = "h_embed."
 
 
-def reverse_time(weight: np.ndarray) -> np.ndarray:
+def version(names) -> int:
+    """MMAudio's version, 1 or 2, of a network whose state dict has these names."""
+    return 2 if any(name.startswith("clip_input_proj.2.") for name in names) else 1
+
+
+def reverse_time(weight: np.ndarray, frequencies: np.ndarray) -> np.ndarray:
     """First layer (D, 2 F) of a time embedder that sees 1 - t -> of one that sees t.
 
-    The function is its own inverse. The embedder's features are cos(t f) and sin(t f) with
-    f = 10000^(-i / F). With a = 1 - t,
-    cos(a f) = cos f cos(t f) + sin f sin(t f) and sin(a f) = sin f cos(t f) - cos f sin(t f):
-    each pair of columns is reflected.
+    The function is its own inverse. The embedder's features are cos(t f) and sin(t f). With
+    a = 1 - t, cos(a f) = cos f cos(t f) + sin f sin(t f) and
+    sin(a f) = sin f cos(t f) - cos f sin(t f): each pair of columns is reflected.
+
+    The reflection is exact but for the float32 of its result. Computing 1 - t in float32 instead
+    would turn version 2's angles by up to 3e-4.
     """
-    count = weight.shape[1] // 2
-    frequencies = 10_000.0 ** (-np.arange(count) / count)
     cos, sin = np.cos(frequencies), np.sin(frequencies)
     of_cos, of_sin = np.split(weight.astype(np.float64), 2, axis=1)
     reflected = np.concatenate([of_cos * cos + of_sin * sin, of_cos * sin - of_sin * cos], 1)
@@ -55,7 +61,9 @@ def reverse(state_dict: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         name: -state_dict[name] for name in ("final_layer.conv.weight", "final_layer.conv.bias")
     }
     first = "t_embed.mlp.0.weight"
-    return state_dict | changed | {first: reverse_time(state_dict[first])}
+    weight = state_dict[first]
+    frequencies = time_frequencies(version(state_dict), len(weight))
+    return state_dict | changed | {first: reverse_time(weight, frequencies)}
 
 
 def network_from_torch(
@@ -86,6 +94,10 @@ def network_from_torch(
         if ours
         else {n: s for n, s in expected.items() if not n.startswith(_SECOND_EMBEDDER)}
     )
+    if (theirs := version(state_dict)) != config.version:
+        hint += (
+            f" (a file of MMAudio's version {theirs}, for a network of version {config.version})"
+        )
     optional = {name: wanted[name] for name in _STATS}
     found = {name: np.shape(value) for name, value in state_dict.items()}
     check_names(optional | found, wanted, str(file), hint)
@@ -114,11 +126,6 @@ def recognise(state_dict: dict[str, np.ndarray], file) -> str:
       StateDictError: the state dict is of something else.
     """
     shapes = {name: np.shape(value) for name, value in state_dict.items()}
-    if "clip_input_proj.2.w1.weight" in shapes:
-        raise StateDictError(
-            f"{file}: looks like MMAudio's version 2 (large_44k_v2), which is another network; "
-            "version 1 is wanted: small_16k, small_44k, medium_44k or large_44k"
-        )
 
     def depth(kind):
         return len({name.split(".")[1] for name in shapes if name.startswith(kind)})
@@ -135,6 +142,7 @@ def recognise(state_dict: dict[str, np.ndarray], file) -> str:
     }
     if sum(map(bool, sizes.values())) < 3:
         raise StateDictError(f"{file}: not MMAudio's network (it holds {list_few(shapes)})")
+    sizes["version"] = version(shapes)
     shared = {
         name: sum(getattr(config, key) == value for key, value in sizes.items())
         for name, config in MODELS.items()

@@ -6,8 +6,8 @@
         --empty_text=mmaudio_small_16k.pth --out=RECORDS
 
 codec: MMAudio's VAE and a BigVGAN vocoder become a codec folder.
-network: MMAudio's network (version 1), or a file of `export_torch`, becomes weights that training
-starts from (`--config.init_from=DIR`).
+network: MMAudio's network (version 1 or 2), or a file of `export_torch`, becomes weights that
+training starts from (`--config.init_from=DIR`).
 features: MMAudio's memory-mapped features become a records folder.
 """
 

@@ -51,15 +51,28 @@ class GatedMLP(nn.Module):
 
 
 class TimestepEmbedder(nn.Module):
-    """256 sinusoids of a time, cosines first, through two layers: `B` -> `B D`."""
+    """Sinusoids of a time, cosines first, through two layers: `B` -> `B D`.
 
-    def __init__(self, width: int):
+    Version 1 has 128 frequencies from 1 down to 1e-4, version 2 D / 2 from 1e4 down to 1.
+    """
+
+    def __init__(self, width: int, version: int):
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
+        self.inputs, self.scale = (256, 1.0) if version == 1 else (width, 10_000.0)
+        self.mlp = nn.Sequential(nn.Linear(self.inputs, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, time):
-        exponents = torch.arange(128, dtype=torch.float32, device=time.device) / 128
-        angles = time.float()[:, None] * torch.exp(-math.log(10_000) * exponents)
+        exponents = torch.arange(0, self.inputs, 2, dtype=torch.float32) / self.inputs
+        turns = (self.scale * (1 / 10_000**exponents)).double() / (2 * math.pi)
+        # The first 12 binary digits of the time meet the whole turns in exact products: without
+        # that, angles of 1e4 would be wrong by 5e-4.
+        whole = turns.round()
+        turns, whole, part = (
+            a.to(time.device, torch.float32) for a in (turns, whole, turns - whole)
+        )
+        time = time.float()[:, None]
+        first = (time * 4096).round() / 4096
+        angles = 2 * math.pi * ((first * whole) % 1 + first * part + (time - first) * turns)
         features = torch.cat([angles.cos(), angles.sin()], -1)
         return self.mlp(features.to(self.mlp[0].weight.dtype))
 
@@ -182,21 +195,25 @@ class AverageVelocity(nn.Module):
     def __init__(
         self, latent_dim: int, clip_dim: int, sync_dim: int, text_dim: int, text_len: int,
         hidden_dim: int, num_heads: int, joint_depth: int, fused_depth: int, audio_kernel: int = 7,
+        version: int = 1,
     ):  # fmt: skip
         super().__init__()
         width, heads = hidden_dim, num_heads
+        activation = nn.SELU if version == 1 else nn.SiLU
+        extra = () if version == 1 else (nn.SiLU(),)
         self.audio_input_proj = nn.Sequential(
-            Conv(latent_dim, width, 7), nn.SELU(), GatedMLP(width, audio_kernel)
+            Conv(latent_dim, width, 7), activation(), GatedMLP(width, audio_kernel)
         )
-        self.clip_input_proj = nn.Sequential(nn.Linear(clip_dim, width), GatedMLP(width, 3))
+        self.clip_input_proj = nn.Sequential(nn.Linear(clip_dim, width), *extra, GatedMLP(width, 3))
         self.sync_input_proj = nn.Sequential(
-            Conv(sync_dim, width, 7), nn.SELU(), GatedMLP(width, 3)
+            Conv(sync_dim, width, 7), activation(), GatedMLP(width, 3)
         )
-        self.text_input_proj = nn.Sequential(nn.Linear(text_dim, width), GatedMLP(width))
+        self.text_input_proj = nn.Sequential(nn.Linear(text_dim, width), *extra, GatedMLP(width))
         self.clip_cond_proj = nn.Linear(width, width)
         self.text_cond_proj = nn.Linear(width, width)
         self.global_cond_mlp = GatedMLP(width)
-        self.t_embed, self.h_embed = TimestepEmbedder(width), TimestepEmbedder(width)
+        self.t_embed = TimestepEmbedder(width, version)
+        self.h_embed = TimestepEmbedder(width, version)
         self.joint_blocks = nn.ModuleList(
             JointBlock(width, heads, last=i == joint_depth - 1) for i in range(joint_depth)
         )
@@ -233,6 +250,7 @@ class AverageVelocity(nn.Module):
                 joint_depth=depth("joint_blocks."),
                 fused_depth=depth("fused_blocks."),
                 audio_kernel=shape["audio_input_proj.2.w1.weight"][2],
+                version=2 if "clip_input_proj.2.w1.weight" in shape else 1,
             )
         model.load_state_dict(state_dict, strict=True, assign=True)
         return model

@@ -15,6 +15,7 @@ import matplotlib
 import numpy as np
 
 from vcm_jax.atomic import atomic_path
+from vcm_jax.media.loudness import limit
 from vcm_jax.media.read import read_frames
 from vcm_jax.media.write import write_sound
 from vcm_jax.metrics import log_mel_features
@@ -123,10 +124,10 @@ def plot(figure) -> Html:
 
 
 def player(sound: np.ndarray, sample_rate: int) -> Html:
-    """A mono sound (samples,) in -1..1 with controls to play it."""
+    """A mono sound (samples,) with controls to play it; its true peak is limited to -1 dBTP."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "sound.wav"
-        write_sound(path, sound, sample_rate)
+        write_sound(path, limit(sound, sample_rate)[0], sample_rate)
         return Html(f'<audio controls src="{_data_uri("audio/wav", path.read_bytes())}"></audio>')
 
 

@@ -4,10 +4,11 @@ Time zero of a file is the start of its picture, for the picture and for the sou
 file starts with its first sample). Everything goes through FFmpeg's libraries (PyAV).
 """
 
+import collections
 import dataclasses
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 
 import av
@@ -24,6 +25,7 @@ __all__ = [
     "probe",
     "read_audio",
     "read_frames",
+    "read_spans",
     "stream_offset",
 ]
 
@@ -175,36 +177,71 @@ def _is_short(end: float, duration: float, step: float) -> bool:
     return end < duration - 1.01 * step
 
 
-def _sample(
-    source: Source, transforms, limits, start: float, duration: float
-) -> tuple[dict, float, float]:
-    """({fps: transformed frames}, seconds of picture after `start`, seconds of its last frame)."""
-    stream = source.need_picture()
-    # Ticks fine enough to shift the frames by any time.
-    parts = 1000 if start and stream.time_base.denominator * 1000 < 2**31 else 1
-    base = Fraction(stream.time_base) / parts
-    begin = round(start / base)
-    rates, end, step = {}, 0.0, 0.0
+class _Span:
+    """A span of a video, sampled at several frame rates.
+
+    Attributes:
+      end: seconds of picture after the start of the span, as far as frames were pushed.
+      step: seconds of the last frame.
+    """
+
+    def __init__(self, stream, transforms: dict, start: float, duration: float | None):
+        self.stream, self.transforms, self.duration = stream, transforms, duration
+        # Ticks fine enough to shift the frames by any time.
+        self.parts = 1000 if start and stream.time_base.denominator * 1000 < 2**31 else 1
+        self.base = Fraction(stream.time_base) / self.parts
+        self.begin = round(start / self.base)
+        self.limits = {
+            fps: math.inf if duration is None else num_frames(duration, fps) for fps in transforms
+        }
+        self.rates: dict[float, _FrameRate] = {}
+        self.end = self.step = 0.0
+
+    def push(self, frame, pts: int, lasting: float):
+        """Take a frame; its time stamp and duration are in the stream's ticks."""
+        if not self.rates:
+            self.rates = {
+                fps: _FrameRate(fps, f, frame, self.base) for fps, f in self.transforms.items()
+            }
+        self.step = float(lasting * self.stream.time_base)
+        frame.pts = pts * self.parts - self.begin
+        frame.duration = round(lasting * self.parts)
+        self.end = max(self.end, float(frame.pts * self.base) + self.step)
+        for fps, rate in self.rates.items():
+            rate.push(frame, self.limits[fps])
+
+    @property
+    def is_sampled(self) -> bool:
+        """Whether no further sample is wanted."""
+        return all(len(rate.outputs) >= self.limits[fps] for fps, rate in self.rates.items())
+
+    def finish(self):
+        """Take what the filters still hold: there are no more frames."""
+        for fps, rate in self.rates.items():
+            rate.push(None, self.limits[fps])
+
+    def samples(self, seconds: float, path) -> dict[float, np.ndarray]:
+        """{fps: the samples of the first `seconds`}; the last one is repeated if some are missing.
+
+        Raises:
+          MediaError: there is no sample at one of the frame rates.
+        """
+        result = {}
+        for fps, rate in self.rates.items():
+            count = num_frames(seconds, fps)
+            frames = rate.outputs[:count]
+            if not frames:
+                raise MediaError(
+                    f"{shown(path)}: {seconds:.3f} s of picture, less than one frame at {fps} fps"
+                )
+            result[fps] = np.stack(frames + frames[-1:] * (count - len(frames)))
+        return result
+
+
+def _ticks(frame, stream) -> tuple[int, float]:
+    """Time stamp and duration of a frame in the stream's ticks."""
     usual = 1 / ((stream.average_rate or stream.guessed_rate or 25) * stream.time_base)
-    for frame in source.frames(start):
-        if not rates:
-            rates = {fps: _FrameRate(fps, f, frame, base) for fps, f in transforms.items()}
-        step = float((frame.duration or usual) * stream.time_base)
-        frame.pts = frame.pts * parts - begin
-        frame.duration = round((frame.duration or usual) * parts)
-        end = max(end, float(frame.pts * base) + step)
-        for fps, rate in rates.items():
-            rate.push(frame, limits[fps])
-        # At a high frame rate the samples are complete some frames before the picture is.
-        complete = all(len(rate.outputs) >= limits[fps] for fps, rate in rates.items())
-        if complete and not _is_short(end, duration, step):
-            break
-    else:
-        for fps, rate in rates.items():
-            rate.push(None, limits[fps])
-    end = whole_frames(start + end, stream) - start if rates else end
-    source.check_damage("picture")
-    return {fps: rate.outputs for fps, rate in rates.items()}, end, step
+    return frame.pts, frame.duration or usual
 
 
 def read_frames(
@@ -229,28 +266,84 @@ def read_frames(
         more than a frame, or a `start` that is not inside the picture.
     """
     check_start(path, start)
-    limits = {
-        fps: math.inf if duration is None else num_frames(duration, fps) for fps in transforms
-    }
     with opened(path) as source:
-        wanted = math.inf if duration is None else duration
-        outputs, end, step = _sample(source, transforms, limits, start, wanted)
-    path = shown(path)
-    if not outputs:
-        raise MediaError(f"{path}: no frame could be decoded")
+        stream = source.need_picture()
+        span = _Span(stream, transforms, start, duration)
+        for frame in source.frames(start):
+            span.push(frame, *_ticks(frame, stream))
+            # At a high frame rate the samples are complete some frames before the picture is.
+            if duration is not None and span.is_sampled:
+                if not _is_short(span.end, duration, span.step):
+                    break
+        else:
+            span.finish()
+        end = whole_frames(start + span.end, stream) - start if span.rates else span.end
+        source.check_damage("picture")
+    if not span.rates:
+        raise MediaError(f"{shown(path)}: no frame could be decoded")
     if start and end <= 0:
-        raise MediaError(f"{path}: start {start:g} s is past the end of the picture")
-    if duration is not None and _is_short(end, duration, step):
-        after = f" after {start:g} s" if start else ""
-        raise MediaError(
-            f"{path}: {end:.2f} s of picture{after}, shorter than the {duration:g} s needed"
-        )
-    result = {}
-    for fps, frames in outputs.items():
-        count = num_frames(end if duration is None else duration, fps)
-        frames = frames[:count]
-        if not frames:
-            raise MediaError(f"{path}: {end:.3f} s of picture, less than one frame at {fps} fps")
-        frames += frames[-1:] * (count - len(frames))
-        result[fps] = np.stack(frames)
-    return result
+        raise MediaError(f"{shown(path)}: start {start:g} s is past the end of the picture")
+    if duration is not None and _is_short(end, duration, span.step):
+        raise _too_short(path, start, end, duration)
+    return span.samples(end if duration is None else duration, path)
+
+
+def _too_short(path, start: float, end: float, duration: float) -> MediaError:
+    after = f" after {start:g} s" if start else ""
+    return MediaError(
+        f"{shown(path)}: {end:.2f} s of picture{after}, shorter than the {duration:g} s needed"
+    )
+
+
+def read_spans(
+    path, transforms: dict[float, Callable], starts: Sequence[float], duration: float, length: float
+) -> Iterator[dict[float, np.ndarray]]:
+    """Decode a video once and sample spans of it, which may overlap.
+
+    Memory holds the frames of the spans that overlap, whatever the length of the video.
+
+    Args:
+      path, transforms: as `read_frames`'s.
+      starts: increasing, seconds from the start of the picture.
+      duration: seconds of each span.
+      length: seconds of picture that there must be. A span may reach a little further: its last
+        frame is then repeated.
+
+    Yields:
+      For each start, what `read_frames(path, transforms, duration, start)` returns.
+
+    Raises:
+      MediaError: as `read_frames`; the picture is shorter than `length` by more than a frame.
+    """
+    waiting, spans, last, end, step = collections.deque(starts), collections.deque(), None, 0.0, 0.0
+    with opened(path) as source:
+        stream = source.need_picture()
+
+        def begin(start: float):
+            spans.append(_Span(stream, transforms, start, duration))
+            if last is not None:  # it may be on screen when the span begins
+                spans[-1].push(*last)
+
+        for frame in source.frames():
+            pts, lasting = _ticks(frame, stream)
+            time, step = float(pts * stream.time_base), float(lasting * stream.time_base)
+            while waiting and time >= waiting[0]:
+                begin(waiting.popleft())
+            for span in spans:
+                span.push(frame, pts, lasting)
+            while spans and spans[0].is_sampled:
+                yield spans.popleft().samples(duration, path)
+            last, end = (frame, pts, lasting), max(end, time + step)
+            if not (waiting or spans or _is_short(end, length, step)):
+                break
+        end = whole_frames(end, stream)
+        source.check_damage("picture")
+        if last is None:
+            raise MediaError(f"{shown(path)}: no frame could be decoded")
+        if _is_short(end, length, step):
+            raise _too_short(path, 0, end, length)
+        while waiting:
+            begin(waiting.popleft())
+        for span in spans:
+            span.finish()
+            yield span.samples(duration, path)

@@ -14,11 +14,13 @@ import soundfile
 from absl import logging
 
 from vcm_jax.atomic import UNWRITABLE, atomic_path
+from vcm_jax.hashes import short_hash
 from vcm_jax.media.encode import X264, encoded_picture
 from vcm_jax.media.remux import NotCopied, check_copy, copied_picture
 from vcm_jax.media.streams import MediaError, ffmpeg_name, opened, reason, shown
 
 _AAC_BIT_RATE = 128_000
+_AS_MADE = ".as_made"  # a folder of originals, without suffixes: no search for sounds finds them
 
 
 def _mp4_output(path, container: str, sample_rate: int):
@@ -133,10 +135,40 @@ def mux_audio(video_path, audio: np.ndarray, sample_rate: int, out_path, duratio
     return seconds
 
 
-def write_sound(path, audio: np.ndarray, sample_rate: int):
-    """Write a mono sound (samples,), clipped to [-1, 1], as 16-bit .wav or .flac, atomically."""
+def write_sound(path, audio: np.ndarray, sample_rate: int, as_made: np.ndarray | None = None):
+    """Write a mono sound (samples,), clipped to [-1, 1], as 16-bit .wav or .flac, atomically.
+
+    Args:
+      path: of the file; its suffix says the format.
+      audio: what the file is to hold.
+      sample_rate: Hz.
+      as_made: the sound before a limiter changed it. It is kept as 32-bit floats in the folder
+        `.as_made` beside the file, for `find_as_made`.
+    """
     kind = Path(path).suffix[1:].upper()
     with atomic_path(path) as temporary:
         soundfile.write(
             os.fsencode(temporary), np.clip(audio, -1, 1), sample_rate, "PCM_16", format=kind
         )
+        if as_made is not None:
+            kept = _as_made_path(Path(path).parent, temporary)
+            kept.parent.mkdir(exist_ok=True)
+            with atomic_path(kept) as other:
+                soundfile.write(os.fsencode(other), as_made, sample_rate, "FLOAT", format="WAV")
+
+
+def _as_made_path(folder: Path, file: Path) -> Path:
+    """Where the original of a file is kept, as WAV: its name is a hash of what the file holds."""
+    return folder / _AS_MADE / short_hash(file.read_bytes())
+
+
+def find_as_made(path) -> Path:
+    """The file that evaluation reads for a sound: as it was made, before a limiter changed it.
+
+    That is `path` itself if nothing was changed, or if somebody has edited the file since.
+    """
+    path = Path(path)
+    if not (path.parent / _AS_MADE).is_dir():
+        return path
+    kept = _as_made_path(path.parent, path)
+    return kept if kept.exists() else path

@@ -92,3 +92,17 @@ def sample_latents(
     x0 = sampler(objective, u, noise, times, cond, null_cond, keys)
     stats = variables["stats"]
     return x0 * stats["latent_std"][None, None] + stats["latent_mean"][None, None]
+
+
+def velocity_of_features(net, variables, features, x, t, s, objective, sampler):
+    """The velocity with which a sampler jumps from time t to s, `B N C`.
+
+    Args:
+      net, variables, features: as `encode_features`'s.
+      x: the sample at time t, in the network's units, `B N C`.
+      t, s: scalars.
+      objective, sampler: as `sample_latents`'s.
+    """
+    u, cond, null_cond = encode_features(net, variables, features)
+    rows = lambda time: jnp.full(x.shape[0], time, jnp.promote_types(jnp.float32, x.dtype))
+    return sampler.velocity(objective, u, null_cond)(x, rows(t), rows(s), cond)

@@ -29,6 +29,8 @@ class ModelConfig:
       sync_alignment: which sync row a latent token takes. "index" spreads the rows evenly, as
         MMAudio does; "time" takes the row nearest in time, as Synchformer's segments overlap.
       latent_rate: latent tokens per second; used with "time" alone.
+      version: MMAudio's, 1 or 2. Version 2 has SiLU where version 1 has SELU, one more SiLU in the
+        projections of clip and text, and other frequencies (`layers.time_frequencies`).
 
     Raises:
       ValueError: when the sizes do not fit each other.
@@ -49,6 +51,7 @@ class ModelConfig:
     audio_kernel: int = setting(7, _SIZE)
     sync_alignment: str = setting("index", choice(*SYNC_ALIGNMENTS))
     latent_rate: float = setting(31.25, number(above=0))
+    version: int = setting(1, integer(1, 2))
 
     def __post_init__(self):
         settings.check(self, "model")
@@ -91,7 +94,9 @@ class ModelConfig:
         )
 
 
-def _mmaudio(mode: str, hidden_dim: int, num_heads: int, depth: int, fused_depth: int):
+def _mmaudio(
+    mode: str, hidden_dim: int, num_heads: int, depth: int, fused_depth: int, version: int = 1
+):
     sequence = SequenceConfig.mode_44k() if mode == "44k" else SequenceConfig()
     config = ModelConfig(
         latent_dim=40 if mode == "44k" else 20,
@@ -105,6 +110,7 @@ def _mmaudio(mode: str, hidden_dim: int, num_heads: int, depth: int, fused_depth
         latent_seq_len=sequence.latent_seq_len,
         clip_seq_len=sequence.clip_seq_len,
         sync_seq_len=sequence.sync_seq_len,
+        version=version,
     )
     return config.with_lengths(sequence)
 
@@ -115,6 +121,7 @@ MODELS = {
     "small_44k": _mmaudio("44k", 448, 7, 12, 8),
     "medium_44k": _mmaudio("44k", 896, 14, 12, 8),
     "large_44k": _mmaudio("44k", 896, 14, 21, 14),
+    "large_44k_v2": _mmaudio("44k", 896, 14, 21, 14, version=2),
     "large_16k": _mmaudio("16k", 896, 14, 21, 14),
     "demo": ModelConfig(
         latent_dim=20,

@@ -5,6 +5,7 @@ A multiply-add counts as two operations; norms, activations and the softmax are 
 """
 
 from vcm_jax.models.config import ModelConfig
+from vcm_jax.models.layers import time_frequencies
 from vcm_jax.objectives import Passes
 
 
@@ -33,11 +34,12 @@ def forward_flops(config: ModelConfig) -> dict[str, float]:
     sync_projection = dense(c.sync_seq_len, c.sync_dim, width, 7) + mlp(c.sync_seq_len, 3)
     text_projection = dense(text, c.text_dim, width) + mlp(text)
     pooled = dense(2, width, width) + mlp(1)
+    time_features = 2 * len(time_frequencies(c.version, width))
     cost = {
         "conditions": clip_projection + sync_projection + text_projection + pooled,
         "audio": dense(latent, c.latent_dim, width, 7) + mlp(latent, c.audio_kernel),
         "adaln": dense(1, width, 2 * width),
-        "projections": 2 * (dense(1, 256, width) + dense(1, width, width)),
+        "projections": 2 * (dense(1, time_features, width) + dense(1, width, width)),
         "attention": 0.0,
         "convolutions": dense(latent, width, c.latent_dim, 7),
     }

@@ -116,16 +116,17 @@ class MMDiT(nn.Module):
         self.audio_input_proj_0 = dense(width, 7)
         self.audio_input_proj_2 = mlp(c.audio_kernel)
         self.clip_input_proj_0 = dense(width)
-        self.clip_input_proj_1 = mlp(3)
         self.sync_input_proj_0 = dense(width, 7)
         self.sync_input_proj_2 = mlp(3)
         self.text_input_proj_0 = dense(width)
-        self.text_input_proj_1 = mlp()
+        # The number is the place in MMAudio's sequence, where version 2 has an activation before.
+        setattr(self, f"clip_input_proj_{c.version}", mlp(3))
+        setattr(self, f"text_input_proj_{c.version}", mlp())
         self.clip_cond_proj = dense(width)
         self.text_cond_proj = dense(width)
         self.global_cond_mlp = mlp()
-        self.t_embed = layers.TimestepEmbedder(width, dtype=self.dtype)
-        self.h_embed = layers.TimestepEmbedder(width, dtype=self.dtype)
+        self.t_embed = layers.TimestepEmbedder(width, c.version, dtype=self.dtype)
+        self.h_embed = layers.TimestepEmbedder(width, c.version, dtype=self.dtype)
 
         sizes = (width, c.num_heads, c.mlp_dim)
         self.joint_blocks = [
@@ -145,6 +146,10 @@ class MMDiT(nn.Module):
         self.empty_text = self.variable(
             "stats", "empty_text", jnp.zeros, (c.text_seq_len, c.text_dim)
         )
+
+    def _activation(self, x):
+        """The activation between the layers of the projections of latents and sync features."""
+        return nn.selu(x) if self.config.version == 1 else nn.silu(x)
 
     def __call__(self, x, t, s, cond: Conditions):
         """Average velocity from t to s: x `B N C`, t and s `B`, raw features -> `B N C`."""
@@ -181,10 +186,14 @@ class MMDiT(nn.Module):
                 raise ValueError(
                     f"{name} features have shape {shape}, the model takes (B, {length}, {width})"
                 )
-        clip = self.clip_input_proj_1(self.clip_input_proj_0(cond.clip))
-        text = self.text_input_proj_1(self.text_input_proj_0(cond.text))
+        clip, text = self.clip_input_proj_0(cond.clip), self.text_input_proj_0(cond.text)
+        if c.version == 2:
+            clip, text = nn.silu(clip), nn.silu(text)
+        clip = getattr(self, f"clip_input_proj_{c.version}")(clip)
+        text = getattr(self, f"text_input_proj_{c.version}")(text)
         position = jnp.tile(self.sync_pos_emb, (c.sync_seq_len // SYNC_ROWS, 1))[None]
-        sync = self.sync_input_proj_2(nn.selu(self.sync_input_proj_0(cond.sync + position)))
+        sync = self.sync_input_proj_0(cond.sync + position)
+        sync = self.sync_input_proj_2(self._activation(sync))
 
         def mean(tokens):
             return layers.at_least_float32(tokens).mean(1)
@@ -218,7 +227,7 @@ class MMDiT(nn.Module):
             c.clip_seq_len, c.head_dim, stretch=c.latent_seq_len / c.clip_seq_len
         )
 
-        latent = self.audio_input_proj_2(nn.selu(self.audio_input_proj_0(x)))
+        latent = self.audio_input_proj_2(self._activation(self.audio_input_proj_0(x)))
         clip, text = enc.clip, enc.text
 
         def joint(block, *args):

@@ -12,6 +12,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto import event_pb2
 
 from vcm_jax.atomic import atomic_path
+from vcm_jax.media.loudness import limit
 
 
 class Writer:
@@ -60,11 +61,12 @@ class Writer:
             self._event(step, summary=summary.scalar(name, value))
 
     def sound(self, step: int, name: str, sound: np.ndarray, sample_rate: int) -> None:
-        """Writes a mono sound, float within [-1, 1] (clipped), and its spectrogram."""
+        """Writes a mono sound, with its true peak limited to -1 dBTP, and its spectrogram."""
         if self._events is None:
             return
-        sound = np.clip(sound, -1, 1)
-        self._event(step, summary=summary.audio(name, sound, sample_rate))
+        sound = np.nan_to_num(sound)
+        heard, _ = limit(sound, sample_rate)
+        self._event(step, summary=summary.audio(name, heard, sample_rate))
         image = spectrogram(sound, sample_rate)
         self._event(step, summary=summary.image(f"{name}/spectrogram", image, dataformats="HW"))
 
