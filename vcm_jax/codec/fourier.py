@@ -38,8 +38,8 @@ class DecoderConfig:
 
     width: int = 256
     blocks: int = 3
-    fine_width: int = 128
-    fine_blocks: int = 1
+    fine_width: int = 160
+    fine_blocks: int = 2
     kernel: int = 7
 
     @property
