@@ -15,15 +15,12 @@ from absl import flags
 
 from vcm_jax.cli import UNWRITABLE_CODE, run
 from vcm_jax.data.checks import (
-    Finding,
     check_captions,
-    check_content,
     check_files,
     check_leaks,
     check_media,
     check_text,
 )
-from vcm_jax.data.survey import survey
 from vcm_jax.data.validate_page import write_page
 from vcm_jax.media.clips import (
     SOUND_SUFFIXES,
@@ -33,8 +30,10 @@ from vcm_jax.media.clips import (
     list_clips,
     read_captions,
 )
+from vcm_jax.records.findings import Finding, check_content
 from vcm_jax.records.schema import RecordError
 from vcm_jax.records.source import RecordSource
+from vcm_jax.records.survey import survey
 
 
 def validate(

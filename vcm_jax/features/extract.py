@@ -33,15 +33,19 @@ from vcm_jax.cli import LEFT_OUT, run
 from vcm_jax.codec import check_codec, load_codec
 from vcm_jax.features import work
 from vcm_jax.features.encoders import Encoders, WeightsFreeEncoders, load_encoders
+from vcm_jax.features.lengths import check_lengths
 from vcm_jax.features.merge import merge
 from vcm_jax.features.records_codec import prepare_codec
 from vcm_jax.features.shards import Journal, shard_paths
 from vcm_jax.features.work import ExtractError
 from vcm_jax.media.clips import SOUND_SUFFIXES, VIDEO_SUFFIXES, Clip, list_clips
 from vcm_jax.media.read import read_frames, read_spans
+from vcm_jax.records.findings import check_content
 from vcm_jax.records.manifest import MANIFEST, Manifest, read_manifest
 from vcm_jax.records.schema import VERSION
 from vcm_jax.records.sequence import SequenceConfig
+from vcm_jax.records.source import RecordSource
+from vcm_jax.records.survey import survey
 
 CLIPS_PER_SHARD = 256
 LONGEST = 3600.0  # s; a clip is in memory as a whole
@@ -187,7 +191,7 @@ def extract(
       The manifest, or None while the shards of other processes are not done.
 
     Raises:
-      ExtractError: no clip can be used.
+      ExtractError: no clip can be used, for example because all are shorter than `duration`.
       ClaimError: `out` has records made with other settings, or another process works in it.
       ValueError: other bad arguments.
     """
@@ -211,6 +215,8 @@ def extract(
         "segments": segments,
         "clips_per_shard": CLIPS_PER_SHARD,
     }
+    if video and not (out / "codec").exists():
+        check_lengths(clips, sequence)
     with hold(out, shard):
         _claim(out, settings)
         used = prepare_codec(out, codec, clips, sequence)
@@ -300,7 +306,14 @@ def settings_from_flags() -> dict:
 
 
 def report(out, manifest: Manifest) -> int:
-    """Print how many records there are; returns the exit code of a command that made them."""
+    """Print how many records there are, and what the validator would say of them.
+
+    Returns:
+      The exit code of a command that made them.
+    """
+    source = RecordSource(out)
+    for finding in check_content(source, survey(source)):
+        print(finding)
     print(
         f"{out}: {manifest.num_records} records, {manifest.num_failures} clips left out"
         + (" (listed in failures.tsv)" if manifest.num_failures else "")
