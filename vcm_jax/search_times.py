@@ -27,7 +27,7 @@ from vcm_jax.generation.run import load_run
 from vcm_jax.models import MMDiT
 from vcm_jax.models.conditioned import encode_features
 from vcm_jax.records import mixture
-from vcm_jax.records.source import RecordSource
+from vcm_jax.records.source import RecordSource, locate
 from vcm_jax.runs import description
 
 
@@ -129,7 +129,7 @@ def records_of(workdir) -> RecordSource:
     """The records that a run is validated on or, if there are none, trained on."""
     data = description.read(workdir).config["data"]
     path, _ = mixture.parse_source((data["val_sources"] or data["sources"])[0])
-    return RecordSource(Path(data["dir"]) / path)
+    return RecordSource(locate(path, data["dir"]))
 
 
 def define_flags():
