@@ -112,7 +112,7 @@ def _timeline(results: Results, index: int) -> page.Html:
     """The picture's motion and the spectrograms on one time axis, impacts marked."""
     clip, rate = results.scorer.clips[index], results.scorer.sample_rate
     figure, axes = plt.subplots(
-        4, 1, figsize=(11, 5.2), sharex=True, height_ratios=(0.7, 1, 1, 1), layout="constrained"
+        4, 1, figsize=(9, 5.4), sharex=True, height_ratios=(0.7, 1, 1, 1), layout="constrained"
     )
     motion = _motion(clip["path"])
     axes[0].fill_between((np.arange(len(motion)) + 1) / _FPS, motion, color="#4c78a8")
@@ -146,7 +146,7 @@ def _clip(results: Results, index: int, folder: Path) -> page.Html:
         "section",
         page.element("h3", clip["caption"]),
         page.element("div", shown, class_="videos"),
-        _timeline(results, index),
+        page.element("figure", _timeline(results, index), class_="wide"),
     )
 
 
