@@ -1,20 +1,13 @@
 """Generates sound for videos with a trained run.
 
-    python -m vcm_jax.generate --workdir=runs/impacts --video=CLIP.mp4 --prompt="a metal ball" \\
-        --steps=1 --out=OUT.mp4
+    python -m vcm_jax.generate --workdir=RUN --video=CLIP.mp4 --prompt="a ball" --out=OUT.mp4
+    python -m vcm_jax.generate --workdir=RUN --prompt="rain" --duration=60 --steps=4 --out=RAIN.wav
+    python -m vcm_jax.generate --workdir=RUN --video=FOLDER --captions=LIST.tsv --out=VIDEOS/
 
-The input is a video, a prompt (with `--duration`, written as .wav or .flac), both, a folder of
-videos, or a list of clips (`--captions`, a TSV with the columns id and caption, with `--video` the
-folder of its files). Several clips go into the folder `--out`. A clip that fails is left out with a
-reason and costs no other clip; the exit code is then 3, or 1 if no clip could be written.
-
-`--records=RECORDS` takes extracted features instead: a whole test set in one resumable run on all
-devices. `--out` is then a folder of sounds. `--shard=0/2` generates every second one, for two
-hosts.
-
-Sounds never clip: where the true peak exceeds -1 dBTP, a limiter lowers the gain around it. In
-folders of sounds, `.as_made` keeps what the network made of those that were changed; `evaluate`,
-`compare` and `interop.av_benchmark` read it in their place.
+A clip that fails is left out with a reason and costs no other clip; the exit code is then 3, or 1
+if no clip could be written. --records takes extracted features instead of videos: a test set in one
+resumable run on all devices, into a folder of sounds. Sounds never clip: a limiter keeps the true
+peak below -1 dBTP; in folders of sounds .as_made keeps what the network made, for evaluation.
 """
 
 import dataclasses
@@ -25,7 +18,7 @@ from absl import flags
 from tqdm import tqdm
 
 from vcm_jax import sampling
-from vcm_jax.cli import LEFT_OUT, define_duration, define_run_flags, run
+from vcm_jax.cli import LEFT_OUT, define_duration, define_run_flags, heading, run
 from vcm_jax.generation.finish import Finish
 from vcm_jax.generation.outputs import generate_files, is_folder, plan
 from vcm_jax.generation.records import generate_records
@@ -35,6 +28,7 @@ from vcm_jax.records.source import RecordSource
 
 
 def define_flags():
+    heading("Input and output")
     define_run_flags()
     flags.DEFINE_string("video", "", "A video, or a folder of videos.")
     flags.DEFINE_string("prompt", "", "What is to be heard.")
@@ -48,6 +42,7 @@ def define_flags():
         ["mp4", "wav", "flac"],
         "Format of the files in a folder (mp4; wav for --records and prompts).",
     )
+    heading("Sampling")
     flags.DEFINE_integer("steps", 1, "Steps of the sampler, of equal length.", 1, 1000)
     flags.DEFINE_list("times", [], "Decreasing times in place of --steps, such as 1,0.6,0.")
     flags.DEFINE_float(
@@ -58,6 +53,7 @@ def define_flags():
     )
     flags.DEFINE_list("guidance_interval", None, "Times at which that guidance applies: 0,0.8.")
     flags.DEFINE_bool("restart", False, "After every step, predict the data and add new noise.")
+    heading("Length and batches")
     define_duration(0.0, "Seconds: the maximum for a video, the length for a prompt.")
     flags.DEFINE_string(
         "window",
@@ -75,6 +71,7 @@ def define_flags():
         0.0,
     )
     flags.DEFINE_integer("seed", 0, "Seed of the noise, any integer.")
+    heading("Weights")
     flags.DEFINE_string("codec", None, "Codec folder (the run's own), e.g. with another vocoder.")
     flags.DEFINE_string("encoders", None, "Folder of CLIP's and Synchformer's weights.")
     flags.DEFINE_float("sigma_rel", None, "Width of the EMA weights (the run's first).")

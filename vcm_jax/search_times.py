@@ -1,9 +1,11 @@
 """Searches the best N sampling times of a trained run.
 
-    python -m vcm_jax.search_times --workdir=runs/impacts --steps=4
+    python -m vcm_jax.search_times --workdir=RUN --steps=4
+    python -m vcm_jax.search_times --workdir=RUN --steps=2 --records=RECORDS --clips=64
+    python -m vcm_jax.search_times --workdir=RUN --steps=8 --guidance_scale=4.5
 
-prints the times, for `vcm_jax.generate --times=...`, and how much closer to the finest trajectory
-they come than equal steps.
+It prints the times, for `vcm_jax.generate --times=...`, and how much closer to the finest
+trajectory they come than equal steps.
 
 The run's sampler takes the steps of a fine grid of times, under the conditions of some records.
 From every point of that trajectory every jump of the grid is tried once. Dynamic programming then

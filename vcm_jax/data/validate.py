@@ -1,7 +1,8 @@
 """The validator: are these records fit to train on? Prints its findings and writes a page.
 
-    python -m vcm_jax.data.validate RECORDS [--videos=DIR | --sounds=DIR] [--captions=TSV]
-        [--against=TEST_RECORDS] [--page=validate.html]
+    python -m vcm_jax.data.validate RECORDS
+    python -m vcm_jax.data.validate RECORDS --videos=DIR --captions=TSV --page=validate.html
+    python -m vcm_jax.data.validate RECORDS --against=TEST_RECORDS
 
 It reads every record of the folder. Given the media files, it decodes --media_clips of them; given
 the list of captions, it compares every caption; given the records of a test set, it looks for

@@ -1,7 +1,8 @@
 """The extraction command: videos or sounds and their captions become records.
 
     python -m vcm_jax.features.extract --videos=DIR --captions=TSV --out=RECORDS
-    python -m vcm_jax.features.extract --sounds=DIR --captions=TSV --out=RECORDS --codec=DIR
+    python -m vcm_jax.features.extract --videos=DIR --encoders=WEIGHTS --codec=DIR --out=RECORDS
+    python -m vcm_jax.features.extract --sounds=DIR --segments --duration=8 --out=RECORDS
 
 With --encoders=DIR, CLIP and Synchformer compute the features, with the weights in DIR; otherwise
 encoders without weights do. The first --duration seconds of each clip are used; --segments splits
@@ -29,7 +30,7 @@ from tqdm import tqdm
 
 from vcm_jax.atomic import read_json, write_json
 from vcm_jax.claim import claim, hold
-from vcm_jax.cli import LEFT_OUT, run
+from vcm_jax.cli import LEFT_OUT, heading, run
 from vcm_jax.codec import check_codec, load_codec
 from vcm_jax.features import work
 from vcm_jax.features.encoders import Encoders, WeightsFreeEncoders, load_encoders
@@ -265,6 +266,7 @@ def define_flags(sources: bool = True):
     Args:
       sources: whether to define the flags that name clips, which the corpus builder lacks.
     """
+    heading("Input and output")
     if sources:
         flags.DEFINE_string("videos", None, "Folder of videos.")
         flags.DEFINE_string("sounds", None, "Folder of sounds, instead of videos.")
@@ -272,6 +274,7 @@ def define_flags(sources: bool = True):
         flags.DEFINE_boolean("segments", False, "Split long sounds into segments of --duration.")
     flags.DEFINE_string("out", None, "Records folder to write.", required=True)
     flags.DEFINE_string("codec", None, "Codec folder. By default the linear codec is fitted.")
+    heading("Features")
     flags.DEFINE_string("encoders", None, "Folder with the weights of CLIP and Synchformer.")
     flags.DEFINE_enum(
         "encoder_dtype", "float32", ["float32", "bfloat16"], "Number format of these encoders."
@@ -287,6 +290,7 @@ def define_flags(sources: bool = True):
             f"Width of the {kind} features of encoders without weights ({default}).",
             lower_bound=1,
         )
+    heading("Work")
     flags.DEFINE_integer("workers", os.cpu_count(), "Number of processes.", lower_bound=1)
     flags.DEFINE_string("shard", "0/1", "i/n: make every n-th shard from the i-th on.")
 

@@ -1,6 +1,8 @@
 """The demo's report: one self-contained HTML page with videos, spectrograms and metrics.
 
     python -m vcm_jax.impacts.report --workdir=runs/impacts --data=data/impacts
+    python -m vcm_jax.impacts.report --workdir=runs/impacts --data=data/impacts --clips=40
+    python -m vcm_jax.impacts.report --workdir=runs/impacts --data=data/impacts --shown=20
 
 `--data` is a folder made by `python -m vcm_jax.impacts`. The impact times of its clips are known,
 so that synchrony can be measured. All metrics are this project's own, not the papers'.
