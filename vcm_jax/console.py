@@ -11,6 +11,7 @@ COMMANDS = {
     "vcm-train": "vcm_jax.main",
     "vcm-generate": "vcm_jax.generate",
     "vcm-extract": "vcm_jax.features.extract",
+    "vcm-train-codec": "vcm_jax.codec.train",
     "vcm-evaluate": "vcm_jax.evaluate",
     "vcm-compare": "vcm_jax.compare",
     "vcm-pretrained": "vcm_jax.pretrained",

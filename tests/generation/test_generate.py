@@ -134,7 +134,7 @@ def test_searched_times_of_a_run(world):
     assert len(times) == 3 and found > 0 and equal > 0
     with pytest.raises(ValueError, match="has 40 records, 41 are wanted"):
         search_times.run_velocity(run, source, 41)
-    with pytest.raises(ValueError, match="val: no such records folder"):
+    with pytest.raises(ValueError, match="val: no such folder"):
         search_times.records_of(world / "run")
 
 

@@ -1,14 +1,15 @@
 """Trains a codec on one's own sounds.
 
     python -m vcm_jax.codec.train --sounds=DIR --out=CODEC
+    python -m vcm_jax.codec.train --sounds=DIR --out=CODEC --linear_codec=RECORDS/codec
+    python -m vcm_jax.codec.train --sounds=DIR --out=CODEC --size=base --encoder=learned
 
-DIR has sound files, or videos with sound. CODEC is then a codec folder for `--codec` of extraction
-and generation; CODEC/training keeps checkpoints, TensorBoard events and the decoded sounds. If
+DIR has sound files, or videos with sound. CODEC is then a folder for --codec of extraction and
+generation; CODEC/training keeps checkpoints, TensorBoard events and the decoded sounds. If
 interrupted, rerun the same command: it resumes. By default the latents are principal components of
-the spectrogram, and minutes on two cores are enough. --size=base --encoder=learned --adversarial is
-for hours on a GPU.
-
-Files without a usable sound are left out; the exit code is then 3.
+the spectrogram, and minutes on two cores are enough; the second example decodes the latents of
+records that exist already, the third one takes hours on a GPU. Files without a usable sound are
+left out; the exit code is then 3.
 """
 
 import contextlib
@@ -25,7 +26,7 @@ from absl import flags, logging
 from flax import traverse_util
 
 from vcm_jax.claim import claim, hold
-from vcm_jax.cli import LEFT_OUT, run
+from vcm_jax.cli import LEFT_OUT, heading, run
 from vcm_jax.codec import LearnedCodec, LinearCodec, fit_linear_codec, load_codec
 from vcm_jax.codec.corpus import Corpus, open_corpus
 from vcm_jax.codec.fourier import DECODERS
@@ -51,6 +52,7 @@ RECIPES = {
 def define_flags():
     flags.DEFINE_string("sounds", None, "Folder of sounds or videos to train on.", required=True)
     flags.DEFINE_string("out", None, "Codec folder to write.", required=True)
+    heading("Codec")
     flags.DEFINE_enum("mode", "16k", list(MELS), "Sample rate, 16 or 44.1 kHz.")
     flags.DEFINE_enum("size", "tiny", list(DECODERS), "Size of the networks.")
     flags.DEFINE_enum(
@@ -58,6 +60,7 @@ def define_flags():
     )
     flags.DEFINE_string("linear_codec", None, "Codec folder whose linear latents are decoded.")
     flags.DEFINE_integer("latent_dim", None, "Channels of the latents (20 or, at 44.1 kHz, 40).")
+    heading("Training")
     flags.DEFINE_integer("steps", None, "Training steps (2400 for tiny, 200000 for base).")
     flags.DEFINE_integer("batch_size", None, "Crops in a batch (6, 32).")
     flags.DEFINE_integer("crop", None, "Latents in a crop (32, 64).")
@@ -66,6 +69,7 @@ def define_flags():
     flags.DEFINE_float("kl_weight", 1e-3, "Weight of the divergence of learned latents.")
     flags.DEFINE_bool("adversarial", False, "Train with discriminators, too.")
     flags.DEFINE_integer("seed", 0, "Seed of weights, crops and noise.", 0)
+    heading("Validation and logs")
     flags.DEFINE_integer("val_sounds", 16, "Sounds kept for validation, at most a tenth.", 1)
     flags.DEFINE_integer("log_every", 50, "Steps between lines of the log.", 1)
     flags.DEFINE_integer("eval_every", 0, "Steps between validations (0: at the end).", 0)

@@ -37,7 +37,9 @@ table.text td, table.text th { text-align: left; vertical-align: top }
 .videos { display: grid; grid-template-columns: repeat(4, 1fr); gap: .8em; margin: .5em 0 }
 @media (max-width: 600px) { .videos { grid-template-columns: repeat(2, 1fr) } }
 video { width: 100%; image-rendering: auto } figcaption { text-align: center; color: #555 }
-.wide { overflow-x: auto } figure.wide img { width: 100%; min-width: 480px; max-width: none } .wide td:last-child, .wide th:last-child { text-align: left }
+.wide { overflow-x: auto }
+figure.wide img { width: 100%; min-width: 480px; max-width: none }
+.wide td:last-child, .wide th:last-child { text-align: left }
 .sentence { display: inline-block; min-width: 16em } code { overflow-wrap: anywhere }
 .win { font-weight: 600 } small { color: #555; overflow-wrap: anywhere }
 .error { color: #b00 } .warning { color: #a60 } .fit { color: #070 }
