@@ -27,12 +27,12 @@ class Request:
 
     Attributes:
       id: of the clip; its noise depends on it.
-      video: whose sound is wanted; None for a prompt alone.
+      video: path of the video whose sound is wanted; None for a prompt alone.
       prompt: "" if there is none.
     """
 
     id: str
-    video: Path | None
+    video: Path | str | None
     prompt: str = ""
 
 
