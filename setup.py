@@ -1,5 +1,6 @@
 """Packaging of vcm_jax; the requirements live in requirements.txt alone."""
 
+import runpy
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -10,6 +11,7 @@ REQUIREMENTS = [
     for line in (HERE / "requirements.txt").read_text().splitlines()
     if line.strip() and not line.startswith("#")
 ]
+COMMANDS = runpy.run_path(str(HERE / "vcm_jax/console.py"))["COMMANDS"]
 
 setup(
     name="vcm_jax",
@@ -17,7 +19,10 @@ setup(
     description="Few-step video-to-audio models in JAX: velocity consistency and its siblings",
     long_description=(HERE / "README.md").read_text(),
     long_description_content_type="text/markdown",
-    packages=find_packages(include=["vcm_jax", "vcm_jax.*"]),
+    # The configs are named by path in a checkout, and also by name once they are installed.
+    packages=[*find_packages(include=["vcm_jax", "vcm_jax.*"]), "vcm_jax.configs"],
+    package_dir={"vcm_jax.configs": "configs"},
+    entry_points={"console_scripts": [f"{name} = vcm_jax.console:start" for name in COMMANDS]},
     license="Apache-2.0",
     python_requires=">=3.11",
     install_requires=REQUIREMENTS,

@@ -40,7 +40,7 @@ make_environment() {
   if [ ! -f "$installed" ] || [ "$(cat "$installed")" != "$wanted" ]; then
     echo "making the environment in $VENV (1.7 GB): about a minute, more on a slow line"
     run "${PYTHON:-python3}" -m venv "$VENV"
-    run "$VENV/bin/pip" install --quiet --disable-pip-version-check --requirement requirements.txt
+    run "$VENV/bin/pip" install --disable-pip-version-check --requirement requirements.txt
     run "$VENV/bin/python" -c "$WARM_LIBROSA"
     run "$VENV/bin/pip" install --quiet --disable-pip-version-check --editable ".[$1]"
     [ -n "${DRY_RUN:-}" ] || printf '%s\n' "$wanted" > "$installed"

@@ -12,7 +12,7 @@ PACKAGE = TESTS.parent / "vcm_jax"
 # rooms in the rows above its own row in this table, inside functions too. A folder stands for its
 # modules, except for those that are listed by themselves.
 FLOORS = [
-    {"atomic", "settings"},
+    {"atomic", "console", "settings", "usage"},
     {"ema", "hashes", "objectives", "metrics", "media.names"},
     {"records.example", "records.sequence"},
     {"claim", "cli", "sampling", "codec", "media", "devices"},

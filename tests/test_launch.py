@@ -53,9 +53,9 @@ def test_the_demo_runs_every_part(tmp_path):
     modules = [line.split()[3] for line in lines if line.startswith("+ python -m vcm_jax")]
     assert modules == [
         "vcm_jax.impacts",
-        *["vcm_jax.features.extract"] * 3,
+        "vcm_jax.codec.train",
+        *["vcm_jax.features.extract"] * 2,
         "vcm_jax.main",
-        "vcm_jax.generate",
         "vcm_jax.impacts.report",
     ]
 

@@ -2,11 +2,17 @@
 
 import ast
 import importlib.metadata
+import os
 import re
+import shutil
+import subprocess
 import sys
+import venv
 from pathlib import Path
 
 import pytest
+
+from vcm_jax import console
 
 ROOT = Path(__file__).parents[1]
 
@@ -83,6 +89,67 @@ def test_every_import_is_required(folder, allowed):
 def test_every_requirement_is_used():
     imported = set().union(*(options for options, _ in third_party("vcm_jax").values()))
     assert not (base() | extras()["torch"]) - imported - NOT_IMPORTED
+
+
+def test_console_commands_run_modules_that_can_be_run(monkeypatch):
+    for module in console.COMMANDS.values():
+        path = ROOT / module.replace(".", "/")
+        file = path / "__main__.py" if path.is_dir() else path.with_suffix(".py")
+        assert 'if __name__ == "__main__":' in file.read_text()
+    wanted = {"train", "generate", "extract", "evaluate", "compare", "pretrained"}
+    assert {f"vcm-{name}" for name in wanted} <= console.COMMANDS.keys()
+    started = []
+    monkeypatch.setattr("runpy.run_module", lambda module, **options: started.append(module))
+    for name in ("/usr/bin/vcm-train", "vcm-generate.exe"):
+        monkeypatch.setattr("sys.argv", [name, "--help"])
+        assert console.start() is None
+    assert started == ["vcm_jax.main", "vcm_jax.generate"]
+
+
+@pytest.mark.slow
+def test_the_installed_package(tmp_path):
+    """`pip install .` into an environment of its own; commands and configs from another folder."""
+    source, environment = tmp_path / "source", tmp_path / "venv"
+    ignored = shutil.ignore_patterns(".*", "runs", "records", "data", "build", "*.egg-info")
+    shutil.copytree(ROOT, source, ignore=ignored)
+    venv.create(environment, with_pip=True)
+    (packages,) = environment.glob("lib/python*/site-packages")
+    # What it needs comes from here; the package itself must be the installed one.
+    others = [path for path in sys.path if path.endswith("site-packages")]
+    (packages / "others.pth").write_text("".join(f"{path}\n" for path in others))
+    pip = [environment / "bin/pip", "install", "--no-deps", "--quiet", source]
+    subprocess.run(pip, check=True)
+
+    def run(*command):
+        line = [environment / "bin" / command[0], *command[1:]]
+        env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+        return subprocess.run(line, cwd=tmp_path, env=env, capture_output=True, text=True)
+
+    where = run("python", "-c", "import vcm_jax; print(vcm_jax.__file__)").stdout
+    assert where.startswith(str(packages))
+    for name in console.COMMANDS:
+        done = run(name, "--help")
+        assert done.returncode == 0 and "python -m vcm_jax" in done.stdout, done.stderr
+    data = run("vcm-impacts", "--out=data", "--train=2", "--val=0", "--test=0", "--workers=2")
+    assert data.returncode == 0 and len(list(tmp_path.glob("data/train/*.mp4"))) == 2, data.stderr
+    made = run("vcm-extract", "--videos=data/train", "--duration=2.56", "--out=records")
+    assert made.returncode == 0, made.stderr
+    for config in ("impacts", "impacts:soflow", f"{source}/configs/impacts.py"):
+        dry = run(
+            "vcm-train",
+            f"--config={config}",
+            "--workdir=run",
+            "--dry_run",
+            "--config.data.sources=('records=1',)",
+            "--config.data.val_sources=()",
+            "--config.data.dir=",
+            "--config.batch_size=2",
+        )
+        assert dry.returncode == 0 and "steps" in dry.stdout, dry.stderr
+    wrong = run("vcm-train", "--config=impact", "--workdir=run")
+    assert wrong.returncode == 1 and wrong.stderr.startswith("error: --config=impact: no such")
+    built = run("python", "-c", "from vcm_jax.training import configs; print(configs.folder())")
+    assert built.stdout.strip() == str(packages / "vcm_jax/configs")
 
 
 def test_the_extras():

@@ -20,17 +20,20 @@ Exit codes: 0 done; 1 the line on stderr says what is wrong; 3 done, but some cl
 (LEFT_OUT); 74 an output cannot be written (UNWRITABLE_CODE); 130 interrupted by Ctrl-C.
 """
 
+import functools
 import math
 import os
 import re
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from absl import app, flags, logging
 
+from vcm_jax import usage
 from vcm_jax.atomic import UNWRITABLE
+from vcm_jax.usage import heading as heading
 
 LEFT_OUT = 3
 UNWRITABLE_CODE = 74  # EX_IOERR of sysexits.h
@@ -118,17 +121,33 @@ def run(
       positional: what the arguments besides the flags are; "" if there are none.
       memory_hint: what the user can do if the memory does not suffice: "lower --batch_size".
     """
+    before = set(flags.FLAGS)
     if define_flags is not None:
         define_flags()
+    own = [name for name in flags.FLAGS if name not in before]
 
     def start(argv):
         execute(main, argv[1:], positional=positional, memory_hint=memory_hint)
 
-    app.run(start, flags_parser=parse_flags)
+    doc = sys.modules["__main__"].__doc__ or ""
+    app.run(start, flags_parser=functools.partial(parse_flags, doc=doc, own=own))
 
 
-def parse_flags(argv: list[str]) -> list[str]:
-    """absl's parser, whose complaints are one line, and two checks that hold for every flag."""
+def show_help(doc: str, own: Iterable[str]) -> None:
+    """Prints a command's help (see `vcm_jax.usage`) and exits."""
+    print(usage.text(doc, own) + "\n\n--helpfull lists the flags of all modules.")
+    sys.exit(0)
+
+
+def parse_flags(argv: list[str], doc: str = "", own: Iterable[str] = ()) -> list[str]:
+    """absl's parser, whose complaints are one line, and two checks that hold for every flag.
+
+    Args:
+      argv: name and arguments of the command.
+      doc, own: what --help says; see `usage.text`.
+    """
+    if usage.is_wanted(argv):
+        show_help(doc, own)
     try:
         rest = flags.FLAGS(argv)
     except flags.Error as error:

@@ -1,6 +1,8 @@
 """Compares runs and folders of sounds side by side, in one self-contained HTML page.
 
-    python -m vcm_jax.compare RUN_A RUN_B@4 SOUNDS ... --truth=VIDEOS --out=report.html
+    python -m vcm_jax.compare RUN_A RUN_B --truth=VIDEOS --out=report.html
+    python -m vcm_jax.compare RUN@1 RUN@4 --truth=VIDEOS --captions=TSV --out=report.html
+    python -m vcm_jax.compare RUN SOUNDS MORE_SOUNDS --truth=SOUNDS_TRUE --out=report.html
 
 The page shows metrics against the true sounds with bootstrap intervals, differences to the first
 set, how many clips each set wins, and some clips to hear and see. A run (a workdir of

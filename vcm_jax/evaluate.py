@@ -1,7 +1,8 @@
 """Scores generated sounds against the true ones: the papers' metrics, or ours from waveforms alone.
 
     python -m vcm_jax.evaluate --pred=CACHE --truth=CACHE --synchformer=synchformer_state_dict.pth
-    python -m vcm_jax.evaluate --pred=SOUNDS --truth=SOUNDS_OR_VIDEOS [--captions=TSV]
+    python -m vcm_jax.evaluate --pred=SOUNDS --truth=SOUNDS_OR_VIDEOS
+    python -m vcm_jax.evaluate --pred=SOUNDS --truth=VIDEOS --captions=TSV --json=metrics.json
 
 With two caches of av-benchmark (`python -m vcm_jax.interop.av_benchmark` makes them) the metrics
 are those of its protocol, and the papers' values stand beside them. With two folders of sounds they

@@ -1,29 +1,14 @@
 """Generates sound for videos with public weights or a trained run.
 
-    python -m vcm_jax.generate --model=mmaudio_large_44k_v2 --video=CLIP.mp4 --prompt="waves" \\
-        --out=OUT.mp4
-    python -m vcm_jax.generate --workdir=runs/impacts --video=CLIP.mp4 --prompt="a metal ball" \\
-        --steps=1 --out=OUT.mp4
+    python -m vcm_jax.generate --model=mmaudio_large_44k_v2 --video=CLIP.mp4 --out=OUT.mp4
+    python -m vcm_jax.generate --workdir=RUN --video=CLIP.mp4 --prompt="a ball" --out=OUT.mp4
+    python -m vcm_jax.generate --workdir=RUN --prompt="rain" --duration=60 --steps=4 --out=RAIN.wav
+    python -m vcm_jax.generate --workdir=RUN --video=FOLDER --captions=LIST.tsv --out=VIDEOS/
 
-`--model` is a name of `vcm_jax.pretrained list`, whose files are fetched when they are first
-needed, or a folder that holds them. `--workdir` is that of a run.
-
-The input is a video, a prompt (with `--duration`, written as .wav or .flac), both, a picture
-(`--image`), a folder of videos, or a list of clips (`--captions`, a TSV with the columns id and
-caption, with `--video` the folder of its files). Several clips go into the folder `--out`. A clip
-that fails is left out with a reason and costs no other clip; the exit code is then 3, or 1 if no
-clip could be written. `--seeds=0,1,2` makes several takes of each, OUT_0.mp4 and so on.
-
-With flow-matching weights the sampler takes 25 guided Euler steps unless flags say otherwise.
-Guidance leads away from `--negative_prompt`.
-
-`--records=RECORDS` takes extracted features instead: a whole test set in one resumable run on all
-devices. `--out` is then a folder of sounds. `--shard=0/2` generates every second one, for two
-hosts.
-
-Sounds never clip: where the true peak exceeds -1 dBTP, a limiter lowers the gain around it. In
-folders of sounds, `.as_made` keeps what the network made of those that were changed; `evaluate`,
-`compare` and `interop.av_benchmark` read it in their place.
+A clip that fails is left out with a reason and costs no other clip; the exit code is then 3, or 1
+if no clip could be written. --records takes extracted features instead of videos: a test set in one
+resumable run on all devices, into a folder of sounds. Sounds never clip: a limiter keeps the true
+peak below -1 dBTP; in folders of sounds .as_made keeps what the network made, for evaluation.
 """
 
 import dataclasses
@@ -35,7 +20,7 @@ from absl import flags
 from tqdm import tqdm
 
 from vcm_jax import sampling
-from vcm_jax.cli import LEFT_OUT, define_duration, define_run_flags, run
+from vcm_jax.cli import LEFT_OUT, define_duration, define_run_flags, heading, run
 from vcm_jax.generation.finish import Finish
 from vcm_jax.generation.outputs import VIDEO_FORMATS, generate_files, is_folder, plan
 from vcm_jax.generation.records import generate_records
@@ -45,6 +30,7 @@ from vcm_jax.records.source import RecordSource
 
 
 def define_flags():
+    heading("Input and output")
     define_run_flags(required=False)
     flags.DEFINE_string("model", None, "Public weights instead: their name, or a folder of files.")
     flags.DEFINE_string("video", "", "A video, or a folder of videos.")
@@ -65,8 +51,9 @@ def define_flags():
         "format",
         None,
         ["mp4", "mov", "mkv", "webm", "wav", "flac"],
-        "Format of the files in a folder (mp4; wav for --records and prompts).",
+        "Of files in a folder (mp4; wav without a video).",
     )
+    heading("Sampling")
     flags.DEFINE_integer(
         "steps", None, "Steps of the sampler, of equal length (1; 25 for flow matching).", 1, 1000
     )
@@ -74,11 +61,11 @@ def define_flags():
     flags.DEFINE_float(
         "guidance_scale",
         None,
-        "Sample with Euler steps and this classifier-free guidance (1: none), instead of the "
-        "objective's own way.",
+        "Take Euler steps with this guidance (1: none), not the objective's own way.",
     )
     flags.DEFINE_list("guidance_interval", None, "Times at which that guidance applies: 0,0.8.")
     flags.DEFINE_bool("restart", False, "After every step, predict the data and add new noise.")
+    heading("Length and batches")
     define_duration(0.0, "Seconds: the maximum for a video, the length for a prompt.")
     flags.DEFINE_string(
         "window",
@@ -97,6 +84,7 @@ def define_flags():
     )
     flags.DEFINE_integer("seed", 0, "Seed of the noise, any integer.")
     flags.DEFINE_list("seeds", [], "Several seeds, 0,1,2: a take of each.")
+    heading("Weights")
     flags.DEFINE_enum(
         "dtype",
         None,

@@ -1,5 +1,10 @@
-"""Trains a model: `python -m vcm_jax.main --config=configs/s16k.py --workdir=runs/s16k`.
+"""Trains a model.
 
+    python -m vcm_jax.main --config=configs/s16k.py --workdir=runs/s16k
+    python -m vcm_jax.main --config=configs/impacts.py:soflow --workdir=runs/soflow
+    python -m vcm_jax.main --config=s16k --workdir=runs/mine --config.batch_size=64 --dry_run
+
+--config is a file or the name of one of this project's; --config.KEY=VALUE overrides its settings.
 The same command runs on every machine of a run, and resumes the run when it is run again.
 
 Exit codes: 0 done; 1 the line on stderr says what is wrong; 74 nothing can be saved any more; 75 a
@@ -20,13 +25,15 @@ import traceback
 from absl import app, flags
 from ml_collections import config_flags
 
-from vcm_jax import cli
+from vcm_jax import cli, usage
 from vcm_jax.atomic import UNWRITABLE
 from vcm_jax.devices import distributed
 from vcm_jax.runs import checkpoint
-from vcm_jax.training import loop
+from vcm_jax.training import configs, loop
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "What to train: a file in configs/.")
+CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "What to train: a file, or a name such as s16k."
+)
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, events, codec.")
 DRY_RUN = flags.DEFINE_bool(
     "dry_run", False, "Compile, print what the run would take, and stop; writes nothing."
@@ -100,10 +107,14 @@ def leave(code: int, line: str) -> None:
 
 def parse_flags(argv):
     """absl's parser; whatever is wrong with a config file or a flag becomes one line."""
+    if usage.is_wanted(argv):
+        cli.show_help(__doc__, ("config", "workdir", "dry_run", "peer_timeout"))
     try:
-        rest = flags.FLAGS(argv)
+        rest = flags.FLAGS(configs.resolve(argv))
         dict(CONFIG.value)  # a file that could not be read raises when it is looked at
         return rest
+    except configs.ConfigError as error:
+        sys.exit(f"error: {error}")
     except flags.Error as error:  # for a config file that raises, the last line of its traceback
         line = str(error).strip().splitlines()[-1].strip().removeprefix("ValueError: ")
         sys.exit(f"error: {line}")

@@ -1,8 +1,11 @@
 """EMA weights of any width, from the snapshots that a run keeps.
 
-    python -m vcm_jax.reconstruct --workdir=RUN --sigma_rel=0.03 [--step=200000]
+    python -m vcm_jax.reconstruct --workdir=RUN --sigma_rel=0.03
+    python -m vcm_jax.reconstruct --workdir=RUN --sigma_rel=0.03 --step=200000
 
-Afterwards `python -m vcm_jax.generate --workdir=RUN --sigma_rel=0.03` uses them.
+Afterwards generation uses them:
+
+    python -m vcm_jax.generate --workdir=RUN --sigma_rel=0.03 --video=CLIP.mp4 --out=OUT.mp4
 """
 
 from absl import flags

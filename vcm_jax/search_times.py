@@ -1,9 +1,11 @@
 """Searches the best N sampling times of a trained run.
 
-    python -m vcm_jax.search_times --workdir=runs/impacts --steps=4
+    python -m vcm_jax.search_times --workdir=RUN --steps=4
+    python -m vcm_jax.search_times --workdir=RUN --steps=2 --records=RECORDS --clips=64
+    python -m vcm_jax.search_times --workdir=RUN --steps=8 --guidance_scale=4.5
 
-prints the times, for `vcm_jax.generate --times=...`, and how much closer to the finest trajectory
-they come than equal steps.
+It prints the times, for `vcm_jax.generate --times=...`, and how much closer to the finest
+trajectory they come than equal steps.
 
 The run's sampler takes the steps of a fine grid of times, under the conditions of some records.
 From every point of that trajectory every jump of the grid is tried once. Dynamic programming then
@@ -27,7 +29,7 @@ from vcm_jax.generation.run import load_run
 from vcm_jax.models import MMDiT
 from vcm_jax.models.conditioned import encode_features
 from vcm_jax.records import mixture
-from vcm_jax.records.source import RecordSource
+from vcm_jax.records.source import RecordSource, locate
 from vcm_jax.runs import description
 
 
@@ -129,7 +131,7 @@ def records_of(workdir) -> RecordSource:
     """The records that a run is validated on or, if there are none, trained on."""
     data = description.read(workdir).config["data"]
     path, _ = mixture.parse_source((data["val_sources"] or data["sources"])[0])
-    return RecordSource(Path(data["dir"]) / path)
+    return RecordSource(locate(path, data["dir"]))
 
 
 def define_flags():

@@ -14,13 +14,13 @@ from vcm_jax.codec import LinearCodec, fit_linear_codec
 from vcm_jax.data import checks
 from vcm_jax.data import validate as validator
 from vcm_jax.data.checks import check_leaks
-from vcm_jax.data.survey import Survey
 from vcm_jax.data.validate import validate
 from vcm_jax.features.extract import extract
 from vcm_jax.media.write import write_mp4
 from vcm_jax.records.manifest import read_manifest, write_manifest
 from vcm_jax.records.schema import RecordError, serialize, write_shard
 from vcm_jax.records.source import RecordSource
+from vcm_jax.records.survey import Survey
 
 RATE, SECONDS = 16_000, 0.8
 SMALL = dict(duration=SECONDS, clip_dim=8, sync_dim=12, text_dim=6)
@@ -96,11 +96,11 @@ def test_values_ids_and_statistics(good, tmp_path):
             record["id"] = "abcdefghij0_000000"
         return record
 
-    found = "\n".join(errors(validate(rewrite(good[2], tmp_path / "bad", change))))
+    found = "\n".join(map(str, validate(rewrite(good[2], tmp_path / "bad", change))))
     for reason in (
         "latent_std is negative (1), for example abcdefghij1_000001",
-        "still picture (sync features never change) (1), for example abcdefghij2_000002",
-        "sound that never changes (silence?) (1), for example abcdefghij3_000003",
+        "warning: still picture (sync features never change) (1), for example abcdefghij2_000002",
+        "error: sound that never changes (silence?) (1), for example abcdefghij3_000003",
         "clip exceeds 1000 (1), for example abcdefghij4_000004",
         "ids that occur twice (1), for example abcdefghij0_000000",
         "latent statistics in the manifest are off by",
@@ -130,7 +130,7 @@ def test_latents_of_another_file_and_still_pictures(good, tmp_path):
     findings = validate(folder, videos=videos, captions=captions)
     found = "\n".join(map(str, findings))
     assert "latents are not those of the file (2)" in found
-    assert "error: still picture (1), for example abcdefghij4_000004" in found
+    assert "warning: still picture (1), for example abcdefghij4_000004" in found
     assert "warning: media files not found for records (1)" in found
 
 

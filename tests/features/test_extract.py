@@ -8,6 +8,7 @@ import time
 
 import numpy as np
 import pytest
+from commands import run_command
 
 from vcm_jax.claim import ClaimError
 from vcm_jax.codec import fit_linear_codec, load_codec
@@ -317,3 +318,23 @@ def test_a_damaged_summary_is_one_line(videos, whole, tmp_path, text):
             extract(tmp_path / "r", **arguments)
     path.unlink()
     assert extract(tmp_path / "r", **arguments) == whole[1]
+
+
+def test_the_end_says_what_the_validator_would_object_to(tmp_path):
+    """Still pictures are a warning, equal sounds under several ids an error; it decides nothing."""
+    for i in range(3):
+        write_clip(tmp_path / f"videos/{i}.mp4", i, audio=noise(min(i, 1)))
+    still = np.full((20, 16, 24, 3), 99, np.uint8)
+    write_mp4(tmp_path / "videos/still.mp4", still, 25, noise(3), RATE)
+    flags = [f"--{name}={value}" for name, value in SMALL.items()]
+    out = tmp_path / "records"
+    videos = f"--videos={tmp_path / 'videos'}"
+    done = run_command(extraction, videos, f"--out={out}", "--workers=1", *flags)
+    assert done.code == 0, done.err
+    assert done.out.splitlines() == [
+        "error: clips with the same sound under other ids (1), for example 1 = 2",
+        "warning: no captions (4), for example 0, 1, 2, still",
+        "warning: still picture (sync features never change) (1), for example still",
+        "warning: still picture (clip features never change) (1), for example still",
+        f"{out}: 4 records, 0 clips left out",
+    ]

@@ -134,7 +134,7 @@ def test_searched_times_of_a_run(world):
     assert len(times) == 3 and found > 0 and equal > 0
     with pytest.raises(ValueError, match="has 40 records, 41 are wanted"):
         search_times.run_velocity(run, source, 41)
-    with pytest.raises(ValueError, match="val: no such records folder"):
+    with pytest.raises(ValueError, match="val: no such folder"):
         search_times.records_of(world / "run")
 
 
@@ -214,12 +214,18 @@ def test_a_run_in_the_neural_codecs_latents(tmp_path, monkeypatch):
 
 
 def test_the_report(world):
-    results = make_report(world / "run", world / "data", num_clips=3, num_train=40, shown=2)
+    results = make_report(
+        world / "run", world / "data", num_clips=3, num_train=40, shown=2, times={"training": 90}
+    )
     truth, one = results["true sound"], results["1 step"]
     assert truth["f1"] > 0.85 and truth["frechet"] == 0 and truth["material"] > 0.5
     assert one["f1"] < truth["f1"] and one["frechet"] > 1
     page = (world / "run/report.html").read_text()
-    assert page.count("<audio") == 8 and page.count("<img") == 1 + 2 * 5
+    assert page.count("<video") == 2 * 4 and page.count("<img") == 1 + 2 and "1.5 min" in page
+    videos = sorted((world / "run/videos").glob("*.mp4"))
+    assert len(videos) == 2 * 4
+    for video in videos:
+        assert np.abs(read_audio(video, 16_000)).max() < 1 and probe(video).has_audio
     assert not re.findall(r'(?:src|href)="(?!data:)', page), "the page is self-contained"
     assert f"{truth['f1']:.3f}" in page
     written = json.loads((world / "run/report.json").read_text())

@@ -18,15 +18,16 @@ class Done:
     err: str
 
 
-def run_command(module, *arguments, **options) -> Done:
+def run_command(module, *arguments, doc="", **options) -> Done:
     """`python -m MODULE ARGUMENTS`; `options` are those of `cli.run`. Bugs are raised."""
     before = set(flags.FLAGS)
     module.define_flags()
+    own = [name for name in flags.FLAGS if name not in before]
     out, err, code = io.StringIO(), io.StringIO(), 0
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             try:
-                rest = cli.parse_flags([module.__name__, *map(str, arguments)])[1:]
+                rest = cli.parse_flags([module.__name__, *map(str, arguments)], doc, own)[1:]
                 cli.execute(module.main, rest, **options)
             except SystemExit as stop:
                 code = stop.code if isinstance(stop.code, int) else 1

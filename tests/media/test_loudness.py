@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from scipy import signal
 
+from vcm_jax.media import loudness
 from vcm_jax.media.loudness import at_loudness, limit, true_peak
 
 
@@ -130,3 +131,11 @@ def test_sounds_without_a_loudness():
         at_loudness(1e-6 * tone(440, 16_000), 16_000, -23)
     with pytest.raises(ValueError, match="0.1 s of sound have no loudness in LUFS: it takes 0.4 s"):
         at_loudness(tone(440, 16_000, 0.1), 16_000, -23)
+
+
+def test_long_sounds_are_measured_in_blocks(monkeypatch):
+    sound = 1.2 * np.random.default_rng(0).standard_normal(5000)
+    whole = loudness._peaks(sound), limit(sound, 16_000)[0]
+    monkeypatch.setattr(loudness, "_BLOCK", 700)
+    np.testing.assert_allclose(loudness._peaks(sound), whole[0], rtol=1e-12)
+    np.testing.assert_array_equal(limit(sound, 16_000)[0], whole[1])

@@ -1,6 +1,7 @@
 """Which settings may change when a run is resumed."""
 
 import pytest
+from small_runs import load_config
 
 from vcm_jax.training import resume
 
@@ -40,10 +41,28 @@ def test_how_the_work_is_done_may_change():
     ]
 
 
+def test_more_steps_need_no_permission():
+    assert resume.check(META, changed("config", steps=20), allow=False) == [
+        "config.steps is 20, was 10"
+    ]
+    both = changed("config", steps=20, optimizer={"eps": 1})
+    with pytest.raises(
+        resume.ResumeError, match="started with other settings: config.opt.*1e-06. "
+    ):
+        resume.check(META, both, allow=False)
+
+
+def test_every_setting_of_the_logs_is_free():
+    """Whatever says how often, or on how many clips, a run is watched."""
+    watching = [key for key in load_config("s16k") if key.endswith("_every")]
+    watching += ["eval_batches", "eval_clips", "eval_sample_steps", "sample_clips", "profile"]
+    assert len(watching) >= 11 and set(watching) <= set(resume.FREE)
+
+
 @pytest.mark.parametrize(
     "now, message",
     [
-        (changed("config", steps=20), "config.steps is 20, was 10"),
+        (changed("config", steps=5), "config.steps is 5, was 10"),
         (changed("config", optimizer={"eps": 1}), "config.optimizer.eps is 1, was 1e-06"),
         (
             changed("sources", **{"train=1": {"records": 13, "fingerprint": "abcdefghij"}}),
@@ -76,8 +95,6 @@ def test_another_run_is_refused_in_any_case(now, message):
 
 def test_every_key_of_the_configs_has_a_group_that_exists():
     """A key in FREE or FIXED that no config has is a typing error."""
-    from small_runs import load_config
-
     config = load_config("s16k").to_dict()
     for key in (*resume.FREE, *resume.FIXED):
         head, _, tail = key.partition(".")

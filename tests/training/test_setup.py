@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -82,6 +83,17 @@ def test_records_of_other_sizes(data, tmp_path):
     config.model_overrides.sync_dim = 7
     with pytest.raises(loop.SetupError, match="records have sync_dim 5, model demo has 7"):
         loop.train(config, tmp_path / "run")
+    config.model_overrides.clip_dim = 8
+    with pytest.raises(loop.SetupError) as error:
+        loop.train(config, tmp_path / "run")
+    assert str(error.value) == (
+        "the records have clip_dim 6, sync_dim 5, model demo has 8, 7: train with "
+        "--config.model_overrides.clip_dim=6 --config.model_overrides.sync_dim=5, or extract with "
+        "--clip_dim=8 --sync_dim=7"
+    )
+    config.model_overrides.latent_dim = 40
+    with pytest.raises(loop.SetupError, match=r"latent_dim 20, .*sync_dim=5$"):
+        loop.train(config, tmp_path / "run")
     config.model_overrides.sync_dims = 5
     with pytest.raises(loop.SetupError, match="unknown keys .'sync_dims'."):
         loop.train(config, tmp_path / "run")
@@ -89,6 +101,63 @@ def test_records_of_other_sizes(data, tmp_path):
     config = make_config(data, **{"data.sources": ("train=1", f"{tmp_path}/other=1")})
     with pytest.raises(loop.SetupError, match="differ in their encoders"):
         loop.train(config, tmp_path / "run")
+
+
+def test_the_network_for_a_laptop_takes_its_sizes_from_the_records(data):
+    """configs/small.py on records of any width, and its number of parameters."""
+    config = load_config("small")
+    config.data.sources = (f"{data}/train=1",)
+    model = setup.read_setup(config, without_data=False).model
+    assert (model.latent_dim, model.clip_dim, model.sync_dim, model.text_dim) == (20, 6, 5, 4)
+    assert (model.latent_seq_len, model.clip_seq_len, model.text_seq_len) == (20, 5, 5)
+    for widths in (model, MODELS["laptop"]):
+        stats = {"latent_mean": np.zeros(20), "latent_std": np.ones(20)}
+        stats["empty_text"] = np.zeros((widths.text_seq_len, widths.text_dim))
+        init = make_init(MMDiT(widths), stats, make_optimizer(OptimizerConfig()), (0.05,))
+        params = jax.eval_shape(init, jax.random.key(0)).params
+        assert 8e6 < sum(leaf.size for leaf in jax.tree.leaves(params)) < 15e6
+    config.model_overrides.sync_dim = 7
+    with pytest.raises(loop.SetupError, match="records have sync_dim 5, model laptop has 7"):
+        setup.read_setup(config, without_data=False)
+
+
+def test_a_path_that_exists_is_taken_as_it_is(data, tmp_path, monkeypatch):
+    """A config's data.dir comes first for names that are in it alone."""
+    monkeypatch.chdir(data)
+
+    def open_(path, directory):
+        ((source,), _) = setup.open_sources((path,), directory, "sources")
+        return Path(source.path)
+
+    (tmp_path / "base").mkdir()
+    assert open_("train=1", str(tmp_path / "base")).samefile(data / "train")
+    assert open_("train=1", "").samefile(data / "train")
+    assert open_("train=1", ".").samefile(data / "train")
+    assert open_("train=1", str(data)).samefile(data / "train")
+    assert open_(f"{data}/val=1", str(tmp_path / "base")).samefile(data / "val")
+    write_records(tmp_path / "base/train", 3)
+    with pytest.raises(loop.SetupError, match="train: two folders of records, .*whole path"):
+        open_("train=1", str(tmp_path / "base"))
+    (data / "train2").mkdir()  # an extraction that has not ended
+    write_records(tmp_path / "base/train2", 3)
+    assert open_("train2=1", str(tmp_path / "base")).samefile(tmp_path / "base/train2")
+    with pytest.raises(loop.SetupError, match="gone: no such folder, neither as it is nor in data"):
+        open_("gone=1", str(tmp_path / "base"))
+
+
+def test_an_inherited_validation_set_is_named(data):
+    config = load_config("impacts")
+    config.data.update({"dir": "", "sources": (f"{data}/train=1",)})
+    with pytest.raises(loop.SetupError) as error:
+        setup.read_setup(config, without_data=False)
+    line = str(error.value)
+    assert line.startswith("config.data.val_sources='val=1': ")
+    assert line.endswith('; --config.data.val_sources="()" trains without validation')
+    config.data.val_sources = ()
+    config.update_from_flattened_dict(
+        {f"model_overrides.{name}": size for name, size in SIZES.items()}
+    )
+    assert setup.read_setup(config, without_data=False).val is None
 
 
 def test_statistics_of_a_mixture(data, tmp_path):

@@ -20,7 +20,7 @@ from vcm_jax.hashes import short_hash
 _VERSION = 1
 _STACK = 2  # spectrogram frames per latent token: SequenceConfig.latent_downsample
 _ITERATIONS = 32  # of Griffin-Lim
-_DIMS = {"16k": 20, "44k": 40}  # latent channels, as many as MMAudio's codec has in this mode
+LATENT_DIMS = {"16k": 20, "44k": 40}  # channels, as many as MMAudio's codec has in this mode
 
 _log_mel = jax.jit(log_mel, static_argnums=1)
 
@@ -192,7 +192,7 @@ def fit_linear_codec(
     Raises:
       ValueError: fewer frames than components.
     """
-    mel, latent_dim = MELS[mode], latent_dim or _DIMS[mode]
+    mel, latent_dim = MELS[mode], latent_dim or LATENT_DIMS[mode]
     width = _STACK * mel.bands
     count, total, square = 0, np.zeros(width), np.zeros((width, width))
     for sound in sounds:

@@ -16,6 +16,7 @@ from vcm_jax.codec.mel import hann_window
 _RESOLUTIONS = ((2048, 96), (1024, 80), (512, 64), (256, 40))
 _LINEAR = (2048, 512)  # resolutions whose linear magnitudes are compared, too
 _BASE_RATE = 16_000
+_QUIET = 0.1  # mean STFT magnitude; a full-scale tone has about 1
 
 
 @functools.cache
@@ -74,6 +75,11 @@ def energy_distance(x, y, other) -> jax.Array:
 
 
 def relative_l1(y: jax.Array, x: jax.Array, n_fft: int) -> jax.Array:
-    """Sum of the absolute differences of STFT magnitudes over the sum of x's, mean over sounds."""
+    """Mean absolute difference of STFT magnitudes over the mean of x's, mean over the sounds.
+
+    The mean of x's counts as at least `_QUIET`: the background noise of a silent passage cannot be
+    predicted, and must not outweigh what sounds elsewhere.
+    """
     found, wanted = (jnp.sqrt(stft_power(sound, n_fft) + 1e-9) for sound in (y, x))
-    return jnp.mean(jnp.abs(found - wanted).sum((1, 2)) / wanted.sum((1, 2)))
+    level = jnp.maximum(wanted.mean((1, 2)), _QUIET)
+    return jnp.mean(jnp.abs(found - wanted).mean((1, 2)) / level)

@@ -28,7 +28,7 @@ from vcm_jax.codec.mel import MELS
 from vcm_jax.settings import check, choice, integer, number, setting
 
 MARGIN = 1  # latents of real sound on either side of a crop, for the spectrogram of its ends
-_SIGMA_REL = 0.05  # width of the EMA weights
+_SIGMA_REL = 0.02  # width of the EMA weights
 # Weight of both draws' distance to the true sound beside the energy distance. With it the noise is
 # a little weaker than the true one, and hides fewer weak impacts (docs/results.md).
 _CLOSENESS = 0.5

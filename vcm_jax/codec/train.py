@@ -1,14 +1,15 @@
 """Trains a codec on one's own sounds.
 
     python -m vcm_jax.codec.train --sounds=DIR --out=CODEC
+    python -m vcm_jax.codec.train --sounds=DIR --out=CODEC --linear_codec=RECORDS/codec
+    python -m vcm_jax.codec.train --sounds=DIR --out=CODEC --size=base --encoder=learned
 
-DIR has sound files, or videos with sound. CODEC is then a codec folder for `--codec` of extraction
-and generation; CODEC/training keeps checkpoints, TensorBoard events and the decoded sounds. If
+DIR has sound files, or videos with sound. CODEC is then a folder for --codec of extraction and
+generation; CODEC/training keeps checkpoints, TensorBoard events and the decoded sounds. If
 interrupted, rerun the same command: it resumes. By default the latents are principal components of
-the spectrogram, and minutes on two cores are enough. --size=base --encoder=learned --adversarial is
-for hours on a GPU.
-
-Files without a usable sound are left out; the exit code is then 3.
+the spectrogram, and minutes on two cores are enough; the second example decodes the latents of
+records that exist already, the third one takes hours on a GPU. Files without a usable sound are
+left out; the exit code is then 3.
 """
 
 import contextlib
@@ -17,6 +18,7 @@ import functools
 import math
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -25,11 +27,11 @@ from absl import flags, logging
 from flax import traverse_util
 
 from vcm_jax.claim import claim, hold
-from vcm_jax.cli import LEFT_OUT, run
+from vcm_jax.cli import LEFT_OUT, heading, run
 from vcm_jax.codec import LearnedCodec, LinearCodec, fit_linear_codec, load_codec
 from vcm_jax.codec.corpus import Corpus, open_corpus
 from vcm_jax.codec.fourier import DECODERS
-from vcm_jax.codec.linear import stacked_frames
+from vcm_jax.codec.linear import LATENT_DIMS, stacked_frames
 from vcm_jax.codec.mel import MELS
 from vcm_jax.codec.step import CodecConfig, init_state, train_step
 from vcm_jax.devices import preemption, sharding
@@ -40,7 +42,6 @@ from vcm_jax.training.writer import Writer, progress_line
 _FIT_SOUNDS = 400  # number of sounds that statistics and the linear encoder are fitted on
 _HEARD = 4  # validation sounds in TensorBoard
 _LONGEST = 10  # s of a validation sound
-_DIMS = {"16k": 20, "44k": 40}
 # The defaults of each size: minutes on two cores, or hours on a GPU.
 RECIPES = {
     "tiny": dict(steps=2_400, batch_size=6, crop=32, learning_rate=1.5e-3, warmup_steps=50),
@@ -51,6 +52,7 @@ RECIPES = {
 def define_flags():
     flags.DEFINE_string("sounds", None, "Folder of sounds or videos to train on.", required=True)
     flags.DEFINE_string("out", None, "Codec folder to write.", required=True)
+    heading("Codec")
     flags.DEFINE_enum("mode", "16k", list(MELS), "Sample rate, 16 or 44.1 kHz.")
     flags.DEFINE_enum("size", "tiny", list(DECODERS), "Size of the networks.")
     flags.DEFINE_enum(
@@ -58,6 +60,7 @@ def define_flags():
     )
     flags.DEFINE_string("linear_codec", None, "Codec folder whose linear latents are decoded.")
     flags.DEFINE_integer("latent_dim", None, "Channels of the latents (20 or, at 44.1 kHz, 40).")
+    heading("Training")
     flags.DEFINE_integer("steps", None, "Training steps (2400 for tiny, 200000 for base).")
     flags.DEFINE_integer("batch_size", None, "Crops in a batch (6, 32).")
     flags.DEFINE_integer("crop", None, "Latents in a crop (32, 64).")
@@ -66,6 +69,7 @@ def define_flags():
     flags.DEFINE_float("kl_weight", 1e-3, "Weight of the divergence of learned latents.")
     flags.DEFINE_bool("adversarial", False, "Train with discriminators, too.")
     flags.DEFINE_integer("seed", 0, "Seed of weights, crops and noise.", 0)
+    heading("Validation and logs")
     flags.DEFINE_integer("val_sounds", 16, "Sounds kept for validation, at most a tenth.", 1)
     flags.DEFINE_integer("log_every", 50, "Steps between lines of the log.", 1)
     flags.DEFINE_integer("eval_every", 0, "Steps between validations (0: at the end).", 0)
@@ -79,7 +83,7 @@ def read_config(args) -> CodecConfig:
         for field in dataclasses.fields(CodecConfig)
         if getattr(args, field.name, None) is not None
     }
-    recipe = RECIPES[args.size] | {"latent_dim": _DIMS[args.mode]}
+    recipe = RECIPES[args.size] | {"latent_dim": LATENT_DIMS[args.mode]}
     return CodecConfig(**recipe | given)
 
 
@@ -116,8 +120,8 @@ def make_codec(config: CodecConfig, statistics, weights) -> LearnedCodec:
     return LearnedCodec(config.mode, config.size, arrays)
 
 
-def validate(codec: LearnedCodec, sounds, writer: Writer, step: int) -> dict[str, float]:
-    """Metrics of the round trip of held-out sounds, which are written, too."""
+def validate(codec: LearnedCodec, sounds, writer: Writer, step: int) -> None:
+    """Writes metrics of the round trip of held-out sounds, and the first of these sounds."""
     metrics, seconds = SoundMetrics(codec.sample_rate), []
     for number, sound in enumerate(sounds):
         latents = codec.encode(sound)[0]
@@ -131,7 +135,8 @@ def validate(codec: LearnedCodec, sounds, writer: Writer, step: int) -> dict[str
     values = {f"val/{name}": value for name, value in metrics.values().items()}
     values["val/decoding_seconds_per_second"] = float(np.median(seconds))
     writer.scalars(step, values)
-    return values
+    shown = "  ".join(f"{name[4:]} {value:.4g}" for name, value in values.items())
+    logging.info("validation: %s", shown)
 
 
 class _Meter:
@@ -187,6 +192,16 @@ def _val_sounds(corpus: Corpus, numbers, rate: int) -> list[np.ndarray]:
     return [sound for sound in sounds if len(sound) >= 0.1 * rate]
 
 
+def _batches(corpus: Corpus, numbers, config: CodecConfig, mesh, first: int) -> Iterator:
+    """The batches of the steps from `first` on, on the devices."""
+    part, parts = sharding.process_part(mesh, config.batch_size)
+    rows = slice(*(config.batch_size // parts * i for i in (part, part + 1)))
+    size, where = config.crop_samples, sharding.batch_sharding(mesh)
+    for step in range(first, config.steps + 1):
+        sound = corpus.crops(numbers, size, rows, config.batch_size, config.seed, step)
+        yield step, jax.make_array_from_process_local_data(where, sound)
+
+
 def train(config: CodecConfig, corpus: Corpus, workdir: Path, args, linear=None) -> LearnedCodec:
     """Trains a codec; resumes from the latest checkpoint in `workdir`.
 
@@ -198,50 +213,42 @@ def train(config: CodecConfig, corpus: Corpus, workdir: Path, args, linear=None)
       linear: the linear codec whose latents are decoded; None fits one.
 
     Raises:
-      ValueError: the batch does not fit the devices, or the loss is not finite.
+      ValueError: the loss is not finite.
       StorageError: nothing can be saved.
       Preempted: after a SIGTERM, when the state is saved.
     """
     mesh = sharding.make_mesh()
-    sharding.check_batch_size(config.batch_size, mesh)
-    part, parts = sharding.process_part(mesh, config.batch_size)
-    rows = slice(*(config.batch_size // parts * i for i in (part, part + 1)))
-    by_rows, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
     training, held_out = corpus.split(args.val_sounds)
     val_sounds = _val_sounds(corpus, held_out, MELS[config.mode].sample_rate)
     statistics = read_statistics(corpus, training, config, linear)
-    steps, crop = _steps(config, mesh), config.crop_samples
     state, placed, key = jax.device_put(
-        (init_state(config), statistics, jax.random.key(config.seed)), whole
+        (init_state(config), statistics, jax.random.key(config.seed)), sharding.replicated(mesh)
     )
-    with checkpoint.Saver(checkpoint.open_manager(workdir)) as saver:
+    with contextlib.ExitStack() as stack:
+        saver = stack.enter_context(checkpoint.Saver(checkpoint.open_manager(workdir)))
         if saver.manager.latest_step() is not None:
             state = checkpoint.restore(saver.manager, state)
             logging.info("resuming after step %d", int(state.step))
-        first, second_stage = int(state.step), config.noise_from * config.steps
-        writer = Writer(workdir, first, enabled=jax.process_index() == 0)
-        meter = _Meter(config, writer, args.log_every)
-        with preemption.watch() as told_to_stop, contextlib.closing(writer):
-            for step in range(first + 1, config.steps + 1):
-                sound = corpus.crops(training, crop, rows, config.batch_size, config.seed, step)
-                sound = jax.make_array_from_process_local_data(by_rows, sound)
-                noisy = step > second_stage
-                if step in (first + 1, math.floor(second_stage) + 1):
-                    logging.info("compiling once; later runs take the program from a cache")
-                    meter.started = None
-                state, metrics = steps[noisy](state, placed, sound, key)
-                meter.add(step, metrics)
-                last, stop = step == config.steps, told_to_stop(step)
-                if last or (args.eval_every and step % args.eval_every == 0):
-                    codec = make_codec(config, statistics, state.ema)
-                    values = validate(codec, val_sounds, writer, step)
-                    shown = (f"{name[4:]} {value:.4g}" for name, value in values.items())
-                    logging.info("validation: %s", "  ".join(shown))
-                if last or stop or step % args.checkpoint_every == 0:
-                    saver.save(step, state, {}, wait=stop)
-                    writer.flush()
-                if stop and not last:
-                    raise preemption.Preempted(f"SIGTERM: step {step} is saved in {workdir}")
+        first = int(state.step) + 1
+        writer = Writer(workdir, first - 1, enabled=jax.process_index() == 0)
+        stack.enter_context(contextlib.closing(writer))
+        told_to_stop = stack.enter_context(preemption.watch())
+        steps, meter = _steps(config, mesh), _Meter(config, writer, args.log_every)
+        second_stage = math.floor(config.noise_from * config.steps) + 1
+        for step, sound in _batches(corpus, training, config, mesh, first):
+            if step in (first, second_stage):
+                logging.info("compiling once; later runs take the program from a cache")
+                meter.started = None
+            state, metrics = steps[step >= second_stage](state, placed, sound, key)
+            meter.add(step, metrics)
+            last, stop = step == config.steps, told_to_stop(step)
+            if last or (args.eval_every and step % args.eval_every == 0):
+                validate(make_codec(config, statistics, state.ema), val_sounds, writer, step)
+            if last or stop or step % args.checkpoint_every == 0:
+                saver.save(step, state, {}, wait=stop)
+                writer.flush()
+            if stop and not last:
+                raise preemption.Preempted(f"SIGTERM: step {step} is saved in {workdir}")
     return make_codec(config, statistics, state.ema)
 
 
@@ -269,6 +276,7 @@ def main(args):
     config, out = read_config(args), Path(args.out)
     linear = _linear_codec(args.linear_codec, config)
     workdir = out / "training"
+    sharding.check_batch_size(config.batch_size, sharding.make_mesh())
     settings = dataclasses.asdict(config) | {"linear_codec": linear and linear.fingerprint}
     claim(workdir, settings)
     with hold(workdir):

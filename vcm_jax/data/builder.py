@@ -1,6 +1,8 @@
 """The corpus builder: the downloaded files of a corpus become records.
 
     python -m vcm_jax.data.builder vggsound --manual_dir=downloads/vggsound --out=records
+    python -m vcm_jax.data.builder clotho --manual_dir=downloads/clotho --splits=test --out=records
+    python -m vcm_jax.data.builder folder --manual_dir=mine --duration=4 --out=records
 
 This writes records/vggsound/VERSION/{train,val,test}, each a records folder to train on, and beside
 them the metadata with which TensorFlow Datasets reads the same files:
@@ -19,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from absl import flags
 
-from vcm_jax.cli import run
+from vcm_jax.cli import heading, run
 from vcm_jax.data.corpora import CORPORA, CorpusError
 from vcm_jax.features import extract as extraction
 from vcm_jax.features.shards import shard_paths
@@ -190,6 +192,7 @@ def build(
 
 def define_flags():
     extraction.define_flags(sources=False)
+    heading("Corpus")
     flags.DEFINE_string("manual_dir", None, "Folder of the downloaded files.", required=True)
     flags.DEFINE_list("splits", None, "Some of train, val, test. By default all that exist.")
     flags.DEFINE_string("val_list", None, "vggsound: TSV whose first column has the val ids.")

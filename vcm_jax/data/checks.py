@@ -1,6 +1,5 @@
 """The validator's checks: each takes a survey of the records and returns findings."""
 
-import dataclasses
 import re
 from collections import defaultdict
 from pathlib import Path
@@ -9,94 +8,23 @@ import numpy as np
 from tqdm import tqdm
 
 from vcm_jax.codec import load_codec
-from vcm_jax.data.survey import Survey
 from vcm_jax.features.encoders import encoders_from_spec
 from vcm_jax.features.work import failure_reason, read_sound
 from vcm_jax.media.clips import Clip, composed
 from vcm_jax.media.read import read_frames, stream_offset
 from vcm_jax.media.tables import read_table
-from vcm_jax.records.schema import RecordError, latent_statistics
+from vcm_jax.records.findings import Finding, base, finding, odd
+from vcm_jax.records.schema import RecordError
 from vcm_jax.records.source import RecordSource
+from vcm_jax.records.survey import Survey
 
-FEW = 0.01  # up to this share of the records, clips that are merely odd give a warning
 NEAR = 0.97  # signatures with at least this cosine belong to the same recording
 OFFSET = 0.1  # s between the starts of sound and picture from which there is a finding
+_OTHER_LATENTS, _UNREADABLE = "latents are not those of the file", "cannot be read again"
+_STILL = "still picture"
+# What is no matter of how many clips have it; all else is an error if many do.
+_LEVELS = {_OTHER_LATENTS: "error", _UNREADABLE: "error", _STILL: "warning"}
 _YOUTUBE = re.compile(r"^(.{11})_\d+(#\d+)?$")
-
-
-@dataclasses.dataclass(frozen=True)
-class Finding:
-    """A result of a check.
-
-    Attributes:
-      level: "error" or "warning".
-      what: the problem.
-      count: number of records that have it.
-      examples: ids of some of them.
-    """
-
-    level: str
-    what: str
-    count: int = 1
-    examples: tuple[str, ...] = ()
-
-    def __str__(self):
-        some = f", for example {', '.join(self.examples)}" if self.examples else ""
-        return f"{self.level}: {self.what} ({self.count}){some}"
-
-
-def _finding(level: str, what: str, ids) -> list[Finding]:
-    ids = list(ids)
-    return [Finding(level, what, len(ids), tuple(map(str, ids[:5])))] if ids else []
-
-
-def _odd(what: str, ids, total: int) -> list[Finding]:
-    """An error if many of `total` records are odd, a warning if few are."""
-    return _finding("error" if len(ids) > FEW * total else "warning", what, ids)
-
-
-def _base(clip_id: str) -> str:
-    """The id without the #2, #3, ... of a clip's further captions."""
-    return clip_id.split("#")[0]
-
-
-def check_content(source: RecordSource, found: Survey) -> list[Finding]:
-    """Check ids, captions, values and latent statistics of the records by themselves."""
-    total = len(source)
-    findings = _finding("error", "damaged records", found.damaged)
-    for what, ids in found.wrong.items():
-        findings += _finding("error", what, ids)
-    counts, by_hash = defaultdict(int), defaultdict(set)
-    for clip_id, digest in zip(found.ids, found.hashes):
-        counts[clip_id] += 1
-        by_hash[digest].add(_base(clip_id))
-    findings += _finding("error", "ids that occur twice", [i for i, n in counts.items() if n > 1])
-    same = [" = ".join(sorted(ids)) for ids in by_hash.values() if len(ids) > 1]
-    findings += _odd("clips with the same sound under other ids", same, total)
-    findings += _odd("no caption", [i for i, c in zip(found.ids, found.captions) if not c], total)
-    for name, what in (
-        ("spread of the latents over time", "sound that never changes (silence?)"),
-        ("spread of sync over time", "still picture (sync features never change)"),
-        ("spread of clip over time", "still picture (clip features never change)"),
-    ):
-        if name in found.values:
-            still = np.flatnonzero(found.values[name] < 1e-3)
-            findings += _odd(what, [found.ids[i] for i in still], total)
-    return findings + _check_statistics(source, found)
-
-
-def _check_statistics(source: RecordSource, found: Survey) -> list[Finding]:
-    """Compare the manifest's latent statistics with those of all records."""
-    if not found.ids:
-        return []
-    mean, std = latent_statistics(found.sums)
-    off = max(
-        np.max(abs(mean - source.manifest.latent_mean) / np.maximum(std, 1e-6)),
-        np.max(abs(std - source.manifest.latent_std) / np.maximum(std, 1e-6)),
-    )
-    if off <= 1e-3:
-        return []
-    return [Finding("error", f"latent statistics in the manifest are off by {off:.2g} std")]
 
 
 def check_files(source: RecordSource) -> list[Finding]:
@@ -139,7 +67,7 @@ def check_text(source: RecordSource, count: int = 64) -> list[Finding]:
             wrong.append("(the empty text)")
     except RecordError:
         pass  # `check_files` reports it
-    return _finding("error", "text features are not those of the caption", wrong)
+    return finding("error", "text features are not those of the caption", wrong)
 
 
 def check_captions(folder: Path, found: Survey, rows: list[tuple[str, str]]) -> list[Finding]:
@@ -150,18 +78,18 @@ def check_captions(folder: Path, found: Survey, rows: list[tuple[str, str]]) -> 
     listed = dict(rows)
     missing = [i for i in found.ids if i not in listed]
     wrong = [i for i, c in zip(found.ids, found.captions) if i in listed and listed[i] != c]
-    findings = _finding("error", "ids that the list of captions does not have", missing)
+    findings = finding("error", "ids that the list of captions does not have", missing)
     if wrong:
         shift = _find_shift(found, rows)
         note = f"; most are those of the row {shift:+d} from theirs" if shift else ""
-        findings += _finding("error", f"captions differ from the list{note}", wrong)
+        findings += finding("error", f"captions differ from the list{note}", wrong)
     excused = set()
     if (folder / "failures.tsv").exists():
         _, failures = read_table(folder / "failures.tsv")
         excused = {row.get("id") for _, row in failures}
     here = set(found.ids)
     lost = [i for i in listed if i not in excused and i not in here]
-    return findings + _finding("error", "rows of the list neither here nor in failures.tsv", lost)
+    return findings + finding("error", "rows of the list neither here nor in failures.tsv", lost)
 
 
 def _find_shift(found: Survey, rows: list[tuple[str, str]]) -> int:
@@ -184,15 +112,15 @@ def _video(clip_id: str) -> str | None:
 
 def check_leaks(found: Survey, test: Survey) -> list[Finding]:
     """Look for clips of the test set: by id, by YouTube video, by equal and by similar sound."""
-    theirs = {_base(i) for i in test.ids}
-    shared = {_base(i) for i in found.ids} & theirs
-    findings = _finding("error", "ids that are in the test set", shared)
+    theirs = {base(i) for i in test.ids}
+    shared = {base(i) for i in found.ids} & theirs
+    findings = finding("error", "ids that are in the test set", shared)
     videos = {_video(i) for i in test.ids} - {None}
-    other = [i for i in found.ids if _base(i) not in theirs and _video(i) in videos]
-    findings += _finding("warning", "other seconds of a video that is in the test set", other)
+    other = [i for i in found.ids if base(i) not in theirs and _video(i) in videos]
+    findings += finding("warning", "other seconds of a video that is in the test set", other)
     hashes = dict(zip(test.hashes, test.ids))
     same = [f"{i} = {hashes[h]}" for i, h in zip(found.ids, found.hashes) if h in hashes]
-    findings += _finding("error", "sounds that are in the test set", same)
+    findings += finding("error", "sounds that are in the test set", same)
     near, theirs_by_content = [], test.signatures.astype(np.float32).T
     for first in range(0, len(found.ids), 4096):
         cosine = found.signatures[first : first + 4096].astype(np.float32) @ theirs_by_content
@@ -202,7 +130,7 @@ def check_leaks(found: Survey, test: Survey) -> list[Finding]:
             if found.hashes[i] not in hashes:
                 near.append(f"{found.ids[i]} ~ {test.ids[j]} ({cosine[k, j]:.4f})")
     what = f"sounds very similar to one in the test set (cosine >= {NEAR})"
-    return findings + _odd(what, near, len(found.ids))
+    return findings + odd(what, near, len(found.ids))
 
 
 def _shrink(frame: np.ndarray) -> np.ndarray:
@@ -231,9 +159,9 @@ def _media_problems(source: RecordSource, codec, record: dict, clip: Clip):
     mean, _ = codec.encode(sound)
     a, b = (np.ravel(latents) - latents.mean() for latents in (mean, record["latent_mean"]))
     if a @ b < 0.9 * np.linalg.norm(a) * np.linalg.norm(b):
-        yield "latents are not those of the file", clip.id
+        yield _OTHER_LATENTS, clip.id
     if source.manifest.has_video and _is_still(clip, sequence):
-        yield "still picture", clip.id
+        yield _STILL, clip.id
 
 
 def check_media(source: RecordSource, clips: dict[str, Clip], count: int) -> list[Finding]:
@@ -267,9 +195,11 @@ def check_media(source: RecordSource, clips: dict[str, Clip], count: int) -> lis
             for what, description in _media_problems(source, codec, record, clip):
                 wrong[what].append(description)
         except Exception as error:
-            wrong["cannot be read again"].append(failure_reason(clip, error))
-    findings = _finding("warning", "media files not found for records", absent)
+            wrong[_UNREADABLE].append(failure_reason(clip, error))
+    findings = finding("warning", "media files not found for records", absent)
     for what, ids in wrong.items():
-        hard = what.startswith(("latents", "cannot"))
-        findings += _finding("error", what, ids) if hard else _odd(what, ids, done)
+        if what in _LEVELS:
+            findings += finding(_LEVELS[what], what, ids)
+        else:
+            findings += odd(what, ids, done)
     return findings

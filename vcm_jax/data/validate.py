@@ -1,7 +1,8 @@
 """The validator: are these records fit to train on? Prints its findings and writes a page.
 
-    python -m vcm_jax.data.validate RECORDS [--videos=DIR | --sounds=DIR] [--captions=TSV]
-        [--against=TEST_RECORDS] [--page=validate.html]
+    python -m vcm_jax.data.validate RECORDS
+    python -m vcm_jax.data.validate RECORDS --videos=DIR --captions=TSV --page=validate.html
+    python -m vcm_jax.data.validate RECORDS --against=TEST_RECORDS
 
 It reads every record of the folder. Given the media files, it decodes --media_clips of them; given
 the list of captions, it compares every caption; given the records of a test set, it looks for
@@ -15,15 +16,12 @@ from absl import flags
 
 from vcm_jax.cli import UNWRITABLE_CODE, run
 from vcm_jax.data.checks import (
-    Finding,
     check_captions,
-    check_content,
     check_files,
     check_leaks,
     check_media,
     check_text,
 )
-from vcm_jax.data.survey import survey
 from vcm_jax.data.validate_page import write_page
 from vcm_jax.media.clips import (
     SOUND_SUFFIXES,
@@ -33,8 +31,10 @@ from vcm_jax.media.clips import (
     list_clips,
     read_captions,
 )
+from vcm_jax.records.findings import Finding, check_content
 from vcm_jax.records.schema import RecordError
 from vcm_jax.records.source import RecordSource
+from vcm_jax.records.survey import survey
 
 
 def validate(

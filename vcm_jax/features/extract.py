@@ -1,7 +1,8 @@
 """The extraction command: videos or sounds and their captions become records.
 
     python -m vcm_jax.features.extract --videos=DIR --captions=TSV --out=RECORDS
-    python -m vcm_jax.features.extract --sounds=DIR --captions=TSV --out=RECORDS --codec=DIR
+    python -m vcm_jax.features.extract --videos=DIR --encoders=WEIGHTS --codec=DIR --out=RECORDS
+    python -m vcm_jax.features.extract --sounds=DIR --segments --duration=8 --out=RECORDS
 
 With --encoders=DIR, CLIP and Synchformer compute the features, with the weights in DIR; otherwise
 encoders without weights do. The first --duration seconds of each clip are used; --segments splits
@@ -29,19 +30,23 @@ from tqdm import tqdm
 
 from vcm_jax.atomic import read_json, write_json
 from vcm_jax.claim import claim, hold
-from vcm_jax.cli import LEFT_OUT, run
+from vcm_jax.cli import LEFT_OUT, heading, run
 from vcm_jax.codec import check_codec, load_codec
 from vcm_jax.features import work
 from vcm_jax.features.encoders import Encoders, WeightsFreeEncoders, load_encoders
+from vcm_jax.features.lengths import check_lengths
 from vcm_jax.features.merge import merge
 from vcm_jax.features.records_codec import prepare_codec
 from vcm_jax.features.shards import Journal, shard_paths
 from vcm_jax.features.work import ExtractError
 from vcm_jax.media.clips import SOUND_SUFFIXES, VIDEO_SUFFIXES, Clip, list_clips
 from vcm_jax.media.read import num_frames, read_frames, read_image, read_spans
+from vcm_jax.records.findings import check_content
 from vcm_jax.records.manifest import MANIFEST, Manifest, read_manifest
 from vcm_jax.records.schema import VERSION
 from vcm_jax.records.sequence import SequenceConfig
+from vcm_jax.records.source import RecordSource
+from vcm_jax.records.survey import survey
 
 CLIPS_PER_SHARD = 256
 LONGEST = 3600.0  # s; a clip is in memory as a whole
@@ -204,7 +209,7 @@ def extract(
       The manifest, or None while the shards of other processes are not done.
 
     Raises:
-      ExtractError: no clip can be used.
+      ExtractError: no clip can be used, for example because all are shorter than `duration`.
       ClaimError: `out` has records made with other settings, or another process works in it.
       ValueError: other bad arguments.
     """
@@ -228,6 +233,8 @@ def extract(
         "segments": segments,
         "clips_per_shard": CLIPS_PER_SHARD,
     }
+    if video and not (out / "codec").exists():
+        check_lengths(clips, sequence)
     with hold(out, shard):
         _claim(out, settings)
         used = prepare_codec(out, codec, clips, sequence)
@@ -276,6 +283,7 @@ def define_flags(sources: bool = True):
     Args:
       sources: whether to define the flags that name clips, which the corpus builder lacks.
     """
+    heading("Input and output")
     if sources:
         flags.DEFINE_string("videos", None, "Folder of videos.")
         flags.DEFINE_string("sounds", None, "Folder of sounds, instead of videos.")
@@ -283,6 +291,7 @@ def define_flags(sources: bool = True):
         flags.DEFINE_boolean("segments", False, "Split long sounds into segments of --duration.")
     flags.DEFINE_string("out", None, "Records folder to write.", required=True)
     flags.DEFINE_string("codec", None, "Codec folder. By default the linear codec is fitted.")
+    heading("Features")
     flags.DEFINE_string("encoders", None, "Folder with the weights of CLIP and Synchformer.")
     flags.DEFINE_enum(
         "encoder_dtype", "float32", ["float32", "bfloat16"], "Number format of these encoders."
@@ -298,6 +307,7 @@ def define_flags(sources: bool = True):
             f"Width of the {kind} features of encoders without weights ({default}).",
             lower_bound=1,
         )
+    heading("Work")
     flags.DEFINE_integer("workers", os.cpu_count(), "Number of processes.", lower_bound=1)
     flags.DEFINE_string("shard", "0/1", "i/n: make every n-th shard from the i-th on.")
 
@@ -317,7 +327,14 @@ def settings_from_flags() -> dict:
 
 
 def report(out, manifest: Manifest) -> int:
-    """Print how many records there are; returns the exit code of a command that made them."""
+    """Print how many records there are, and what the validator would say of them.
+
+    Returns:
+      The exit code of a command that made them.
+    """
+    source = RecordSource(out)
+    for finding in check_content(source, survey(source)):
+        print(finding)
     print(
         f"{out}: {manifest.num_records} records, {manifest.num_failures} clips left out"
         + (" (listed in failures.tsv)" if manifest.num_failures else "")

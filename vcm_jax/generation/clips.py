@@ -27,7 +27,7 @@ class Request:
 
     Attributes:
       id: of the clip; its noise depends on it.
-      video: whose sound is wanted; None without one.
+      video: path of the video whose sound is wanted; None without one.
       prompt: "" if there is none.
       image: a picture in place of a video; None without one.
       ignore_picture: the motion in the video counts, not what is to be seen.
@@ -35,7 +35,7 @@ class Request:
     """
 
     id: str
-    video: Path | None
+    video: Path | str | None
     prompt: str = ""
     image: Path | None = None
     ignore_picture: bool = False

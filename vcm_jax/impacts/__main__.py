@@ -7,8 +7,10 @@ background noise are hidden draws, so that many sounds fit one picture. The impa
 exactly, which makes synchrony measurable.
 
     python -m vcm_jax.impacts --out=data/impacts
+    python -m vcm_jax.impacts --out=data/small --train=100 --val=10 --test=10
+    python -m vcm_jax.impacts --out=data/long --train=0 --val=0 --test=20 --duration=60
 
-writes OUT/train/000000.mp4 ..., OUT/train.tsv (columns id, caption) and OUT/train_impacts.jsonl
+It writes OUT/train/000000.mp4 ..., OUT/train.tsv (columns id, caption) and OUT/train_impacts.jsonl
 (what happened in each clip), and the same for val and test. If interrupted, run it again: it keeps
 the clips that are there.
 """

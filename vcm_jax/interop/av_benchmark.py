@@ -1,6 +1,7 @@
 """Prepares and runs av-benchmark, whose caches of features `vcm_jax.evaluate` reads.
 
-    python -m vcm_jax.interop.av_benchmark --audio=SOUNDS --videos=VIDEOS --out=OUT
+    python -m vcm_jax.interop.av_benchmark --audio=TRUE_SOUNDS --videos=VIDEOS --out=OUT_OF_TRUE
+    python -m vcm_jax.interop.av_benchmark --audio=SOUNDS --out=OUT_OF_GENERATED
 
 av-benchmark (github.com/hkchengrex/av-benchmark) is the protocol of MMAudio's and SoundVCM's
 tables. First this command prepares its input: OUT/audio has mono wav files of exactly 8 s in their

@@ -1,6 +1,7 @@
 """Writes a run's EMA weights as a PyTorch state dict.
 
     python -m vcm_jax.interop.export_torch --workdir=RUN --out=vcm_s16k.pth
+    python -m vcm_jax.interop.export_torch --workdir=RUN --out=vcm_s16k.pth --step=200000
     python -m vcm_jax.interop.export_torch --workdir=RUN --out=fm_s16k.pth --convention=mmaudio
 
 The names are MMAudio's, plus `h_embed.*` for the second time embedder. The latent statistics and

@@ -34,6 +34,13 @@ table.text td, table.text th { text-align: left; vertical-align: top }
 .clip { display: grid; grid-template-columns: 13em 1fr; gap: .4em 1em; align-items: center;
         border-top: 1px solid #ccc; padding: 1em 0 } .clip h3 { grid-column: 1 / 3; margin: 0 }
 .clip audio { width: 100%; height: 2em } .clip img { width: 100% } .note { color: #555 }
+.videos { display: grid; grid-template-columns: repeat(4, 1fr); gap: .8em; margin: .5em 0 }
+@media (max-width: 600px) { .videos { grid-template-columns: repeat(2, 1fr) } }
+video { width: 100%; image-rendering: auto } figcaption { text-align: center; color: #555 }
+.wide { overflow-x: auto }
+figure.wide img { width: 100%; min-width: 480px; max-width: none }
+.wide td:last-child, .wide th:last-child { text-align: left }
+.sentence { display: inline-block; min-width: 16em } code { overflow-wrap: anywhere }
 .win { font-weight: 600 } small { color: #555; overflow-wrap: anywhere }
 .error { color: #b00 } .warning { color: #a60 } .fit { color: #070 }
 """
@@ -51,11 +58,11 @@ class Html:
         return self._text
 
 
-def element(name: str, *children, **attributes) -> Html:
-    """<name attributes>children</name>.
+def element(tag: str, *children, **attributes) -> Html:
+    """<tag attributes>children</tag>.
 
     Args:
-      name: of the element, such as "p".
+      tag: name of the element, such as "p".
       children: Html, iterables of children, or anything else, which is shown as text; None is left
         out.
       attributes: their values are text; a trailing underscore of a name is dropped (`class_`). None
@@ -66,8 +73,8 @@ def element(name: str, *children, **attributes) -> Html:
         for key, value in attributes.items()
         if value is not None
     )
-    start = f"<{name}{given}>"
-    return Html(start if name in _VOID else f"{start}{_text(children)}</{name}>")
+    start = f"<{tag}{given}>"
+    return Html(start if tag in _VOID else f"{start}{_text(children)}</{tag}>")
 
 
 def _text(child) -> str:
@@ -102,6 +109,7 @@ def write_document(path, title: str, *children) -> None:
     """
     parts = [
         element("meta", charset="utf-8"),
+        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
         element("title", title),
         element("style", Html(_STYLE)),
         element("body", children),
@@ -115,12 +123,12 @@ def _data_uri(kind: str, content: bytes) -> str:
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
-def plot(figure) -> Html:
-    """A matplotlib figure, which is closed, as a picture."""
+def plot(figure, alt: str = "") -> Html:
+    """A matplotlib figure, which is closed, as a picture; `alt` says what it shows."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=80, bbox_inches="tight")
+    figure.savefig(buffer, format="png", dpi=100, bbox_inches="tight")
     plt.close(figure)
-    return element("img", alt="", src=_data_uri("image/png", buffer.getvalue()))
+    return element("img", alt=alt, src=_data_uri("image/png", buffer.getvalue()))
 
 
 def player(sound: np.ndarray, sample_rate: int) -> Html:
@@ -129,6 +137,12 @@ def player(sound: np.ndarray, sample_rate: int) -> Html:
         path = Path(folder) / "sound.wav"
         write_sound(path, limit(sound, sample_rate)[0], sample_rate)
         return Html(f'<audio controls src="{_data_uri("audio/wav", path.read_bytes())}"></audio>')
+
+
+def video(path) -> Html:
+    """An mp4 file with controls to play it; the page contains it."""
+    source = _data_uri("video/mp4", Path(path).read_bytes())
+    return Html(f'<video controls loop playsinline preload="auto" src="{source}"></video>')
 
 
 def _small(frame: np.ndarray) -> np.ndarray:

@@ -115,7 +115,8 @@ def _mmaudio(
     return config.with_lengths(sequence)
 
 
-# MMAudio's sizes (its model/networks.py). large_16k is BiTCAM's; `demo` trains on a laptop's CPU.
+# MMAudio's sizes (its model/networks.py). large_16k is BiTCAM's; `laptop` and `demo` train on a
+# laptop's CPU.
 MODELS = {
     "small_16k": _mmaudio("16k", 448, 7, 12, 8),
     "small_44k": _mmaudio("44k", 448, 7, 12, 8),
@@ -123,6 +124,7 @@ MODELS = {
     "large_44k": _mmaudio("44k", 896, 14, 21, 14),
     "large_44k_v2": _mmaudio("44k", 896, 14, 21, 14, version=2),
     "large_16k": _mmaudio("16k", 896, 14, 21, 14),
+    "laptop": _mmaudio("16k", 192, 3, 4, 3),
     "demo": ModelConfig(
         latent_dim=20,
         clip_dim=64,
@@ -137,3 +139,5 @@ MODELS = {
         sync_seq_len=56,
     ),
 }
+# Networks whose widths are those of the records that they are trained on, whatever those are.
+WIDTHS_OF_DATA = ("laptop",)

@@ -21,6 +21,28 @@ from vcm_jax.records.schema import (
 CHECKED_CLIPS = 64  # training compares the statistics with so many clips when it starts
 
 
+def locate(path: str, directory: str) -> epath.Path:
+    """The folder that a data source names: its path as it is, or in `directory` (data.dir).
+
+    Raises:
+      RecordError: there is no such folder, or there are two.
+    """
+    here = epath.Path(path)
+    if not directory or here.is_absolute():
+        return here
+    there = epath.Path(directory) / path
+    found = [folder for folder in (there, here) if folder.exists()]
+    if not found:
+        raise RecordError(f"{path}: no such folder, neither as it is nor in data.dir {directory}")
+    complete = [folder for folder in found if (folder / MANIFEST).exists()]
+    if len(complete) == 2 and here.resolve() != there.resolve():
+        raise RecordError(
+            f"{path}: two folders of records, {here.resolve()} and {there.resolve()}: give the "
+            "whole path of one of them"
+        )
+    return (complete or found)[0]
+
+
 class RecordSource:
     """Random access to a records folder. Picklable; threads and processes may share it.
 

@@ -70,7 +70,8 @@ def check(saved: Mapping, now: Mapping, allow: bool) -> list[str]:
 
     Args:
       saved, now: from `describe`.
-      allow: whether data sources, and keys that are neither `FREE` nor `FIXED`, may differ.
+      allow: whether data sources, and keys that are neither `FREE` nor `FIXED`, may differ. More
+        steps need no permission.
 
     Returns:
       One line for every difference, for the log.
@@ -82,7 +83,10 @@ def check(saved: Mapping, now: Mapping, allow: bool) -> list[str]:
     lines = {key: f"config.{key} {change}" for key, change in config.items()}
     records = changes(saved.get("records", now["records"]), now["records"])
     lines |= {f"records.{key}": f"records' {key} {change}" for key, change in records.items()}
-    refused = {key: line for key, line in lines.items() if not _of(key, FREE)}
+    free = FREE
+    if now["config"]["steps"] > saved["config"]["steps"]:
+        free += ("steps",)  # what was computed stays as it is
+    refused = {key: line for key, line in lines.items() if not _of(key, free)}
     for text, source in now["sources"].items():
         if (before := saved.get("sources", {}).get(text, source)) != source:
             refused[text] = lines[text] = (

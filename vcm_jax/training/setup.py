@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +11,10 @@ from ml_collections import ConfigDict
 
 from vcm_jax.devices import sharding
 from vcm_jax.models import MODELS, MMDiT, ModelConfig
+from vcm_jax.models.config import WIDTHS_OF_DATA
 from vcm_jax.objectives import read_section
 from vcm_jax.records import mixture
-from vcm_jax.records.source import RecordSource
+from vcm_jax.records.source import RecordSource, locate
 from vcm_jax.training import monitor, ranges
 from vcm_jax.training.state import OptimizerConfig
 from vcm_jax.training.step import StepConfig, Teacher, check_network
@@ -46,44 +46,65 @@ def step_config(config: ConfigDict) -> StepConfig:
 def model_config(config: ConfigDict, manifest) -> ModelConfig:
     """The sizes of the network: those of the named model, with the lengths of the data.
 
+    The models in `WIDTHS_OF_DATA` take the widths of the data, too.
+
     Args:
       config: of the run.
-      manifest: of the records; None keeps the lengths of the named model.
+      manifest: of the records; None keeps the lengths and widths of the named model.
 
     Raises:
       SetupError: the records have features of other sizes.
     """
     named = MODELS[config.model]
     sizes = dataclasses.asdict(named.with_lengths(manifest.sequence) if manifest else named)
+    widths = _widths(manifest) if manifest else {}
+    if config.model in WIDTHS_OF_DATA:
+        sizes |= widths
     sizes |= {name: value for name, value in config.model_overrides.items() if value is not None}
     model = _dataclass_from(ModelConfig, sizes, "model_overrides")
-    if manifest is None:
-        return model
-    for name, width in (
-        ("latent_dim", manifest.latent_dim),
-        ("clip_dim", manifest.encoders["clip_dim"]),
-        ("sync_dim", manifest.encoders["sync_dim"]),
-        ("text_dim", manifest.encoders["text_dim"]),
-    ):
-        if getattr(model, name) != width:
-            raise SetupError(
-                f"the records have {name} {width}, model {config.model} has "
-                f"{getattr(model, name)}: extract with that size or set model_overrides.{name}"
-            )
+    differing = {name: width for name, width in widths.items() if getattr(model, name) != width}
+    if differing:
+        theirs = ", ".join(f"{name} {width}" for name, width in differing.items())
+        ours = ", ".join(f"{getattr(model, name)}" for name in differing)
+        fixes = " ".join(f"--config.model_overrides.{n}={w}" for n, w in differing.items())
+        others = " ".join(f"--{n}={getattr(model, n)}" for n in differing if n != "latent_dim")
+        raise SetupError(
+            f"the records have {theirs}, model {config.model} has {ours}: train with {fixes}"
+            + (f", or extract with {others}" if "latent_dim" not in differing else "")
+        )
     return model
+
+
+def _widths(manifest) -> dict[str, int]:
+    """{setting of the network: width of the records' latents and features}."""
+    features = {
+        f"{kind}_dim": manifest.encoders[f"{kind}_dim"] for kind in ("clip", "sync", "text")
+    }
+    return {"latent_dim": manifest.latent_dim} | features
 
 
 def open_sources(texts, directory: str, key: str, like: RecordSource | None = None):
     """([RecordSource], weights) from the 'PATH=WEIGHT' strings of `config.data.KEY`.
 
     Raises:
-      RecordError: a folder is not complete, or its records are damaged.
-      SetupError: the sources have other lengths, encoders or codecs than each other or `like`.
+      SetupError: a folder is not complete or damaged, or the sources have other lengths, encoders
+        or codecs than each other or `like`. The line names the setting.
     """
-    parsed = [mixture.parse_source(text) for text in texts]
-    if not parsed:
+    if not texts:
         raise SetupError(f"config.data.{key} is empty: name at least one 'PATH=WEIGHT'")
-    sources = [RecordSource(Path(directory) / path) for path, _ in parsed]
+    try:
+        return _open_sources(texts, directory, like)
+    except ValueError as error:
+        shown = ", ".join(map(repr, texts))
+        hint = ""
+        if key == "val_sources":
+            hint = f'; --config.data.{key}="()" trains without validation'
+        raise SetupError(f"config.data.{key}={shown}: {error}{hint}") from error
+
+
+def _open_sources(texts, directory: str, like: RecordSource | None):
+    parsed = [mixture.parse_source(text) for text in texts]
+    sources = [RecordSource(locate(path, directory)) for path, _ in parsed]
     like = like or sources[0]
     for source in sources:
         for what in ("sequence", "encoders", "codec"):
