@@ -86,9 +86,9 @@ def _is_shown(record) -> bool:
     return record.levelno >= 30 and not reported and not reading
 
 
-def define_run_flags() -> None:
+def define_run_flags(required: bool = True) -> None:
     """--workdir and --checkpoint, of the commands that read a trained run."""
-    flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
+    flags.DEFINE_string("workdir", None, "Folder of the run.", required=required)
     flags.DEFINE_integer("checkpoint", None, "Training step of the checkpoint (the latest).")
 
 

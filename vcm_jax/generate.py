@@ -1,5 +1,6 @@
-"""Generates sound for videos with a trained run.
+"""Generates sound for videos with public weights or a trained run.
 
+    python -m vcm_jax.generate --model=mmaudio_large_44k_v2 --video=CLIP.mp4 --out=OUT.mp4
     python -m vcm_jax.generate --workdir=RUN --video=CLIP.mp4 --prompt="a ball" --out=OUT.mp4
     python -m vcm_jax.generate --workdir=RUN --prompt="rain" --duration=60 --steps=4 --out=RAIN.wav
     python -m vcm_jax.generate --workdir=RUN --video=FOLDER --captions=LIST.tsv --out=VIDEOS/
@@ -11,6 +12,7 @@ peak below -1 dBTP; in folders of sounds .as_made keeps what the network made, f
 """
 
 import dataclasses
+import os
 import sys
 
 import jax
@@ -20,36 +22,46 @@ from tqdm import tqdm
 from vcm_jax import sampling
 from vcm_jax.cli import LEFT_OUT, define_duration, define_run_flags, heading, run
 from vcm_jax.generation.finish import Finish
-from vcm_jax.generation.outputs import generate_files, is_folder, plan
+from vcm_jax.generation.outputs import VIDEO_FORMATS, generate_files, is_folder, plan
 from vcm_jax.generation.records import generate_records
-from vcm_jax.generation.run import Run, load_run
+from vcm_jax.generation.run import Run, load_public, load_run
 from vcm_jax.generation.windows import Windowing
 from vcm_jax.records.source import RecordSource
 
 
 def define_flags():
     heading("Input and output")
-    define_run_flags()
+    define_run_flags(required=False)
+    flags.DEFINE_string("model", None, "Public weights instead: their name, or a folder of files.")
     flags.DEFINE_string("video", "", "A video, or a folder of videos.")
+    flags.DEFINE_string("image", "", "A picture, instead of a video.")
+    flags.DEFINE_bool("ignore_picture", False, "Use the motion in the video, not what it shows.")
     flags.DEFINE_string("prompt", "", "What is to be heard.")
+    flags.DEFINE_string("negative_prompt", "", "What is not to be heard, for guided samplers.")
     flags.DEFINE_string("captions", "", "TSV with columns id and caption, of videos in --video.")
-    flags.DEFINE_string("out", None, "OUT.mp4 or OUT.wav; a folder for several.", required=True)
+    flags.DEFINE_string(
+        "out",
+        None,
+        "OUT.mp4 (.mov, .mkv, .webm, .wav, .flac); a folder for several.",
+        required=True,
+    )
     flags.DEFINE_string("records", "", "Folder of extracted records, instead of --video.")
     flags.DEFINE_string("shard", "0/1", "i/n: of --records, make every n-th from the i-th on.")
     flags.DEFINE_enum(
         "format",
         None,
-        ["mp4", "wav", "flac"],
-        "Format of the files in a folder (mp4; wav for --records and prompts).",
+        ["mp4", "mov", "mkv", "webm", "wav", "flac"],
+        "Of files in a folder (mp4; wav without a video).",
     )
     heading("Sampling")
-    flags.DEFINE_integer("steps", 1, "Steps of the sampler, of equal length.", 1, 1000)
+    flags.DEFINE_integer(
+        "steps", None, "Steps of the sampler, of equal length (1; 25 for flow matching).", 1, 1000
+    )
     flags.DEFINE_list("times", [], "Decreasing times in place of --steps, such as 1,0.6,0.")
     flags.DEFINE_float(
         "guidance_scale",
         None,
-        "Sample with Euler steps and this classifier-free guidance (1: none), instead of the "
-        "objective's own way.",
+        "Take Euler steps with this guidance (1: none), not the objective's own way.",
     )
     flags.DEFINE_list("guidance_interval", None, "Times at which that guidance applies: 0,0.8.")
     flags.DEFINE_bool("restart", False, "After every step, predict the data and add new noise.")
@@ -71,14 +83,21 @@ def define_flags():
         0.0,
     )
     flags.DEFINE_integer("seed", 0, "Seed of the noise, any integer.")
+    flags.DEFINE_list("seeds", [], "Several seeds, 0,1,2: a take of each.")
     heading("Weights")
+    flags.DEFINE_enum(
+        "dtype",
+        None,
+        ["bfloat16", "float32"],
+        "Of weights and activations (float32 on CPUs, otherwise bfloat16).",
+    )
     flags.DEFINE_string("codec", None, "Codec folder (the run's own), e.g. with another vocoder.")
     flags.DEFINE_string("encoders", None, "Folder of CLIP's and Synchformer's weights.")
     flags.DEFINE_float("sigma_rel", None, "Width of the EMA weights (the run's first).")
 
 
-def read_sampler(args) -> tuple[tuple[float, ...], sampling.Sampler]:
-    """(times, sampler) that the flags ask for.
+def read_sampler(args) -> tuple[tuple[float, ...] | None, sampling.Sampler]:
+    """(times, sampler) that the flags ask for; None for as many steps as the weights need.
 
     Raises:
       ValueError: they are not numbers, or out of range.
@@ -90,12 +109,32 @@ def read_sampler(args) -> tuple[tuple[float, ...], sampling.Sampler]:
         )
     except ValueError as error:
         raise ValueError(f"--times and --guidance_interval take numbers: {error}") from None
+    sampler = sampling.Sampler(args.guidance_scale, interval, args.restart)
+    if not given and args.steps is None:
+        return None, sampler
     times = sampling.check_times(given or sampling.uniform_times(args.steps))
     if times[0] != 1 or times[-1] != 0:
         raise ValueError(
             f"--times run from 1 (noise) to 0 (data), not {times[0]:g} to {times[-1]:g}"
         )
-    return times, sampling.Sampler(args.guidance_scale, interval, args.restart)
+    return times, sampler
+
+
+def read_seeds(args) -> tuple[int, ...]:
+    """The seeds of all takes.
+
+    Raises:
+      ValueError: they are no integers, one is there twice, or --seed is given too.
+    """
+    try:
+        seeds = tuple(int(text) for text in args.seeds) or (args.seed,)
+    except ValueError:
+        raise ValueError(f"--seeds={','.join(args.seeds)}: give integers, such as 0,1,2") from None
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"--seeds={','.join(args.seeds)}: one is there twice")
+    if args.seeds and args.seed:
+        raise ValueError("give --seed or --seeds, not both")
+    return seeds
 
 
 def read_windowing(args) -> Windowing:
@@ -123,30 +162,53 @@ def read_shard(text: str) -> tuple[int, int]:
     return int(index), int(count)
 
 
+def _check_source(args) -> None:
+    """Raises ValueError unless --workdir or --model is given, with flags that belong to it."""
+    if bool(args.workdir) == bool(args.model):
+        raise ValueError("give --model (public weights) or --workdir (a trained run)")
+    for name in ("checkpoint", "sigma_rel"):
+        if args.model and getattr(args, name) is not None:
+            raise ValueError(f"--{name} is for --workdir: public weights have one version only")
+
+
 def _load(args, sampler: sampling.Sampler, with_encoders: bool) -> Run:
-    loaded = load_run(
-        args.workdir, args.checkpoint, args.sigma_rel, args.codec, args.encoders, with_encoders
-    )
-    return dataclasses.replace(loaded, sampler=sampler, windowing=read_windowing(args))
+    # The encoders' PyTorch shares the device, whose memory JAX would keep to itself.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    if args.model:
+        loaded = load_public(args.model, args.codec, args.encoders, dtype)
+    else:
+        folders = args.codec, args.encoders
+        loaded = load_run(
+            args.workdir, args.checkpoint, args.sigma_rel, *folders, with_encoders, dtype
+        )
+    loaded = dataclasses.replace(loaded, sampler=sampler, windowing=read_windowing(args))
+    if args.negative_prompt and not sampler.is_guided(loaded.objective):
+        raise ValueError(
+            "--negative_prompt needs guidance while sampling: give --guidance_scale (not 1)"
+        )
+    return loaded
 
 
 def _from_records(args) -> int | None:
-    for name in ("video", "prompt", "captions", "duration", "encoders"):
+    others = "video image ignore_picture prompt negative_prompt captions duration encoders seeds"
+    for name in others.split():
         if getattr(args, name):
             raise ValueError(f"--records has its own clips: leave out --{name}")
     if args.window != "auto":
         raise ValueError("--window is for videos and prompts: records are sampled as a whole")
-    if args.format == "mp4" or not is_folder(args.out):
+    if f".{args.format}" in VIDEO_FORMATS or not is_folder(args.out):
         raise ValueError("--records makes a folder of sounds: --format=wav or flac")
     index, count = read_shard(args.shard)
     times, sampler = read_sampler(args)
     source = RecordSource(args.records)
+    loaded = _load(args, sampler, with_encoders=False)
     # The processes of a distributed run share each shard.
     done = generate_records(
-        _load(args, sampler, with_encoders=False),
+        loaded,
         source,
         args.out,
-        times,
+        times or sampling.check_times(sampling.uniform_times(loaded.steps)),
         seed=args.seed,
         batch_size=args.batch_size,
         suffix=args.format or "wav",
@@ -166,21 +228,22 @@ def _from_videos(args) -> int | None:
     times, sampler = read_sampler(args)
     if args.shard != "0/1":
         raise ValueError(f"--shard={args.shard} is for --records")
-    wanted, left_out = plan(
-        args.out, video=args.video, prompt=args.prompt, captions=args.captions, format=args.format
-    )
+    seeds = read_seeds(args)
+    flags_of_plan = "video prompt captions format image ignore_picture negative_prompt".split()
+    asked = {name: getattr(args, name) for name in flags_of_plan}
+    wanted, left_out = plan(args.out, seeds=seeds, **asked)
     loaded, written = _load(args, sampler, with_encoders=True), 0
     finish = Finish(args.loudness, keep=is_folder(args.out))
     made = generate_files(
         loaded,
         wanted,
-        times,
-        seed=args.seed,
+        times or sampling.uniform_times(loaded.steps),
+        seeds=seeds,
         batch_size=min(args.batch_size, max(1, len(wanted))),
         duration=args.duration or None,
         finish=finish,
     )
-    for clip, reason in tqdm(made, "Generating", len(wanted), unit="clip"):
+    for clip, reason in tqdm(made, "Generating", len(wanted) * len(seeds), unit="clip"):
         if reason is None:
             written += 1
         else:
@@ -204,6 +267,7 @@ def _summarise(
 
 
 def main(args) -> int | None:
+    _check_source(args)
     return _from_records(args) if args.records else _from_videos(args)
 
 

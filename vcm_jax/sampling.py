@@ -58,6 +58,13 @@ class Sampler:
                 "weights"
             )
 
+    def is_guided(self, objective) -> bool:
+        """Whether it leads away from the empty condition."""
+        scale = self.guidance_scale
+        if scale is None:
+            scale = objective.guidance_scale if objective.instant_only else 1
+        return scale != 1
+
     def velocity(self, objective, net, null_cond):
         """The velocity that `sample` takes, from a network.
 

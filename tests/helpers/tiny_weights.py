@@ -3,6 +3,7 @@
 import dataclasses
 from pathlib import Path
 
+import golden
 import numpy as np
 import tiny_codecs
 import tiny_encoders
@@ -30,13 +31,17 @@ def use_tiny_sizes(monkeypatch) -> None:
 
 def network(mode: str, seed: int = 0) -> dict[str, np.ndarray]:
     """A state dict as MMAudio's files have it."""
-    rng = np.random.default_rng(seed)
     shapes = torch_shapes(MODELS[_model(mode)])
-    return {
-        name: rng.standard_normal(shape).astype(np.float32)
+
+    def rule(name, shape):
+        return "fan_in" if len(shape) > 1 else "one_plus" if "_norm." in name else "small"
+
+    table = [
+        [name, shape, rule(name, shape)]
         for name, shape in shapes.items()
         if not name.startswith("h_embed.")
-    }
+    ]
+    return golden.fill(table, f"{seed} ")
 
 
 def write_served(folder: Path) -> None:

@@ -2,14 +2,19 @@
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
+import mmap
 import re
 import threading
 import time
+import types
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from vcm_jax.pretrained import convert, table
+from huggingface_hub import constants
+
+from vcm_jax.pretrained import convert, resume, table
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 # The models of which there are tiny files.
@@ -124,13 +129,14 @@ class _Handler(BaseHTTPRequestHandler):
         headers = {"X-Repo-Commit": COMMIT}
         if not file.is_file():
             return self._empty(404, headers | {"X-Error-Code": "EntryNotFound"})
-        data = file.read_bytes()
         if file.suffix not in LFS:
+            data = file.read_bytes()
             blob = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
             return self._file(file, headers | {"ETag": f'"{blob}"'})
+        status = file.stat()
         headers["ETag"] = '"a-pointer"'
-        headers["X-Linked-Etag"] = f'"{hashlib.sha256(data).hexdigest()}"'
-        headers["X-Linked-Size"] = str(len(data))
+        headers["X-Linked-Etag"] = f'"{_sha256(file, status.st_mtime_ns)}"'
+        headers["X-Linked-Size"] = str(status.st_size)
         headers["Location"] = f"{self.owner.contents_url}/cdn/{repo}/{path}"
         self._empty(302, headers)
 
@@ -144,7 +150,7 @@ class _Handler(BaseHTTPRequestHandler):
         fault = self.owner.faults.get(path.name, Fault())
         if fault.statuses and self.command == "GET":
             return self._empty(fault.statuses.pop(0), {})
-        data = path.read_bytes() if fault.body is None else fault.body
+        data = _mapped(path) if fault.body is None else memoryview(fault.body)
         start, total = 0, len(data)
         asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
         if asked and not fault.ignores_range:
@@ -165,19 +171,32 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command == "GET":
             self._body(data[start:], fault)
 
-    def _body(self, data: bytes, fault: Fault):
+    def _body(self, data: memoryview, fault: Fault):
         if fault.cuts:
             data = data[: fault.cuts.pop(0)]
             self.close_connection = True
         if fault.extra:
             self.close_connection = True
-        for first in range(0, len(data), 4096):
-            block = data[first : first + 4096]
+        size = 4096 if fault != Fault() else 2**20
+        for first in range(0, len(data), size):
+            block = data[first : first + size]
             self.entry[3] += len(block)
             self.wfile.write(block)
             if fault.pause:
                 self.wfile.flush()
                 time.sleep(fault.pause)
+
+
+def _mapped(path: Path) -> memoryview:
+    """The contents of a file, which may be larger than the memory."""
+    with open(path, "rb") as file:
+        return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+
+
+@functools.lru_cache
+def _sha256(path: Path, changed: int) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def served_path(folder: Path, file: table.WeightFile) -> Path:
@@ -186,12 +205,18 @@ def served_path(folder: Path, file: table.WeightFile) -> Path:
 
 
 def use_tiny_table(monkeypatch, folder: Path, release_url: str) -> None:
-    """Puts the checksums and sizes of the served files into the table, and the server's address."""
+    """Puts the checksums and sizes of the served files into the table, and the server's address.
+
+    Files that the server does not have stay as they are in the table.
+    """
 
     def tiny(file):
-        data = served_path(folder, file).read_bytes()
-        known = file.checksum and f"md5:{hashlib.md5(data).hexdigest()}"
-        return dataclasses.replace(file, size=len(data), checksum=known)
+        path = served_path(folder, file)
+        if not path.exists():
+            return file
+        with open(path, "rb") as opened:
+            known = file.checksum and f"md5:{hashlib.file_digest(opened, 'md5').hexdigest()}"
+        return dataclasses.replace(file, size=path.stat().st_size, checksum=known)
 
     monkeypatch.setattr(table, "RELEASE", release_url)
     for name in list(table.PUBLIC_MODELS):
@@ -204,3 +229,25 @@ def use_tiny_table(monkeypatch, folder: Path, release_url: str) -> None:
     encoders = tuple(map(tiny, table.ENCODERS))
     for module in (table, convert):
         monkeypatch.setattr(module, "ENCODERS", encoders)
+
+
+def use_server(monkeypatch, server: WeightServer, home: Path) -> None:
+    """Everything is fetched from a server on this machine, to HF_HOME `home`."""
+    use_tiny_table(monkeypatch, server.folder, server.release_url)
+    template = f"{server.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    values = {
+        "HF_HOME": str(home),
+        "HF_HUB_CACHE": str(home / "hub"),
+        "HF_ASSETS_CACHE": str(home / "assets"),
+        "ENDPOINT": server.url,
+        "HUGGINGFACE_CO_URL_TEMPLATE": template,
+        "HF_TOKEN_PATH": str(home / "token"),
+        "HF_HUB_OFFLINE": False,
+    }
+    for name, value in values.items():
+        monkeypatch.setattr(constants, name, value)
+    monkeypatch.setattr(resume, "WAIT", 0.01)
+    # huggingface_hub waits for seconds before it tries again.
+    patient = types.SimpleNamespace(sleep=lambda _: time.sleep(0.01), time=time.time)
+    for module in ("file_download", "utils._http"):
+        monkeypatch.setattr(f"huggingface_hub.{module}.time", patient)

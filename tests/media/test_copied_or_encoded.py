@@ -56,6 +56,30 @@ def test_matroska_keeps_its_frames_without_decoding_times(tmp_path, codec):
     assert payload(path) == payload(tmp_path / "out.mp4")  # copied
 
 
+@pytest.mark.parametrize("codec, rotation", [("libx264", 0), ("libvpx-vp9", 0), ("libx264", 90)])
+@pytest.mark.parametrize("suffix", ["mkv", "webm"])
+def test_other_containers(tmp_path, codec, rotation, suffix):
+    """What a container cannot hold is encoded; it cannot say that a picture is to be turned."""
+    movie = dataclasses.replace(MUTE, codec=codec, container="mov", rotation=rotation)
+    if codec == "libvpx-vp9":
+        movie = dataclasses.replace(movie, container="webm")
+    path, out, sound = make(tmp_path / "a", movie), tmp_path / f"out.{suffix}", noise(0.48)[0]
+    assert mux_audio(path, sound, RATE, out) == pytest.approx(12 / 25, abs=2e-3)
+    with av.open(str(out)) as container:
+        video, audio = container.streams.video[0], container.streams.audio[0]
+        assert "matroska" in container.format.name
+        is_vp9 = suffix == "webm" or codec == "libvpx-vp9"
+        assert video.codec_context.codec.canonical_name == ("vp9" if is_vp9 else "h264")
+        assert audio.codec_context.codec.canonical_name == ("opus" if suffix == "webm" else "aac")
+    frames = read_frames(out, {25: lambda frame: frame})[25]
+    assert [number(frame) for frame in frames] == list(range(12))
+    assert frames.shape[1:3] == ((64, 48) if rotation else (48, 64))
+    heard = read_audio(out, RATE, len(sound))
+    assert np.corrcoef(heard, sound)[0, 1] > 0.9
+    copied = not rotation and is_vp9 == (codec == "libvpx-vp9")
+    assert (payload(path) == payload(out)) == copied
+
+
 def test_hevc_of_iphones_stays_hvc1(tmp_path):
     path = make(
         tmp_path / "a.mov",

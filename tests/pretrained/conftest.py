@@ -1,14 +1,9 @@
 """A server on this machine, tiny files, and caches of their own for every test."""
 
 import socket
-import time
-import types
 
 import pytest
-from huggingface_hub import constants
-from weight_server import WeightServer, use_tiny_table
-
-from vcm_jax.pretrained import resume
+from weight_server import WeightServer, use_server
 
 
 @pytest.fixture(autouse=True)
@@ -50,22 +45,5 @@ def home(tmp_path, server, monkeypatch):
 
     home = tmp_path / "home"
     tiny_weights.use_tiny_sizes(monkeypatch)
-    use_tiny_table(monkeypatch, server.folder, server.release_url)
-    template = f"{server.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-    values = {
-        "HF_HOME": str(home),
-        "HF_HUB_CACHE": str(home / "hub"),
-        "HF_ASSETS_CACHE": str(home / "assets"),
-        "ENDPOINT": server.url,
-        "HUGGINGFACE_CO_URL_TEMPLATE": template,
-        "HF_TOKEN_PATH": str(home / "token"),
-        "HF_HUB_OFFLINE": False,
-    }
-    for name, value in values.items():
-        monkeypatch.setattr(constants, name, value)
-    monkeypatch.setattr(resume, "WAIT", 0.01)
-    # huggingface_hub waits for seconds before it tries again.
-    patient = types.SimpleNamespace(sleep=lambda _: time.sleep(0.01), time=time.time)
-    for module in ("file_download", "utils._http"):
-        monkeypatch.setattr(f"huggingface_hub.{module}.time", patient)
+    use_server(monkeypatch, server, home)
     return home

@@ -412,3 +412,13 @@ def test_the_table():
         if config:
             assert config.latent_seq_len == public.sequence.latent_seq_len
             assert dataclasses.replace(config).with_lengths(public.sequence) == config
+
+
+def test_the_network_alone(home, server, conversions):
+    """What fine-tuning starts from needs neither the codec nor the encoders."""
+    assert pretrained.is_public(NAME) and not pretrained.is_public("nowhere")
+    folder = pretrained.load_network(NAME)
+    assert conversions == [NAME] and folder.name == NAME
+    assert {name for _, name, _, sent in server.log if sent} == {f"{NAME}.pth"}
+    assert pretrained.load(NAME).network == folder
+    assert conversions == [NAME, "codec_16k", "encoders"]

@@ -12,8 +12,12 @@ from vcm_jax.codec.neural import NeuralCodec as NeuralCodec
 _KINDS = {kind.name: kind for kind in (LinearCodec, LearnedCodec, NeuralCodec)}
 
 
-def load_codec(folder):
+def load_codec(folder, dtype="float32"):
     """Load a codec folder (codec.json and its arrays).
+
+    Args:
+      folder: of the codec.
+      dtype: of the neural codec's convolutions, float32 or bfloat16.
 
     Returns:
       An object with `name`, `sample_rate` (Hz), `hop`, `latent_downsample`, `latent_dim`,
@@ -27,7 +31,8 @@ def load_codec(folder):
     if name not in list(_KINDS):
         path = Path(folder) / "codec.json"
         raise ValueError(f"{path}: unknown codec {name!r}, known: {', '.join(_KINDS)}")
-    return _KINDS[name].load(folder)
+    kind = _KINDS[name]
+    return kind.load(folder, dtype) if kind is NeuralCodec else kind.load(folder)
 
 
 def check_codec(codec, sequence) -> None:

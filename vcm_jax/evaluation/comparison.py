@@ -166,7 +166,7 @@ def generate_entry(
         load_run(entry.path),
         wanted,
         sampling.uniform_times(entry.steps),
-        seed=seed,
+        seeds=(seed,),
         batch_size=min(8, len(clips)),
         duration=duration or None,
         finish=Finish(keep=True),

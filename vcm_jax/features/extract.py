@@ -40,7 +40,7 @@ from vcm_jax.features.records_codec import prepare_codec
 from vcm_jax.features.shards import Journal, shard_paths
 from vcm_jax.features.work import ExtractError
 from vcm_jax.media.clips import SOUND_SUFFIXES, VIDEO_SUFFIXES, Clip, list_clips
-from vcm_jax.media.read import read_frames, read_spans
+from vcm_jax.media.read import num_frames, read_frames, read_image, read_spans
 from vcm_jax.records.findings import check_content
 from vcm_jax.records.manifest import MANIFEST, Manifest, read_manifest
 from vcm_jax.records.schema import VERSION
@@ -86,6 +86,23 @@ def encode_spans(
     transforms = encoders.frame_transforms(sequence)
     for frames in read_spans(path, transforms, starts, sequence.duration, length):
         yield encoders.encode_frames(frames, sequence)
+
+
+def encode_image(path, sequence: SequenceConfig, encoders: Encoders) -> np.ndarray:
+    """Clip features (Tc, clip_dim) of a picture that stands still, float32, as MMAudio has them.
+
+    Raises:
+      MediaError: unreadable, or no picture.
+    """
+    picture = read_image(path)
+    # The features of one segment: all rows are those of the picture.
+    short = dataclasses.replace(sequence, duration=sequence.sync_segment / sequence.sync_fps)
+    frames = {
+        fps: np.stack([transform(picture)] * num_frames(short.duration, fps))
+        for fps, transform in encoders.frame_transforms(short).items()
+    }
+    clip, _ = encoders.encode_frames(frames, short)
+    return np.repeat(clip[:1], sequence.clip_seq_len, axis=0)
 
 
 def _claim(out: Path, settings: dict) -> None:

@@ -1,4 +1,4 @@
-"""Sounds for requests (a video, a prompt, or both): encoding, sampling, decoding, writing."""
+"""Sounds for requests (a video or a picture, and a prompt): encoding, sampling, decoding."""
 
 import dataclasses
 import functools
@@ -11,12 +11,12 @@ import numpy as np
 from absl import logging
 
 from vcm_jax import sampling
-from vcm_jax.features.extract import encode_spans, encode_video
+from vcm_jax.features.extract import encode_image, encode_spans, encode_video
 from vcm_jax.generation.finish import Finish
 from vcm_jax.generation.run import Run
 from vcm_jax.generation.windows import Windows, sample_in_windows
 from vcm_jax.media.read import probe
-from vcm_jax.models import MMDiT
+from vcm_jax.models import MMDiT, ModelConfig
 from vcm_jax.models.conditioned import sample_latents, velocity_of_features
 from vcm_jax.records.sequence import SequenceConfig
 
@@ -27,13 +27,19 @@ class Request:
 
     Attributes:
       id: of the clip; its noise depends on it.
-      video: path of the video whose sound is wanted; None for a prompt alone.
+      video: path of the video whose sound is wanted; None without one.
       prompt: "" if there is none.
+      image: a picture in place of a video; None without one.
+      ignore_picture: the motion in the video counts, not what is to be seen.
+      negative_prompt: what guidance leads away from; "" for the empty condition.
     """
 
     id: str
     video: Path | str | None
     prompt: str = ""
+    image: Path | None = None
+    ignore_picture: bool = False
+    negative_prompt: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,9 +51,10 @@ class Features:
       sequence: lengths of the features: those of the clip, or of one of its windows.
       seconds: length of the sound.
       clip, sync: features `Tc Dc` and `Ts Ds` of the video, `W Tc Dc` and `W Ts Ds` of its windows;
-        None without a video.
+        None for the learned empty ones.
       text: features `Tt Dt` of the prompt.
       windows: in which the clip is sampled; None if it is sampled as a whole.
+      negative_text: as `text`, of the negative prompt; None without one.
     """
 
     request: Request
@@ -57,6 +64,7 @@ class Features:
     sync: np.ndarray | None
     text: np.ndarray
     windows: Windows | None = None
+    negative_text: np.ndarray | None = None
 
 
 def encode_request(request: Request, run: Run, duration: float | None = None) -> Features:
@@ -89,19 +97,32 @@ def encode_request(request: Request, run: Run, duration: float | None = None) ->
         clip, sync = (np.stack(arrays) for arrays in zip(*spans))
     elif request.video is not None:
         clip, sync = encode_video(request.video, sequence, run.encoders)
+    if request.ignore_picture:
+        clip = None
+    if request.image is not None:
+        clip = encode_image(request.image, sequence, run.encoders)
+        clip = np.stack([clip] * len(plan.starts)) if plan else clip
     text = run.encoders.encode_text(request.prompt, sequence)
-    return Features(request, sequence, seconds, clip, sync, text, plan)
+    negative = None
+    if request.negative_prompt:
+        negative = run.encoders.encode_text(request.negative_prompt, sequence)
+    return Features(request, sequence, seconds, clip, sync, text, plan, negative)
+
+
+def _network(model: ModelConfig, variables) -> MMDiT:
+    """The network, which computes in the dtype of its weights."""
+    return MMDiT(model, dtype=jax.tree.leaves(variables["params"])[0].dtype)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "objective", "sampler", "times"))
 def _sample(variables, model, objective, sampler, times, features, noise, keys):
-    net = MMDiT(model)
+    net = _network(model, variables)
     return sample_latents(net, variables, features, noise, times, objective, sampler, keys)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "objective", "sampler"))
 def _velocity(variables, model, objective, sampler, features, x, t, s):
-    net = MMDiT(model)
+    net = _network(model, variables)
     return velocity_of_features(net, variables, features, x, t, s, objective, sampler)
 
 
@@ -144,9 +165,8 @@ def start_latents(run: Run, items: list[Features], times, seed: int, batch_size:
     model = run.model.with_lengths(items[0].sequence)
     shape = (model.latent_seq_len, model.latent_dim)
     filled = items + items[-1:] * (batch_size - len(items))
-    features = _features(
-        model, [f.clip for f in filled], [f.sync for f in filled], [f.text for f in filled]
-    )
+    columns = ([getattr(f, name) for f in filled] for name in _COLUMNS)
+    features = _features(model, *columns)
     noise = np.stack([_noise(seed, f.request.id, shape) for f in filled])
     keys = _keys(seed, [f.request.id for f in filled])
     if put is not None:
@@ -179,7 +199,8 @@ def _latents_in_windows(run: Run, item: Features, times, seed: int, batch_size: 
             [None] * len(indices) if array is None else [array[i] for i in indices]
             for array in (item.clip, item.sync)
         )
-        features = _features(model, clip, sync, [item.text] * len(indices))
+        text = [[item.text] * len(indices), [item.negative_text] * len(indices)]
+        features = _features(model, clip, sync, *text)
         return _velocity(run.variables, model, run.objective, run.sampler, features, x, t, s)
 
     x0 = sample_in_windows(
@@ -196,15 +217,25 @@ def _latents_in_windows(run: Run, item: Features, times, seed: int, batch_size: 
     return x0 * np.asarray(stats["latent_std"]) + np.asarray(stats["latent_mean"])
 
 
-def _features(model, clip: list, sync: list, text: list[np.ndarray]) -> dict[str, np.ndarray]:
-    """A batch as `sample_latents` takes it; clip and sync features may be None."""
-    return {
+_COLUMNS = ("clip", "sync", "text", "negative_text")  # the features that batches are made of
+
+
+def _features(model, clip: list, sync: list, text: list, negative: list) -> dict[str, np.ndarray]:
+    """A batch as `sample_latents` takes it; all but the features of the prompts may be None.
+
+    Either all clips have a negative prompt or none has.
+    """
+    features = {
         "clip": _stack(clip, (model.clip_seq_len, model.clip_dim)),
         "sync": _stack(sync, (model.sync_seq_len, model.sync_dim)),
         "text": np.stack(text).astype(np.float32),
-        "has_video": np.array([f is not None for f in clip]),
+        "has_clip": np.array([f is not None for f in clip]),
+        "has_sync": np.array([f is not None for f in sync]),
         "has_text": np.ones(len(text), bool),  # an empty prompt has features too
     }
+    if negative[0] is not None:
+        features["negative_text"] = np.stack(negative).astype(np.float32)
+    return features
 
 
 def _stack(features, shape):
@@ -223,6 +254,8 @@ def generate(
 ) -> Iterator[tuple[Features, np.ndarray]]:
     """Yields (item, sound) of every item; a sound is float32, mono, `item.seconds` long.
 
+    `generate_files` does the same in stages, for runs that are not in memory as a whole.
+
     Args:
       run: from `load_run`.
       items: from `encode_request`. An item waits until a batch of its length is full.
@@ -235,10 +268,25 @@ def generate(
     Raises:
       ValueError: the weights give latents that are not finite.
     """
+    for item, latent in sample_items(run, items, times, seed, batch_size, on_error):
+        try:
+            sound = decode(run, item, latent, seed)
+        except Exception as error:
+            if on_error is None:
+                raise
+            on_error(item, error)
+            continue
+        yield item, sound
+
+
+def sample_items(
+    run: Run, items: Iterable[Features], times, seed: int, batch_size: int, on_error
+) -> Iterator[tuple[Features, np.ndarray]]:
+    """Yields (item, latents `N C`) of every item; the arguments are those of `generate`."""
     waiting: dict[SequenceConfig, list[Features]] = {}
     for item in items:
         if item.windows is not None:  # its windows fill batches
-            yield from _sounds(run, [item], times, seed, batch_size, on_error)
+            yield from _latents(run, [item], times, seed, batch_size, on_error)
             continue
         lengths = (
             item.sequence.latent_seq_len,
@@ -248,15 +296,15 @@ def generate(
         group = waiting.setdefault(lengths, [])
         group.append(item)
         if len(group) == batch_size:
-            yield from _sounds(run, waiting.pop(lengths), times, seed, batch_size, on_error)
+            yield from _latents(run, waiting.pop(lengths), times, seed, batch_size, on_error)
     for group in waiting.values():
-        yield from _sounds(run, group, times, seed, batch_size, on_error)
+        yield from _latents(run, group, times, seed, batch_size, on_error)
 
 
-def _sounds(run: Run, group: list[Features], times, seed: int, batch_size: int, on_error):
-    """(item, sound) of a batch of equal length; if the batch fails, each item is tried alone."""
+def _latents(run: Run, group: list[Features], times, seed: int, batch_size: int, on_error):
+    """(item, latents) of a batch of equal length; if it fails, each item is tried alone."""
     try:
-        latents = generate_latents(run, group, times, seed, batch_size)
+        yield from zip(group, generate_latents(run, group, times, seed, batch_size))
     except Exception as error:
         if on_error is None:
             raise
@@ -267,17 +315,7 @@ def _sounds(run: Run, group: list[Features], times, seed: int, batch_size: int, 
             "a batch of %d clips failed (%s); each is tried alone", len(group), type(error).__name__
         )
         for item in group:
-            yield from _sounds(run, [item], times, seed, 1, on_error)
-        return
-    for item, latent in zip(group, latents):
-        try:
-            sound = decode(run, item, latent, seed)
-        except Exception as error:
-            if on_error is None:
-                raise
-            on_error(item, error)
-            continue
-        yield item, sound
+            yield from _latents(run, [item], times, seed, 1, on_error)
 
 
 def decode(run: Run, item: Features, latent: np.ndarray, seed: int) -> np.ndarray:
@@ -301,7 +339,7 @@ def decode(run: Run, item: Features, latent: np.ndarray, seed: int) -> np.ndarra
 def write(
     item: Features, sound: np.ndarray, sample_rate: int, path, finish: Finish | None = None
 ) -> None:
-    """Writes the sound as .wav or .flac, or together with the request's picture as .mp4 or .mov.
+    """Writes the sound as .wav or .flac, or together with the request's picture as a movie.
 
     Its true peak is limited to -1 dBTP.
 

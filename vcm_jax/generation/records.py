@@ -8,6 +8,7 @@ keeps the sounds that are there.
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -66,8 +67,14 @@ def check_records(run: Run, source: RecordSource) -> None:
     """
     manifest = source.manifest
     duration = run.sequence.duration
+    widths = [f"{kind}_dim" for kind in ("clip", "sync", "text")]
+    if run.encoder_spec is None:  # public weights: nobody has noted which encoders made theirs
+        theirs = {name: manifest.encoders[name] for name in widths}
+        encoders = theirs, {name: getattr(run.model, name) for name in widths}
+    else:
+        encoders = manifest.encoders, run.encoder_spec
     pairs = {
-        "encoders": (manifest.encoders, run.encoder_spec),
+        "encoders": encoders,
         "latent_dim": (manifest.latent_dim, run.model.latent_dim),
         "sequence": (dataclasses.replace(manifest.sequence, duration=duration), run.sequence),
     }
@@ -128,7 +135,10 @@ def generate_records(
     """
     out = Path(out)
     check_records(run, source)
-    with hold(out, (part, parts)):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(hold(out, (part, parts)))
+        run = stack.enter_context(run.stage("variables"))
+        run = stack.enter_context(run.stage("codec"))
         claim(out, settings(run, source, times, seed, lufs), _SETTINGS)
         mesh = sharding.make_mesh(devices=jax.local_devices())
         variables = jax.device_put(run.variables, sharding.replicated(mesh))

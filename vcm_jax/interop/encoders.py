@@ -70,14 +70,25 @@ class TorchEncoders:
         self._batch_size = batch_size
         self._device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         inside = folder / "clip"
-        self._sync, sync = synchformer.load_synchformer(folder / SYNCHFORMER)
-        self._clip, self._tokenizer, weights = clip.load_clip(inside if inside.is_dir() else folder)
+        self._places = inside if inside.is_dir() else folder, folder / SYNCHFORMER
+        self._sync, _ = synchformer.load_synchformer(self._places[1])
+        self._clip, self._tokenizer, _ = clip.load_clip(self._places[0])
         self._clip_size, self._sync_size = clip.IMAGE, self._sync.size.image
         self._features = clip
         self.clip_dim, self.text_dim = clip.SIZE.projection, clip.SIZE.text_width
         self.sync_dim = self._sync.size.width
+        self._clip.to(self._device, self._dtype)
+        self._sync.to(self._device, self._dtype)
+
+    @functools.cached_property
+    def _spec(self) -> dict:
+        """It is made when it is asked for: hashing the files of 5 GB takes as long as a clip."""
+        from vcm_jax.interop import clip, synchformer
+
+        _, _, weights = clip.load_clip(self._places[0])
+        _, sync = synchformer.load_synchformer(self._places[1])
         count = lambda arrays: sum(value.size for value in arrays.values())
-        self._spec = {
+        return {
             "name": self.name,
             "version": self.version,
             "clip_dim": self.clip_dim,
@@ -89,11 +100,15 @@ class TorchEncoders:
                 "synchformer": _hash(sync),
             },
             "parameters": {"clip": count(weights), "synchformer": count(sync)},
-            "dtype": dtype,
+            "dtype": str(self._dtype).removeprefix("torch."),
         }
-        del weights, sync  # on another device, or in another dtype, the files need not stay
-        self._clip.to(self._device, self._dtype)
-        self._sync.to(self._device, self._dtype)
+
+    def release(self) -> None:
+        """Gives the memory of the networks back; they cannot be used any more."""
+        del self._clip, self._sync
+        torch = import_torch(_PURPOSE)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
     def spec(self) -> dict:
         """name, version, dims, hashes of the weights and the vocabulary, parameters, dtype."""

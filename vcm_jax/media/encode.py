@@ -5,13 +5,14 @@ from fractions import Fraction
 import av
 import numpy as np
 
-from vcm_jax.media.read import display_matrix
+from vcm_jax.media.read import display_matrix, upright
 from vcm_jax.media.remux import decoding_times
 from vcm_jax.media.streams import MediaError, Source, whole_frames
 
 X264 = {"preset": "veryfast", "crf": "18"}
 _VP9 = {"deadline": "realtime", "cpu-used": "8", "crf": "20", "lag-in-frames": "0"}
 _TICKS = 90_000  # Hz; as fine as any time that matters
+_HOLD_MATRIX = ("mp4", "mov")  # containers that say how a picture is to be turned
 _BT709, _LIMITED, _UNSPECIFIED = 1, 1, 2  # numbers of ITU-T H.273, and FFmpeg's range
 
 
@@ -45,7 +46,7 @@ def _encoder(output, video, frame):
     rate = Fraction(video.average_rate or video.guessed_rate or 25)
     rate = min(max(rate, Fraction(1, 100)), Fraction(1000)).limit_denominator(100_000)
     odd = frame.width % 2 or frame.height % 2
-    if odd and "libvpx-vp9" in output.supported_codecs:
+    if (odd or output.format.name == "webm") and "libvpx-vp9" in output.supported_codecs:
         # H.264 with halved colours has even sizes only; VP9 has any, and browsers play both.
         stream = output.add_stream("libvpx-vp9", rate=rate, options=_VP9)
         stream.width, stream.height = frame.width, frame.height
@@ -55,6 +56,8 @@ def _encoder(output, video, frame):
     context = stream.codec_context
     context.pix_fmt, context.time_base = "yuv420p", 1 / rate
     context.sample_aspect_ratio = video.sample_aspect_ratio or 1
+    if (frame.width < frame.height) != (video.width < video.height):  # turned on its side
+        context.sample_aspect_ratio = 1 / context.sample_aspect_ratio
     stream.set_display_matrix(display_matrix(frame))
     if _is_rgb(frame):
         context.colorspace = context.color_primaries = context.color_trc = _BT709
@@ -65,8 +68,14 @@ def _encoder(output, video, frame):
     return stream
 
 
+def _turned(frame, first):
+    """A frame of the pixels that are shown, whatever display matrix the file has."""
+    pixels = upright(frame.to_ndarray(format="rgb24"), first)
+    return av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
+
+
 def encoded_picture(source: Source, output, duration: float | None) -> tuple[list, float]:
-    """Decode the picture and encode it as H.264 (VP9 where a side is odd) for `output`.
+    """Decode the picture and encode it as H.264 (VP9 where a side is odd, or in WebM).
 
     Returns:
       packets, and the seconds of picture that they hold.
@@ -77,6 +86,7 @@ def encoded_picture(source: Source, output, duration: float | None) -> tuple[lis
     video, base = source.picture, Fraction(source.picture.time_base)
     step = 1 / Fraction(video.average_rate or video.guessed_rate or 25)
     stream, packets, times, length = None, [], [], step
+    turns, first = output.format.name not in _HOLD_MATRIX, None
     for frame in source.frames():
         time = frame.pts * base
         if time < 0:
@@ -84,6 +94,9 @@ def encoded_picture(source: Source, output, duration: float | None) -> tuple[lis
         if duration is not None and time > duration - 1e-6:
             break
         length = (frame.duration or 0) * base or step
+        first = first or frame
+        if turns and display_matrix(first) is not None:
+            frame = _turned(frame, first)
         if stream is None:
             stream = _encoder(output, video, frame)
             context = stream.codec_context

@@ -24,6 +24,7 @@ __all__ = [
     "num_frames",
     "probe",
     "read_audio",
+    "read_image",
     "read_frames",
     "read_spans",
     "stream_offset",
@@ -165,6 +166,20 @@ class _FrameRate:
             # A video whose size changes keeps its first size.
             picture = out.to_ndarray(format="rgb24", threads=1, **self.size)
             self.outputs.append(self.transform(upright(picture, self.first)))
+
+
+def read_image(path) -> np.ndarray:
+    """The picture in an image file, or the first one of a video, upright: (H, W, 3) uint8.
+
+    Raises:
+      MediaError: missing, unreadable, or no picture.
+    """
+    with opened(path) as source:
+        source.need_picture()
+        frame = next(source.frames(), None)
+        if frame is None:
+            raise MediaError(f"{source.path}: no picture could be decoded")
+        return upright(frame.to_ndarray(format="rgb24"), frame)
 
 
 def num_frames(duration: float, fps: float) -> int:

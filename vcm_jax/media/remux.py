@@ -108,7 +108,7 @@ def copied_picture(source: Source, output, duration: float | None) -> tuple[list
         packets.pop()
     _check(source, packets, codec)
     stream = output.add_stream_from_template(video, opaque=True)
-    if codec == "hevc":
+    if codec == "hevc" and output.format.name in ("mp4", "mov"):
         stream.codec_context.codec_tag = "hvc1"  # QuickTime and Safari refuse FFmpeg's hev1
     if video.sample_aspect_ratio:
         stream.codec_context.sample_aspect_ratio = video.sample_aspect_ratio

@@ -19,19 +19,23 @@ from vcm_jax.media.encode import X264, encoded_picture
 from vcm_jax.media.remux import NotCopied, check_copy, copied_picture
 from vcm_jax.media.streams import MediaError, ffmpeg_name, opened, reason, shown
 
-_AAC_BIT_RATE = 128_000
+_BIT_RATE = 128_000  # of the sound
+# FFmpeg's names of the containers; movies of other suffixes are mp4.
+_CONTAINERS = {".mov": "mov", ".mkv": "matroska", ".webm": "webm"}
 _AS_MADE = ".as_made"  # a folder of originals, without suffixes: no search for sounds finds them
 
 
-def _mp4_output(path, container: str, sample_rate: int):
+def _movie_output(path, container: str, sample_rate: int):
     """An output whose edit lists count in samples: in milliseconds, the default, sounds grow."""
-    options = {"movie_timescale": str(sample_rate or 1000)}
+    options = {"movie_timescale": str(sample_rate or 1000)} if container in ("mp4", "mov") else {}
     return av.open(ffmpeg_name(path), "w", format=container, options=options)
 
 
 def _audio_packets(output, audio: np.ndarray, sample_rate: int) -> list:
-    """Encode a mono sound as AAC in a new stream of `output`."""
-    stream = output.add_stream("aac", rate=sample_rate, layout="mono", bit_rate=_AAC_BIT_RATE)
+    """Encode a mono sound in a new stream of `output`: as AAC, or as Opus in WebM."""
+    # Opus has a few rates only; PyAV resamples.
+    codec, rate = ("libopus", 48_000) if output.format.name == "webm" else ("aac", sample_rate)
+    stream = output.add_stream(codec, rate=rate, layout="mono", bit_rate=_BIT_RATE)
     samples = np.clip(np.asarray(audio, np.float32), -1, 1)[None]
     frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(samples), "fltp", "mono")
     frame.sample_rate, frame.pts, frame.time_base = sample_rate, 0, Fraction(1, sample_rate)
@@ -58,7 +62,7 @@ def write_mp4(path, frames: Iterable[np.ndarray], fps: float, audio=None, sample
     """
     if audio is not None and np.ndim(audio) != 1:
         raise ValueError(f"{path}: the sound must be (samples,), not {np.shape(audio)}")
-    with atomic_path(path) as temporary, _mp4_output(temporary, "mp4", sample_rate) as output:
+    with atomic_path(path) as temporary, _movie_output(temporary, "mp4", sample_rate) as output:
         stream, packets = None, []
         for array in frames:
             if stream is None:
@@ -87,7 +91,7 @@ def _write_movie(video_path, out_path, picture, audio, sample_rate: int, kind: s
     with opened(video_path) as source:
         source.need_picture()
         try:
-            with _mp4_output(out_path, kind, sample_rate) as output:
+            with _movie_output(out_path, kind, sample_rate) as output:
                 packets, seconds = picture(source, output, duration)
                 samples = round(seconds * sample_rate)
                 sound = np.pad(audio[:samples], (0, max(0, samples - len(audio))))
@@ -96,7 +100,7 @@ def _write_movie(video_path, out_path, picture, audio, sample_rate: int, kind: s
             if error.errno in UNWRITABLE:  # the fault of the disk, not of the video
                 raise OSError(error.errno, os.strerror(error.errno), str(out_path)) from error
             raise MediaError(
-                f"{source.path}: cannot be written as mp4 ({reason(error)})"
+                f"{source.path}: cannot be written as {kind} ({reason(error)})"
             ) from error
     return seconds
 
@@ -105,14 +109,15 @@ def mux_audio(video_path, audio: np.ndarray, sample_rate: int, out_path, duratio
     """Write a video's own picture with a new sound, atomically.
 
     The picture is copied as it is stored where the copy is proven to show the same frames at the
-    same times and players show its codec in mp4 (H.264, HEVC, AV1, VP9, MPEG-4). Otherwise it is
-    encoded as H.264 with its size, aspect ratio, orientation, frame times and colour tags.
+    same times and players show its codec in the container (in mp4: H.264, HEVC, AV1, VP9, MPEG-4).
+    Otherwise it is encoded as H.264, in WebM as VP9, with its size, aspect ratio, orientation,
+    frame times and colour tags.
 
     Args:
       video_path: where the picture comes from.
       audio: (samples,) float in [-1, 1], mono; cut or zero-padded to the picture's length.
       sample_rate: Hz.
-      out_path: mp4 or mov file.
+      out_path: .mp4, .mov, .mkv or .webm file.
       duration: seconds of the picture to keep, to the next frame that can be cut at; None: all.
 
     Returns:
@@ -123,7 +128,7 @@ def mux_audio(video_path, audio: np.ndarray, sample_rate: int, out_path, duratio
         written.
       OSError: the disk is full or read-only.
     """
-    kind = "mov" if Path(out_path).suffix.lower() == ".mov" else "mp4"
+    kind = _CONTAINERS.get(Path(out_path).suffix.lower(), "mp4")
     with atomic_path(out_path) as temporary:
         arguments = audio, sample_rate, kind, duration
         try:

@@ -2,6 +2,8 @@
 
 Features are a dict, as batches of records are: `clip` `B Tc clip_dim`, `sync` `B Ts sync_dim` and
 `text` `B Tt text_dim`, and bool `has_video` and `has_text` `B`, which say where they count.
+`has_clip` and `has_sync`, where they are given, take the place of `has_video`. `negative_text`,
+`B Tt text_dim`, takes that of the empty text in the condition from which guidance leads away.
 """
 
 import jax
@@ -28,13 +30,10 @@ def zero_inputs(config: ModelConfig):
 def fill_conditions(features, null: Conditions) -> Conditions:
     """The features, with the empty ones (`null`, 1 row) where a modality is missing or dropped."""
 
-    def fill(has, name):
-        return select_rows(has, features[name], getattr(null, name))
-
+    video = features.get("has_video")
+    has = {name: features.get(f"has_{name}", video) for name in ("clip", "sync", "text")}
     return Conditions(
-        clip=fill(features["has_video"], "clip"),
-        sync=fill(features["has_video"], "sync"),
-        text=fill(features["has_text"], "text"),
+        **{name: select_rows(has[name], features[name], getattr(null, name)) for name in has}
     )
 
 
@@ -65,7 +64,11 @@ def encode_features(net, variables, features):
 
     null = net.apply(variables, 1, method="null_conditions")
     cond = encode(fill_conditions(features, null))
-    return u, cond, repeat_rows(encode(null), features["has_video"].shape[0])
+    size = features["has_text"].shape[0]
+    if "negative_text" in features:
+        negative = repeat_rows(null, size).replace(text=features["negative_text"])
+        return u, cond, encode(negative)
+    return u, cond, repeat_rows(encode(null), size)
 
 
 def sample_latents(

@@ -5,7 +5,7 @@ import dataclasses
 import hashlib
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from vcm_jax.claim import ClaimError, hold
@@ -157,11 +157,7 @@ def load(name_or_folder) -> Pretrained:
       OSError: the disk is full or cannot be written.
     """
     source = resolve(name_or_folder)
-    if stale := _stale(source):
-        with locked(source.root if source.published else source.converted):
-            if stale := _stale(source):  # another process may have done it
-                _make(source, stale)
-    public, made = source.public, convert.components(source.public, source.name)
+    public = source.public
     return Pretrained(
         name=source.name,
         model=public.model,
@@ -169,14 +165,40 @@ def load(name_or_folder) -> Pretrained:
         steps=public.steps,
         guidance_scale=public.guidance_scale,
         licence=public.network.licence,
-        **{kind: source.converted / component.name for kind, component in made.items()},
+        **_converted(source, ("network", "codec", "encoders")),
     )
 
 
-def _stale(source: Source) -> list[tuple[convert.Component, str]]:
+def load_network(name_or_folder) -> Path:
+    """The folder of the converted network alone, for `read_network`; otherwise as `load`."""
+    return _converted(resolve(name_or_folder), ("network",))["network"]
+
+
+def is_public(name_or_folder) -> bool:
+    """Whether `load` knows what this is."""
+    try:
+        return bool(resolve(name_or_folder))
+    except PretrainedError:
+        return False
+
+
+def _converted(source: Source, kinds: tuple[str, ...]) -> dict[str, Path]:
+    """{kind: folder} of converted weights; whatever is missing is made first."""
+    made = convert.components(source.public, source.name)
+    wanted = {kind: made[kind] for kind in kinds}
+    if _stale(source, wanted.values()):
+        with locked(source.root if source.published else source.converted):
+            if stale := _stale(source, wanted.values()):  # another process may have done it
+                _make(source, stale)
+    return {kind: source.converted / component.name for kind, component in wanted.items()}
+
+
+def _stale(
+    source: Source, components: Iterable[convert.Component]
+) -> list[tuple[convert.Component, str]]:
     """The converted folders that cannot be used as they are, and why."""
     reasons = []
-    for component in convert.components(source.public, source.name).values():
+    for component in components:
         found = locate_all(component.files, source.root)
         folder = source.converted / component.name
         if reason := convert.check(folder, component, found, source.published):

@@ -11,6 +11,7 @@ from absl import logging
 from clu import parameter_overview
 from ml_collections import ConfigDict
 
+from vcm_jax import pretrained
 from vcm_jax.claim import hold
 from vcm_jax.codec import load_codec
 from vcm_jax.devices import sharding
@@ -30,15 +31,19 @@ def is_leader() -> bool:
 def read_start(config: ConfigDict, workdir: Path, program: Program):
     """(stats, params) that a new run starts from; params are None for random ones.
 
-    With `config.init_from` both come from a run or from imported weights, unless the workdir holds
-    a checkpoint to resume from.
+    With `config.init_from` both come from a run, from imported or from public weights, unless the
+    workdir holds a checkpoint to resume from.
 
     Raises:
       CheckpointError: the weights are not there, or have other shapes than this run's.
+      PretrainedError: public weights that cannot be fetched, or are damaged.
     """
     if not config.init_from or checkpoint.latest_step(workdir) is not None:
         return program.stats, None
-    found = averages.restore_weights(config.init_from)
+    if pretrained.is_public(config.init_from):
+        found = pretrained.read_network(pretrained.load_network(config.init_from))
+    else:
+        found = averages.restore_weights(config.init_from)
     what = f"init_from {config.init_from}"
     checkpoint.check_shapes(found["params"], program.abstract.params, what)
     kept = kept_statistics(found["stats"], program.stats, config.init_from)
