@@ -41,10 +41,10 @@ def codecs(folders: list[str]) -> dict:
     found = {}
     for folder in folders:
         codec = load_codec(folder)
-        found[f"{folder} ({codec.name})"] = codec
+        found[f"{Path(folder).name}: {codec.name}"] = codec
         if isinstance(codec, LearnedCodec) and codec.encoder == "linear":
             arrays = codec.arrays["encoder/mean"], codec.arrays["encoder/components"]
-            found[f"{folder} (Griffin-Lim)"] = LinearCodec(*arrays, np.nan, codec.mode)
+            found[f"{Path(folder).name}: Griffin-Lim"] = LinearCodec(*arrays, np.nan, codec.mode)
     return found
 
 

@@ -27,7 +27,7 @@ from absl import flags, logging
 from flax import traverse_util
 
 from vcm_jax.claim import claim, hold
-from vcm_jax.cli import LEFT_OUT, heading, run
+from vcm_jax.cli import LEFT_OUT, cache_note, heading, run
 from vcm_jax.codec import LearnedCodec, LinearCodec, fit_linear_codec, load_codec
 from vcm_jax.codec.corpus import Corpus, open_corpus
 from vcm_jax.codec.fourier import DECODERS
@@ -237,7 +237,7 @@ def train(config: CodecConfig, corpus: Corpus, workdir: Path, args, linear=None)
         second_stage = math.floor(config.noise_from * config.steps) + 1
         for step, sound in _batches(corpus, training, config, mesh, first):
             if step in (first, second_stage):
-                logging.info("compiling once; later runs take the program from a cache")
+                logging.info("compiling the step%s", cache_note())
                 meter.started = None
             state, metrics = steps[step >= second_stage](state, placed, sound, key)
             meter.add(step, metrics)

@@ -11,6 +11,7 @@ from absl import logging
 from jax.sharding import NamedSharding
 from ml_collections import ConfigDict
 
+from vcm_jax import cli
 from vcm_jax.devices import sharding
 from vcm_jax.training import monitor
 from vcm_jax.training.setup import Setup, initial_stats
@@ -63,7 +64,7 @@ class Program:
 
     def compile(self):
         """(the compiled step, its model FLOPs per sample)."""
-        logging.info("compiling the step")
+        logging.info("compiling the step%s", cli.cache_note())
         started = time.perf_counter()
         lowered = self._step.lower(self.abstract, self.batch, self.key, self.teacher_variables)
         compiled = lowered.compile()
