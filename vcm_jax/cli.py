@@ -86,6 +86,13 @@ def _is_shown(record) -> bool:
     return record.levelno >= 30 and not reported and not reading
 
 
+def cache_note() -> str:
+    """What to add to a message that something is compiled: whether it is compiled again later."""
+    if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        return " (once: later starts take it from the cache)"
+    return " (each time: JAX_COMPILATION_CACHE_DIR=DIR would keep it)"
+
+
 def define_run_flags(required: bool = True) -> None:
     """--workdir and --checkpoint, of the commands that read a trained run."""
     flags.DEFINE_string("workdir", None, "Folder of the run.", required=required)
