@@ -80,7 +80,7 @@ def by_hand(request, source, steps, seed=0):
         guided, free = (apply(variables, x, tau, tau, c) for c in (cond, null))
         x = x + (4.5 * guided - 3.5 * free) / steps
     stats = variables["stats"]
-    latents = np.asarray(x[0] * stats["latent_std"] + stats["latent_mean"])
+    latents = np.asarray(x[0]) * stats["latent_std"] + stats["latent_mean"]
     sound = load_codec(source.codec).decode(latents, 0)[: round(item.seconds * 44_100)]
     return loudness.limit(sound, 44_100)[0]
 

@@ -4,6 +4,8 @@ A codec's sounds may exceed full scale, and so does the curve between samples th
 plays. Both would be clipped, which is heard as crackle.
 """
 
+from collections.abc import Iterator
+
 import numpy as np
 import pyloudnorm
 from scipy import ndimage, signal
@@ -23,15 +25,18 @@ def decibels(ratio) -> np.ndarray:
         return 20 * np.log10(ratio)
 
 
-def _peaks(sound: np.ndarray) -> np.ndarray:
-    """The largest absolute value in the interval from each sample to the next, (samples,)."""
-    peaks = np.abs(sound)
-    for start in range(0, len(sound), _BLOCK):  # the memory of the curve does not grow
-        first, end = max(0, start - _CONTEXT), min(start + _BLOCK, len(sound))
-        curve = np.abs(signal.resample_poly(sound[first : end + _CONTEXT], _OVERSAMPLING, 1))
-        found = curve.reshape(-1, _OVERSAMPLING).max(axis=1)[start - first : end - first]
-        peaks[start:end] = np.maximum(peaks[start:end], found)
-    return peaks
+def _blocks(count: int) -> Iterator[slice]:
+    """Consecutive parts of a sound: the memory of what is computed of each does not grow."""
+    return (slice(start, min(start + _BLOCK, count)) for start in range(0, count, _BLOCK))
+
+
+def _peaks(sound: np.ndarray, part: slice) -> np.ndarray:
+    """The largest absolute value in the interval from each sample of a part to the next."""
+    first = max(0, part.start - _CONTEXT)
+    around = np.asarray(sound[first : part.stop + _CONTEXT], np.float64)
+    curve = np.abs(signal.resample_poly(around, _OVERSAMPLING, 1))
+    inside = slice(part.start - first, part.stop - first)
+    return np.maximum(curve.reshape(-1, _OVERSAMPLING).max(axis=1), np.abs(around))[inside]
 
 
 def true_peak(sound: np.ndarray) -> float:
@@ -39,7 +44,9 @@ def true_peak(sound: np.ndarray) -> float:
 
     The curve is sampled 8 times as often as the sound (samples,).
     """
-    return float(decibels(_peaks(np.asarray(sound, np.float64)).max(initial=0)))
+    sound = np.asarray(sound)
+    highest = max((_peaks(sound, part).max() for part in _blocks(len(sound))), default=0)
+    return float(decibels(highest))
 
 
 def _check(sound: np.ndarray) -> None:
@@ -61,27 +68,43 @@ def limit(sound: np.ndarray, sample_rate: int) -> tuple[np.ndarray, float]:
       ValueError: another shape, or values that are not finite.
     """
     _check(sound)
-    audio = np.asarray(sound, np.float64)
-    if not len(audio):
+    audio = np.asarray(sound)
+    needed = _needed(audio, sample_rate)
+    if not needed.any():
         return sound, 0.0
-    excess = decibels(_peaks(audio)) - (PEAK - _MARGIN)
-    if not (excess > 0).any():
-        return sound, 0.0
-    # The largest of all past excesses, each decayed, is a running maximum in the log domain.
-    decay = np.arange(len(audio)) / (_RELEASE * sample_rate)
-    with np.errstate(divide="ignore"):
-        needed = np.exp(np.maximum.accumulate(np.log(np.maximum(excess, 0)) + decay) - decay)
-    # Each sample gets a mean of values none of which is less than its own.
     ahead = max(1, round(_ATTACK * sample_rate))
-    padded = np.pad(needed, ahead)
-    highest = ndimage.maximum_filter1d(padded, ahead + 1)[(ahead + 1) // 2 :]
-    weights = signal.windows.hann(ahead + 3)[1:-1]
-    reduction = signal.oaconvolve(highest[: len(audio) + ahead], weights / weights.sum(), "valid")
-    limited = audio * 10 ** (-reduction / 20)
+    limited, most = np.empty(len(audio), np.float32), 0.0
+    for part in _blocks(len(audio)):
+        around = needed[max(0, part.start - ahead) : part.stop + ahead]
+        missing = max(0, ahead - part.start), max(0, part.stop + ahead - len(audio))
+        reduction = _smooth(np.pad(around, missing), ahead)
+        limited[part] = audio[part] * 10 ** (-reduction / 20)
+        most = max(most, float(reduction.max()))
     # A gain that varies moves the peaks between samples a little.
     rest = max(0.0, true_peak(limited) - (PEAK - _MARGIN))
-    limited *= 10 ** (-rest / 20)
-    return limited.astype(np.float32), float(reduction.max() + rest)
+    limited *= np.float32(10 ** (-rest / 20))
+    return limited, most + rest
+
+
+def _needed(sound: np.ndarray, sample_rate: int) -> np.ndarray:
+    """The reduction in dB that each sample needs for itself and what came before: (samples,)."""
+    needed, last = np.empty(len(sound), np.float32), 0.0
+    for part in _blocks(len(sound)):
+        excess = np.maximum(decibels(_peaks(sound, part)) - (PEAK - _MARGIN), 0)
+        # The largest of all past excesses, each decayed, is a running maximum in the log domain.
+        decay = np.arange(1, len(excess) + 1) / (_RELEASE * sample_rate)
+        with np.errstate(divide="ignore"):
+            logs = np.log(np.append(last, excess)) + np.append(0, decay)
+            needed[part] = np.exp(np.maximum.accumulate(logs)[1:] - decay)
+        last = needed[part][-1]
+    return needed
+
+
+def _smooth(needed: np.ndarray, ahead: int) -> np.ndarray:
+    """A mean of values none of which is less than what is needed: (ahead + n + ahead) -> (n,)."""
+    highest = ndimage.maximum_filter1d(needed, ahead + 1)[(ahead + 1) // 2 :]
+    weights = signal.windows.hann(ahead + 3)[1:-1]
+    return signal.oaconvolve(highest[: len(needed) - ahead], weights / weights.sum(), "valid")
 
 
 def at_loudness(sound: np.ndarray, sample_rate: int, lufs: float) -> np.ndarray:
