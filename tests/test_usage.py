@@ -16,6 +16,7 @@ from vcm_jax.console import COMMANDS
 def own_flags(module) -> list[str]:
     """Flags that a command defines, in order; they stay defined until `forget`."""
     before = set(flags.FLAGS)
+    usage.forget_headings()
     if hasattr(module, "define_flags"):
         module.define_flags()
         return [name for name in flags.FLAGS if name not in before]

@@ -17,6 +17,11 @@ def heading(title: str) -> None:
     _headings.append((title, set(flags.FLAGS)))
 
 
+def forget_headings() -> None:
+    """Another command's flags are defined in this process next."""
+    _headings.clear()
+
+
 def is_wanted(argv: list[str]) -> bool:
     """Whether the arguments ask for help (--helpfull is absl's own list of all flags)."""
     before = argv[1 : argv.index("--")] if "--" in argv else argv[1:]

@@ -7,7 +7,7 @@ from vcm_jax.records.sequence import SequenceConfig
 SHORT = SequenceConfig(duration=2.56)
 ENCODERS = WeightsFreeEncoders(32, 48, 24)
 CLIP = [-0.234684, -1.03533, 0.00273804]
-SYNC = [-3.26577, 1.88548, 5.28488]
+SYNC = {1: [-3.26577, 1.88548, 5.28488], 2: [0.0727336, -0.404533, -0.907852]}
 TEXT = [-0.860315, 1.30455, -1.95165]
 
 
@@ -110,12 +110,15 @@ def test_text():
     assert np.isfinite(encode_text("wörd, " * 500)).all()
 
 
-def test_the_same_features_everywhere():
-    """Golden values: when they change on purpose, raise WeightsFreeEncoders.version."""
-    clip, sync = encode(blink(1.0), SHORT)
+@pytest.mark.parametrize("version", [1, 2])
+def test_the_same_features_everywhere(version):
+    """Golden values: when they change on purpose, add a version to WeightsFreeEncoders."""
+    encoders = WeightsFreeEncoders(32, 48, 24, version)
+    clip, sync = encode(blink(1.0), SHORT, encoders)
+    assert encoders_from_spec(encoders.spec()).version == version
     text = ENCODERS.encode_text("a metal ball", SHORT)
     np.testing.assert_allclose(clip[0, :3], CLIP, rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(sync[21, :3], SYNC, rtol=1e-4)
+    np.testing.assert_allclose(sync[21, :3], SYNC[version], rtol=1e-4)
     np.testing.assert_allclose(text[1, :3], TEXT, rtol=1e-5)
 
 

@@ -6,7 +6,7 @@ import io
 
 from absl import flags
 
-from vcm_jax import cli
+from vcm_jax import cli, usage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +21,7 @@ class Done:
 def run_command(module, *arguments, doc="", **options) -> Done:
     """`python -m MODULE ARGUMENTS`; `options` are those of `cli.run`. Bugs are raised."""
     before = set(flags.FLAGS)
+    usage.forget_headings()
     module.define_flags()
     own = [name for name in flags.FLAGS if name not in before]
     out, err, code = io.StringIO(), io.StringIO(), 0

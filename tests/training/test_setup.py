@@ -277,7 +277,7 @@ def test_ablations_change_one_setting():
         "objective.guidance_scale": "is 2.0, was 4.0",
         "objective.lambda_end": "is 0.004, was 0.002",
     }
-    assert load_config("ablations", "base=impacts,r=0").batch_size == 32
+    assert load_config("ablations", "base=impacts,r=0").batch_size == 16
     assert load_config("ablations", "sync=time").model_overrides.sync_alignment == "time"
     for text, message in (
         ("q=1", "ablation 'q' is not one of w, m, r, p, lambda_end"),

@@ -221,9 +221,9 @@ def train(config: CodecConfig, corpus: Corpus, workdir: Path, args, linear=None)
     training, held_out = corpus.split(args.val_sounds)
     val_sounds = _val_sounds(corpus, held_out, MELS[config.mode].sample_rate)
     statistics = read_statistics(corpus, training, config, linear)
-    state, placed, key = jax.device_put(
-        (init_state(config), statistics, jax.random.key(config.seed)), sharding.replicated(mesh)
-    )
+    whole = sharding.replicated(mesh)
+    state = jax.jit(functools.partial(init_state, config), out_shardings=whole)()
+    placed, key = jax.device_put((statistics, jax.random.key(config.seed)), whole)
     with contextlib.ExitStack() as stack:
         saver = stack.enter_context(checkpoint.Saver(checkpoint.open_manager(workdir)))
         if saver.manager.latest_step() is not None:
