@@ -74,7 +74,17 @@ def test_a_document(tmp_path):
         page.spectrogram(sound, 16_000),
     )
     reader = Reader(path.read_text(encoding="utf-8"))
-    assert reader.elements == ["html", "meta", "meta", "title", "style", "body", "p", "audio", "img"]
+    assert reader.elements == [
+        "html",
+        "meta",
+        "meta",
+        "title",
+        "style",
+        "body",
+        "p",
+        "audio",
+        "img",
+    ]
     assert "<Title>" in reader.text and "caf\u00e9 ?" in reader.text
 
 

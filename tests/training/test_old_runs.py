@@ -52,6 +52,7 @@ def config(folder):
         "snapshot_every": 2, "eval_every": 0, "ema_sigma_rels": (0.05,),
         "optimizer.warmup_steps": 1, "objective.guidance_scale": 3.0,
         "objective.time_mean": -0.4, "objective.time_std": 1.0,
+        "optimizer.decay_steps": (1_700, 2_000), "optimizer.learning_rate": 2e-3,
         **{f"model_overrides.{name}": size for name, size in sizes.items()},
     })  # fmt: skip
     # The old run used one device; batch_size 4 does not divide over the eight of the tests.

@@ -230,8 +230,9 @@ def test_what_may_change_when_a_run_is_resumed(data, tmp_path, caplog):
     config = lambda **changes: make_config(folder, eval_every=0, **changes)
     workdir = tmp_path / "run"
     loop.train(config(steps=3, checkpoint_every=3), workdir)
-    with pytest.raises(loop.SetupError, match="seed is 1, was 0.*allow_config_change"):
-        loop.train(config(seed=1), workdir)
+    message = r"optimizer.learning_rate is 0.25, was .*allow_config_change"
+    with pytest.raises(loop.SetupError, match=message):
+        loop.train(config(**{"optimizer.learning_rate": 0.25}), workdir)
     shutil.rmtree(folder / "train")
     write_records(folder / "train", 13)
     message = r"data source train=1 changed since the checkpoint: 13 records .* was 12"
