@@ -86,7 +86,12 @@ def test_signals_are_passed_on(number):
     child = f"""
 def handler(*_): print('told', flush=True); sys.exit(75)
 signal.signal({int(number)}, handler); print('ready', flush=True); time.sleep(60)"""
-    process = start(child)
+    # Whoever runs the tests in the background has them ignore Ctrl-C, which children inherit.
+    before = signal.signal(number, signal.SIG_DFL)
+    try:
+        process = start(child)
+    finally:
+        signal.signal(number, before)
     assert process.stdout.readline() == "ready\n"
     process.send_signal(number)
     assert finish(process) == (75, "told\n", "")
