@@ -1,12 +1,12 @@
 """Makes the picture at the top of the README: frames, true sound and generated sound of one clip.
 
     bash launch/demo.sh
-    python benchmarks/readme_picture.py --data=data/impacts --videos=runs/impacts/videos \
-        --clip=0 --out=docs/demo.png
+    python benchmarks/readme_picture.py --data=data/impacts --clip=0 \
+        --video=runs/impacts/videos/000000_1_step.mp4 --out=docs/demo.png
 
-The demo writes both inputs: --data holds the simulated clips with their true sound, and --videos
-holds the same clips with the sound that the trained network generated. The clips are those of the
-test split, which training never sees.
+The demo writes both inputs: --data holds the simulated clips with their true sound, and --video is
+the same clip with the sound that the trained network generated. The clips are those of the test
+split, which training never sees.
 """
 
 import argparse
@@ -80,7 +80,7 @@ def draw(frames: np.ndarray, sounds: dict[str, np.ndarray], marks, duration: flo
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", required=True, help="folder that `vcm_jax.impacts` wrote")
-    parser.add_argument("--videos", required=True, help="folder that `vcm_jax.generate` wrote")
+    parser.add_argument("--video", required=True, help="the clip with its generated sound")
     parser.add_argument("--clip", type=int, default=0, help="which test clip (0)")
     parser.add_argument("--out", required=True, help="PNG file to write")
     args = parser.parse_args(argv)
@@ -90,7 +90,7 @@ def main(argv=None):
         true = Path(args.data, "test", name)
         frames = read_frames(true, {FPS: lambda frame: frame}, duration)[FPS]
         read = lambda path: read_audio(path, SAMPLE_RATE, round(duration * SAMPLE_RATE))
-        sounds = {"true\nsound": read(true), "generated\nsound": read(Path(args.videos, name))}
+        sounds = {"true\nsound": read(true), "generated\nsound": read(args.video)}
     except ValueError as error:
         sys.exit(f"error: {error}")
     figure = draw(frames, sounds, [impact["time"] for impact in clip["impacts"]], duration)

@@ -96,3 +96,18 @@ def get_config(objective: str = "vcm") -> ConfigDict:
     config.eval_sample_steps = (25,) if OBJECTIVES[objective].instant_only else (1, 4)
     config.eval_clips = 64
     return config
+
+
+def for_cpu(objective: str) -> ConfigDict:
+    """The settings that runs of minutes on a CPU share: small data, and networks that fit."""
+    config = get_config(objective)
+    config.dtype = "float32"
+    config.data.num_workers = 0
+    config.keep_every = 0
+    if objective == "vcm":
+        # Guidance in the target costs a pass and feeds the network's own errors back: with 39 clips
+        # and guidance 3 the errors of jumps grew without bound.
+        config.objective.guidance_scale = 1.0
+    elif config.objective.get("guidance_scale", 1.0) > 3.0:
+        config.objective.guidance_scale = 3.0
+    return config

@@ -76,13 +76,13 @@ def test_the_picture(tmp_path):
 
     write_dataset(tmp_path / "data", {"test": 2}, 1.28, seed=0, workers=1)
     out = tmp_path / "picture.png"
-    arguments = [f"--data={tmp_path / 'data'}", f"--videos={tmp_path / 'data/test'}"]
+    arguments = [f"--data={tmp_path / 'data'}", f"--video={tmp_path / 'data/test/000001.mp4'}"]
     readme_picture.main([*arguments, "--clip=1", f"--out={out}"])
     assert out.read_bytes().startswith(b"\x89PNG")
     with pytest.raises(SystemExit, match=r"--clip=2: .*test_impacts.jsonl has the clips 0 to 1"):
         readme_picture.main([*arguments, "--clip=2", f"--out={out}"])
     with pytest.raises(SystemExit, match="000000.mp4: no such file"):
-        readme_picture.main([arguments[0], f"--videos={tmp_path}", f"--out={out}"])
+        readme_picture.main([arguments[0], f"--video={tmp_path}/000000.mp4", f"--out={out}"])
 
 
 def test_pictures_are_small():

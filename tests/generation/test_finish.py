@@ -8,11 +8,11 @@ import pytest
 import soundfile
 from commands import run_command
 from scipy import signal
+from small_runs import extract_test_records
 
 from vcm_jax import evaluate
 from vcm_jax import generate as command
 from vcm_jax.evaluation import comparison
-from vcm_jax.features import extract
 from vcm_jax.generation import clips
 from vcm_jax.generation.finish import Finish
 from vcm_jax.generation.run import load_run
@@ -47,17 +47,7 @@ def loud(world, monkeypatch):
 
 @pytest.fixture(scope="module")
 def records(world):
-    extract.extract(
-        world / "finish_records",
-        videos=world / "data/test",
-        captions=world / "data/test.tsv",
-        codec=world / "records/codec",
-        duration=1.28,
-        clip_dim=6,
-        sync_dim=5,
-        text_dim=4,
-    )
-    return world / "finish_records"
+    return extract_test_records(world, "finish_records")
 
 
 def generate(world, *flags):

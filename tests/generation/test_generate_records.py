@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import soundfile
 from commands import run_command
+from small_runs import extract_test_records
 
 from vcm_jax import generate as command
 from vcm_jax.claim import ClaimError, hold
-from vcm_jax.features import extract
 from vcm_jax.generation import finish
 from vcm_jax.generation.clips import Request, encode_request, generate
 from vcm_jax.generation.records import RecordsError, generate_records
@@ -26,17 +26,7 @@ TIMES = uniform_times(1)
 @pytest.fixture(scope="module")
 def given(world):
     """A run, and the records of the test clips."""
-    extract.extract(
-        world / "test_records",
-        videos=world / "data/test",
-        captions=world / "data/test.tsv",
-        codec=world / "records/codec",
-        duration=1.28,
-        clip_dim=6,
-        sync_dim=5,
-        text_dim=4,
-    )
-    return load_run(world / "run"), RecordSource(world / "test_records")
+    return load_run(world / "run"), RecordSource(extract_test_records(world, "test_records"))
 
 
 def read(folder, suffix="wav"):

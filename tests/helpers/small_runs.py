@@ -112,6 +112,21 @@ def final_state(workdir):
         return manager.restore(step, args=ocp.args.Composite(state=args))["state"]
 
 
+def extract_test_records(world, name: str):
+    """The folder WORLD/NAME with the records of the test clips of `make_world`."""
+    extract.extract(
+        world / name,
+        videos=world / "data/test",
+        captions=world / "data/test.tsv",
+        codec=world / "records/codec",
+        duration=1.28,
+        clip_dim=6,
+        sync_dim=5,
+        text_dim=4,
+    )
+    return world / name
+
+
 def make_world(folder, clips: int, **extraction):
     """Clips, and the workdir of a run whose weights are random and not zero."""
     write_dataset(folder / "data", {"train": clips, "test": 3}, 1.28, seed=0, workers=1)

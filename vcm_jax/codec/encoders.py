@@ -12,16 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from vcm_jax.codec.fourier import Block, shift
-from vcm_jax.codec.mel import MelConfig, log_mel
 
-STACK = 2  # spectrogram frames per latent
 _MIN_LOG_VARIANCE, _MAX_LOG_VARIANCE = -12.0, 4.0
-
-
-def stacked_mel(sound: jax.Array, mel: MelConfig) -> jax.Array:
-    """Pairs of log-mel frames: sound (B, 2 N hop) -> `B N 2bands`."""
-    frames = log_mel(sound, mel)
-    return frames.reshape(frames.shape[0], -1, STACK * mel.bands)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +49,7 @@ class LearnedEncoder(nn.Module):
     def __call__(self, rows, mask=None):
         """
         Args:
-          rows: `B N 2bands` from `stacked_mel`, of mean 0 and std 1 per entry.
+          rows: `B N 2bands` from `mel.stacked_mel`, of mean 0 and std 1 per entry.
           mask: `B N 1`, 0 for rows after the end of the sound; None is all 1.
 
         Returns:

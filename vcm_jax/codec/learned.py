@@ -15,10 +15,10 @@ from flax import traverse_util
 
 from vcm_jax.atomic import atomic_path
 from vcm_jax.codec import fourier
-from vcm_jax.codec.encoders import ENCODERS, STACK, LearnedEncoder, stacked_mel
+from vcm_jax.codec.encoders import ENCODERS, LearnedEncoder
 from vcm_jax.codec.folders import check_description, read_description, write_description
 from vcm_jax.codec.linear import LinearCodec
-from vcm_jax.codec.mel import MELS, MelConfig
+from vcm_jax.codec.mel import MELS, STACK, MelConfig, stacked_mel
 from vcm_jax.hashes import array_hash, short_hash
 
 _VERSION = 1

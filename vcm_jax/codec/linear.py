@@ -14,15 +14,14 @@ import numpy as np
 from vcm_jax.atomic import atomic_path
 from vcm_jax.codec.folders import check_description, read_description, write_description
 from vcm_jax.codec.griffin_lim import griffin_lim
-from vcm_jax.codec.mel import MEL_FLOOR, MELS, MelConfig, log_mel, mel_filters
+from vcm_jax.codec.mel import MEL_FLOOR, MELS, STACK, MelConfig, mel_filters, stacked_mel
 from vcm_jax.hashes import short_hash
 
 _VERSION = 1
-_STACK = 2  # spectrogram frames per latent token: SequenceConfig.latent_downsample
 _ITERATIONS = 32  # of Griffin-Lim
 LATENT_DIMS = {"16k": 20, "44k": 40}  # channels, as many as MMAudio's codec has in this mode
 
-_log_mel = jax.jit(log_mel, static_argnums=1)
+_stacked_mel = jax.jit(stacked_mel, static_argnums=1)
 
 
 def stacked_frames(audio: np.ndarray, mel: MelConfig) -> np.ndarray:
@@ -32,13 +31,13 @@ def stacked_frames(audio: np.ndarray, mel: MelConfig) -> np.ndarray:
       ValueError: another shape, or no samples.
     """
     audio = np.asarray(audio, np.float32)
-    token = _STACK * mel.hop
+    token = STACK * mel.hop
     if audio.ndim != 1 or len(audio) == 0:
         raise ValueError(f"the sound must be (samples,), not {audio.shape}")
     tokens = max(2, -(-len(audio) // token))
     padded = np.pad(audio, (0, tokens * token - len(audio)))
-    frames = np.asarray(_log_mel(padded[None], mel)[0], np.float64)
-    return frames.reshape(-1, _STACK * mel.bands)[: -(-len(audio) // token)]
+    rows = np.asarray(_stacked_mel(padded[None], mel)[0], np.float64)
+    return rows[: -(-len(audio) // token)]
 
 
 @functools.cache
@@ -69,7 +68,7 @@ class LinearCodec:
 
     name = "linear"
     on_device = False
-    latent_downsample = _STACK
+    latent_downsample = STACK
 
     def __init__(
         self,
@@ -113,7 +112,7 @@ class LinearCodec:
         latents = np.asarray(latents, np.float32)
         if latents.ndim != 2 or latents.shape[1] != self.latent_dim:
             raise ValueError(f"latents must be (N, {self.latent_dim}), not {latents.shape}")
-        hop, count = self.mel.hop, len(latents) * _STACK
+        hop, count = self.mel.hop, len(latents) * STACK
 
         # Griffin-Lim centres frame i at sample i * hop, log_mel at (i + 1/2) * hop. With the first
         # and the last frame repeated, the wanted sound starts half a hop later.
@@ -130,11 +129,11 @@ class LinearCodec:
 
     def _magnitudes(self, latents: np.ndarray, frames: np.ndarray) -> np.ndarray:
         """|STFT| (bins, len(frames)) of consecutive frames."""
-        first = frames[0] // _STACK
-        rows = latents[first : frames[-1] // _STACK + 1]
+        first = frames[0] // STACK
+        rows = latents[first : frames[-1] // STACK + 1]
         log_mel = (rows @ self.components + self.mean).reshape(-1, self.mel.bands)
         base = np.float32(10 if self.mel.log10 else np.e)
-        power = np.maximum(base ** log_mel[frames - first * _STACK], MEL_FLOOR)
+        power = np.maximum(base ** log_mel[frames - first * STACK], MEL_FLOOR)
         return np.maximum(_inverse_filters(self.mel) @ power.T, 0)
 
     def save(self, folder):
@@ -193,7 +192,7 @@ def fit_linear_codec(
       ValueError: fewer frames than components.
     """
     mel, latent_dim = MELS[mode], latent_dim or LATENT_DIMS[mode]
-    width = _STACK * mel.bands
+    width = STACK * mel.bands
     count, total, square = 0, np.zeros(width), np.zeros((width, width))
     for sound in sounds:
         rows = stacked_frames(sound, mel)

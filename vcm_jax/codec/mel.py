@@ -34,6 +34,7 @@ class MelConfig:
 MEL_16K = MelConfig(16_000, 1024, 256, 80, 0.0, 8_000.0, log10=True)
 MEL_44K = MelConfig(44_100, 2048, 512, 128, 0.0, 22_050.0, log10=False)
 MELS = {"16k": MEL_16K, "44k": MEL_44K}
+STACK = 2  # spectrogram frames per latent
 MEL_FLOOR = 1e-5  # the smallest mel value, before the logarithm
 
 
@@ -81,3 +82,9 @@ def log_mel(audio: jax.Array, config: MelConfig) -> jax.Array:
     # Matrix products are exact in float32 on all platforms only on request.
     mel = jnp.matmul(magnitude, mel_filters(config).T, precision="highest")
     return (jnp.log10 if config.log10 else jnp.log)(jnp.maximum(mel, MEL_FLOOR))
+
+
+def stacked_mel(audio: jax.Array, config: MelConfig) -> jax.Array:
+    """Pairs of log-mel frames, one for each latent: (B, 2 N hop) -> `B N 2bands` float32."""
+    frames = log_mel(audio, config)
+    return frames.reshape(frames.shape[0], -1, STACK * config.bands)

@@ -16,15 +16,9 @@ from jax.sharding import PartitionSpec
 
 from vcm_jax import ema
 from vcm_jax.codec import discriminators, fourier, losses
-from vcm_jax.codec.encoders import (
-    ENCODERS,
-    STACK,
-    LearnedEncoder,
-    kl_divergence,
-    stacked_mel,
-)
+from vcm_jax.codec.encoders import ENCODERS, LearnedEncoder, kl_divergence
 from vcm_jax.codec.learned import N_FFT
-from vcm_jax.codec.mel import MELS
+from vcm_jax.codec.mel import MELS, STACK, stacked_mel
 from vcm_jax.settings import check, choice, integer, number, setting
 
 MARGIN = 1  # latents of real sound on either side of a crop, for the spectrogram of its ends

@@ -87,13 +87,20 @@ def read_config(args) -> CodecConfig:
     return CodecConfig(**recipe | given)
 
 
-def read_statistics(corpus: Corpus, numbers, config: CodecConfig, linear: LinearCodec | None):
+def read_statistics(
+    corpus: Corpus, numbers, config: CodecConfig, linear: LinearCodec | None
+) -> dict[str, np.ndarray]:
     """Arrays that are not trained: of the encoder, and the latents' statistics for the decoder.
+
+    They are the entries of `LearnedCodec.arrays` besides `.../params/...`.
 
     Args:
       corpus, numbers: the sounds for training.
       config: settings.
       linear: the linear codec whose latents are kept; None fits one.
+
+    Raises:
+      ValueError: too few sounds to fit one.
     """
     numbers = np.random.default_rng(0).permutation(numbers)[:_FIT_SOUNDS]
     sounds = (corpus.sound(number) for number in numbers)
@@ -112,7 +119,7 @@ def read_statistics(corpus: Corpus, numbers, config: CodecConfig, linear: Linear
 
 
 def make_codec(config: CodecConfig, statistics, weights) -> LearnedCodec:
-    """The codec of EMA weights."""
+    """The codec of weights, as `CodecState.params` has them, and of `read_statistics`."""
     arrays = dict(statistics)
     for part, tree in jax.device_get(weights).items():
         flat = traverse_util.flatten_dict(tree, sep="/")
@@ -146,17 +153,17 @@ class _Meter:
         self.config, self.writer, self.every = config, writer, every
         self.found, self.started = [], None
 
-    def add(self, step: int, metrics) -> None:
-        """Adds a step's metrics, arrays on the device.
+    def add(self, step: int, metrics, saves: bool) -> None:
+        """Adds a step's metrics, arrays on the device; `saves` says whether its state is saved.
 
         Raises:
-          ValueError: the loss is not finite.
+          ValueError: the loss is not finite. Nothing that is not finite is ever saved.
         """
         self.found.append(metrics)
         if self.started is None:  # the first step of a stage compiles
             jax.block_until_ready(metrics)
             self.started, self.counted = time.perf_counter(), len(self.found)
-        if step % self.every and step != self.config.steps:
+        if step % self.every and not saves:
             return
         found, steps = jax.device_get(self.found), max(1, len(self.found) - self.counted)
         seconds = (time.perf_counter() - self.started) / steps
@@ -240,12 +247,14 @@ def train(config: CodecConfig, corpus: Corpus, workdir: Path, args, linear=None)
                 logging.info("compiling the step%s", cache_note())
                 meter.started = None
             state, metrics = steps[step >= second_stage](state, placed, sound, key)
-            meter.add(step, metrics)
             last, stop = step == config.steps, told_to_stop(step)
-            if last or (args.eval_every and step % args.eval_every == 0):
-                validate(make_codec(config, statistics, state.ema), val_sounds, writer, step)
-            if last or stop or step % args.checkpoint_every == 0:
+            saves = last or stop or step % args.checkpoint_every == 0
+            meter.add(step, metrics, saves)
+            if saves:
                 saver.save(step, state, {}, wait=stop)
+            if val_sounds and (last or (args.eval_every and step % args.eval_every == 0)):
+                validate(make_codec(config, statistics, state.ema), val_sounds, writer, step)
+            if saves:
                 writer.flush()
             if stop and not last:
                 raise preemption.Preempted(f"SIGTERM: step {step} is saved in {workdir}")

@@ -41,7 +41,7 @@ def make_report(
     if num_clips < MIN_CLIPS:
         raise ValueError(f"--clips={num_clips}: at least {MIN_CLIPS}, each needs another's video")
     results = score_run(load_run(workdir), data, num_clips, num_train)
-    write_page(results, workdir, data, shown, times or {})
+    write_page(results, workdir, shown, times or {})
     write_json(workdir / "report.json", {"clips": num_clips, "metrics": results.metrics})
     return results.metrics
 

@@ -162,8 +162,8 @@ def _durations(times: dict[str, float], results: Results) -> list:
     if not times:
         return [page.element("p", sentence)]
     rows = [[name, f"{seconds / 60:.1f} min"] for name, seconds in times.items()]
-    rows.append(["all", f"{sum(times.values()) / 60:.1f} min"])
-    return [page.table(["", "time"], rows), page.element("p", sentence)]
+    rows.append(["all before this page", f"{sum(times.values()) / 60:.1f} min"])
+    return [page.table(["stage", "time in the last start"], rows), page.element("p", sentence)]
 
 
 def _summary(results: Results) -> str:
@@ -180,32 +180,31 @@ def _summary(results: Results) -> str:
 
 _NEXT = (
     ("Sound for a video of bouncing balls", "python -m vcm_jax.generate --workdir={workdir} "
-     "--video={data}/test/000000.mp4 --prompt='a glass ball bouncing' --out=out.mp4"),
+     "--video={video} --prompt='{caption}' --out=out.mp4"),
     ("Curves and sounds of the training", "tensorboard --logdir={workdir}"),
     ("Other objectives, such as MeanFlow", "python -m vcm_jax.main "
      "--config=configs/impacts.py:meanflow --workdir=runs/meanflow"),
 )  # fmt: skip
 
 
-def write_page(
-    results: Results, workdir: Path, data: Path, shown: int, times: dict[str, float]
-) -> None:
+def write_page(results: Results, workdir: Path, shown: int, times: dict[str, float]) -> None:
     """Writes WORKDIR/report.html and the videos in it, WORKDIR/videos.
 
     Args:
       results: from `score_run`.
       workdir: of the run.
-      data: folder of the Impacts set.
       shown: number of clips in the page.
       times: {stage of the demo: seconds}; may be empty.
 
     Raises:
       OSError: they cannot be written.
     """
+    first = results.scorer.clips[0]
+    example = {"video": first["path"], "caption": first["caption"]}
     h2, p = (functools.partial(page.element, tag) for tag in ("h2", "p"))
     next_steps = [
         page.element(
-            "li", label, ": ", page.element("code", text.format(workdir=workdir, data=data))
+            "li", label, ": ", page.element("code", text.format(workdir=workdir, **example))
         )
         for label, text in _NEXT
     ]
