@@ -321,3 +321,13 @@ def test_a_given_linear_codec_is_kept(sounds, tmp_path):
     linear.save(tmp_path / "linear")
     with pytest.raises(ValueError, match="latent_dim=4"):
         train._linear_codec(tmp_path / "linear", CodecConfig(latent_dim=20))
+
+
+def test_sounds_too_short_to_measure_cost_nothing(tmp_path):
+    """Training ends with a codec, although no validation sound can be scored."""
+    (tmp_path / "short").mkdir()
+    for i in range(4):
+        soundfile.write(tmp_path / f"short/{i}.wav", 0.1 * RNG.standard_normal(1_200), 16_000)
+    corpus = open_corpus(tmp_path / "short", 16_000, tmp_path / "cache")
+    codec = train.train(CodecConfig(**SHORT), corpus, tmp_path / "run", Args())
+    assert np.isfinite(codec.decode(codec.encode(corpus.sound(0))[0])).all()
