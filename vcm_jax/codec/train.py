@@ -37,6 +37,7 @@ from vcm_jax.codec.step import CodecConfig, init_state, train_step
 from vcm_jax.devices import preemption, sharding
 from vcm_jax.metrics.sounds import SoundMetrics
 from vcm_jax.runs import checkpoint
+from vcm_jax.training import monitor
 from vcm_jax.training.writer import Writer, progress_line
 
 _FIT_SOUNDS = 400  # number of sounds that statistics and the linear encoder are fitted on
@@ -156,10 +157,14 @@ class _Meter:
     def add(self, step: int, metrics, saves: bool) -> None:
         """Adds a step's metrics, arrays on the device; `saves` says whether its state is saved.
 
+        It waits for the step `AHEAD` before this one. With more steps under way, the devices of a
+        CPU can wait for each other without end: their threads are all taken by later steps.
+
         Raises:
           ValueError: the loss is not finite. Nothing that is not finite is ever saved.
         """
         self.found.append(metrics)
+        jax.block_until_ready(self.found[: -monitor.AHEAD][-1:])
         if self.started is None:  # the first step of a stage compiles
             jax.block_until_ready(metrics)
             self.started, self.counted = time.perf_counter(), len(self.found)
