@@ -9,8 +9,8 @@ makes the data and runs everything. The training alone is
 
 --config=configs/impacts.py:soflow trains with another objective, see `configs/s16k.py`.
 
-Cost: 5 to 9 minutes on two CPU cores (100 to 170 samples/s).
-Expected on 200 test clips: onset F1 0.92 in one step and 0.94 in four, material 72% and 75%. The
+Cost: 9 minutes on two CPU cores (110 samples/s).
+Expected on 200 test clips: onset F1 0.92 in one step and 0.93 in four, material 72 to 75%. The
 true sound scores 0.99 and 97%, and sound for another clip's video 0.26 and 22%.
 """
 
