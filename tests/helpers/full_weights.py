@@ -57,7 +57,8 @@ def _filled(shapes: dict[str, tuple]) -> dict[str, np.ndarray]:
 def _synchformer() -> dict[str, np.ndarray]:
     with torch.device("meta"):
         state = synchformer.Synchformer(synchformer.SIZE).state_dict()
-    return _filled({name: tuple(value.shape) for name, value in state.items()})
+    # The public file also has the prefix of the network that it was taken from.
+    return _filled({f"vfeat_extractor.{name}": tuple(x.shape) for name, x in state.items()})
 
 
 def _open_clip() -> dict[str, np.ndarray]:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vcm_jax.atomic import atomic_path
-from vcm_jax.codec import bigvgan, vae
+from vcm_jax.codec import bigvgan, conv, vae
 from vcm_jax.codec.folders import check_description, read_description, write_description
 from vcm_jax.codec.mel import MEL_16K, MEL_44K, MelConfig, log_mel
 from vcm_jax.hashes import array_hash
@@ -133,11 +133,16 @@ class NeuralCodec:
 
     @functools.cached_property
     def _decoder(self):
-        return self._network("decoder.", "data_")
+        return self._prepared(self._network("decoder.", "data_"))
 
     @functools.cached_property
     def _vocoder(self):
-        return self._network("vocoder.", strip="vocoder.")
+        return self._prepared(self._network("vocoder.", strip="vocoder."))
+
+    def _prepared(self, params: dict) -> dict:
+        """The arrays as the device's convolutions want them."""
+        exact_on_cpu = jax.default_backend() == "cpu" and self.dtype == jnp.float32
+        return conv.for_cpus(params) if exact_on_cpu else params
 
     def encode(self, audio: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Sound (samples,) in [-1, 1] -> latent mean and std (N, C) float32.
