@@ -57,8 +57,10 @@ def _filled(shapes: dict[str, tuple]) -> dict[str, np.ndarray]:
 def _synchformer() -> dict[str, np.ndarray]:
     with torch.device("meta"):
         state = synchformer.Synchformer(synchformer.SIZE).state_dict()
-    # The public file also has the prefix of the network that it was taken from.
-    return _filled({f"vfeat_extractor.{name}": tuple(x.shape) for name, x in state.items()})
+    shapes = {name: tuple(value.shape) for name, value in state.items()}
+    # The public file has a prefix, and the projection of pictures, which videos do not need.
+    shapes |= {"patch_embed.proj.weight": (768, 3, 16, 16), "patch_embed.proj.bias": (768,)}
+    return _filled({f"vfeat_extractor.{name}": shape for name, shape in shapes.items()})
 
 
 def _open_clip() -> dict[str, np.ndarray]:

@@ -20,7 +20,7 @@ from vcm_jax.generation.clips import Request, encode_request
 from vcm_jax.generation.run import load_public
 from vcm_jax.interop.weights import torch_shapes, variables_from_torch
 from vcm_jax.media import loudness
-from vcm_jax.media.read import probe, read_audio
+from vcm_jax.media.read import probe, read_audio, read_frames, read_image
 from vcm_jax.media.write import write_mp4
 from vcm_jax.models import MODELS, MMDiT
 from vcm_jax.sampling import uniform_times
@@ -122,6 +122,20 @@ def test_sounds_are_those_of_mmaudios_sampler(home, server, video, picture, tmp_
     assert len(found) == len(expected)
     np.testing.assert_allclose(found, expected, atol=2e-3)
     assert np.abs(expected).max() > 1e-2
+
+
+def test_a_picture_becomes_a_movie(home, server, picture, tmp_path):
+    out = tmp_path / "out.mp4"
+    done = generate(f"--image={picture}", "--steps=1", f"--out={out}")
+    assert done.code == 0, done.err
+    found = probe(out)
+    assert found.duration == pytest.approx(8, abs=0.05) and found.has_audio
+    shown = np.float32(read_frames(out, {5.0: lambda frame: frame})[5.0])
+    wanted = read_image(picture)
+    assert shown.shape[1:] == wanted.shape
+    assert np.abs(shown - shown[0]).max() <= 8  # it stands still
+    assert np.abs(shown[0].mean((0, 1)) - wanted.mean((0, 1))).max() < 8
+    assert np.abs(read_audio(out, 44_100, 40_000)).max() > 1e-2
 
 
 def test_several_takes_have_their_features_in_common(home, server, video, tmp_path, monkeypatch):

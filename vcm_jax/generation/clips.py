@@ -16,6 +16,7 @@ from vcm_jax.generation.finish import Finish
 from vcm_jax.generation.run import Run
 from vcm_jax.generation.windows import Windows, sample_in_windows
 from vcm_jax.media.read import probe
+from vcm_jax.media.write import still_movie
 from vcm_jax.models import MMDiT, ModelConfig
 from vcm_jax.models.conditioned import sample_latents, velocity_of_features
 from vcm_jax.records.sequence import SequenceConfig
@@ -356,5 +357,8 @@ def write(
     finish, path = finish or Finish(), Path(path)
     if path.suffix.lower() in (".wav", ".flac"):
         finish.write_sound(path, sound, sample_rate)
+    elif item.request.image is not None:
+        with still_movie(item.request.image, item.seconds) as movie:
+            finish.mux(movie, sound, sample_rate, path, item.seconds)
     else:
         finish.mux(item.request.video, sound, sample_rate, path, item.seconds)

@@ -102,16 +102,16 @@ def _plan_file(
     if image and not Path(image).is_file():
         raise ValueError(f"--image={image}: no such file")
     name = video.stem if video else prompt or Path(image).stem
-    known = SOUND_FORMATS if video is None else SOUND_FORMATS + VIDEO_FORMATS
+    known = SOUND_FORMATS + VIDEO_FORMATS if video or image else SOUND_FORMATS
     path = Path(out)
     if path.is_dir() or out.endswith(os.sep):
         # A prompt may contain slashes; they must not make folders.
-        suffix = format or ("mp4" if video else "wav")
+        suffix = format or ("mp4" if video or image else "wav")
         path /= f"{output_name(name.replace('/', ' '))}.{suffix}"
     elif format and path.suffix.lower() != f".{format}":
         raise ValueError(f"--out={out} does not end in .{format}, as --format has it")
     if path.suffix.lower() not in known:
-        what = "a video" if video else "a picture" if image else "a prompt alone"
+        what = "a prompt alone" if known == SOUND_FORMATS else "a video or a picture"
         raise ValueError(f"--out={out}: for {what} it ends in {' or '.join(known)}, or in /")
     return Request(name, video, prompt, Path(image) if image else None), path
 

@@ -3,8 +3,11 @@
 Everything goes through FFmpeg's libraries (PyAV); sounds are written by libsndfile (soundfile).
 """
 
+import contextlib
+import itertools
 import os
-from collections.abc import Iterable
+import tempfile
+from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from pathlib import Path
 
@@ -16,12 +19,14 @@ from absl import logging
 from vcm_jax.atomic import UNWRITABLE, atomic_path
 from vcm_jax.hashes import short_hash
 from vcm_jax.media.encode import X264, encoded_picture
+from vcm_jax.media.read import read_image
 from vcm_jax.media.remux import NotCopied, check_copy, copied_picture
 from vcm_jax.media.streams import MediaError, ffmpeg_name, opened, reason, shown
 
 _BIT_RATE = 128_000  # of the sound
 # FFmpeg's names of the containers; movies of other suffixes are mp4.
 _CONTAINERS = {".mov": "mov", ".mkv": "matroska", ".webm": "webm"}
+_STILL_RATE, _STILL_SIDE = 25, 1920  # frames a second and pixels of a picture's movie
 _AS_MADE = ".as_made"  # a folder of originals, without suffixes: no search for sounds finds them
 
 
@@ -80,6 +85,25 @@ def write_mp4(path, frames: Iterable[np.ndarray], fps: float, audio=None, sample
         if audio is not None:
             packets += _audio_packets(output, audio, sample_rate)
         _mux(output, packets)
+
+
+@contextlib.contextmanager
+def still_movie(picture_path, seconds: float) -> Iterator[Path]:
+    """A temporary mp4 that shows a picture, of at most 1,920 pixels a side, for some seconds.
+
+    Raises:
+      MediaError: the picture cannot be read.
+    """
+    picture = read_image(picture_path)
+    shrink = min(1, _STILL_SIDE / max(picture.shape[:2]))
+    height, width = (max(2, round(side * shrink) // 2 * 2) for side in picture.shape[:2])
+    frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
+    picture = frame.reformat(width, height, interpolation="AREA").to_ndarray()
+    count = max(1, round(_STILL_RATE * seconds))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "still.mp4"
+        write_mp4(path, itertools.repeat(picture, count), count / seconds)
+        yield path
 
 
 def _write_movie(video_path, out_path, picture, audio, sample_rate: int, kind: str, duration):
