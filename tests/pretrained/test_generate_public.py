@@ -14,6 +14,7 @@ from commands import run_command
 
 from vcm_jax import generate as command
 from vcm_jax.codec import load_codec
+from vcm_jax.features import extract
 from vcm_jax.features.encoders import load_encoders
 from vcm_jax.generation import clips, outputs, run
 from vcm_jax.generation.clips import Request, encode_request
@@ -34,7 +35,8 @@ SECONDS = 1.0
 def video(tmp_path_factory):
     path = tmp_path_factory.mktemp("videos") / "a.mp4"
     frames = np.random.default_rng(0).integers(0, 255, (25, 32, 48, 3), np.uint8)
-    write_mp4(path, frames, 25)
+    sound = np.random.default_rng(1).uniform(-0.1, 0.1, 44_100)
+    write_mp4(path, frames, 25, sound, 44_100)
     return path
 
 
@@ -136,6 +138,23 @@ def test_a_picture_becomes_a_movie(home, server, picture, tmp_path):
     assert np.abs(shown - shown[0]).max() <= 8  # it stands still
     assert np.abs(shown[0].mean((0, 1)) - wanted.mean((0, 1))).max() < 8
     assert np.abs(read_audio(out, 44_100, 40_000)).max() > 1e-2
+
+
+def test_records_give_the_sounds_of_their_videos(home, server, video, tmp_path):
+    found = run.pretrained.load(NAME)
+    records, videos = tmp_path / "records", tmp_path / "videos"
+    videos.mkdir()
+    videos.joinpath("a.mp4").write_bytes(video.read_bytes())
+    source = [f"--videos={videos}", f"--codec={found.codec}", f"--encoders={found.encoders}"]
+    done = run_command(extract, *source, f"--out={records}", f"--duration={SECONDS}")
+    assert done.code == 0, done.err
+    flags = "--steps=2", "--dtype=float32", "--format=wav"
+    done = generate(f"--records={records}", f"--out={tmp_path / 'sounds'}", *flags)
+    assert done.code == 0, done.err
+    done = generate(f"--video={videos}", f"--out={tmp_path / 'others'}", *flags)
+    assert done.code == 0, done.err
+    sounds, others = (stored(tmp_path / name / "a.wav") for name in ("sounds", "others"))
+    np.testing.assert_allclose(sounds, others, atol=0.02 * others.std())  # features are float16
 
 
 def test_several_takes_have_their_features_in_common(home, server, video, tmp_path, monkeypatch):
