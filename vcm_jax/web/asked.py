@@ -123,6 +123,8 @@ def _check_file(path: Path, limits: Limits, formats: str, what: str) -> None:
         raise ValueError(f"{path.name}: this is no {what} that can be read") from None
     if not streams:
         raise ValueError(f"{path.name}: there is no picture in this file")
+    if not pixels:
+        raise ValueError(f"{path.name}: this is no {what} that can be read")
     if pixels > _LARGEST:
         raise ValueError(f"{path.name}: more than {_LARGEST / 1e6:.1f} million pixels")
 

@@ -50,6 +50,8 @@ def _inputs(page) -> dict[str, gr.components.Component]:
                 buttons=[],
                 elem_id="image",
             )
+    for component in (found["video"], found["image"]):
+        _refuse_addresses(component)
     if page.examples:
         found["examples"] = gr.Dataset(
             components=[gr.Video(visible=False)],
@@ -60,6 +62,7 @@ def _inputs(page) -> dict[str, gr.components.Component]:
             elem_id="examples",
         )
     found["prompt"] = gr.Textbox(
+        "",
         label="Prompt",
         placeholder="What is to be heard",
         info="Optional with a video or a picture; enough without one.",
@@ -80,6 +83,18 @@ def _inputs(page) -> dict[str, gr.components.Component]:
     with gr.Accordion("More: trim, seed, guidance", open=False):
         found |= _more(limits, can)
     return found
+
+
+def _refuse_addresses(component) -> None:
+    """Files are uploaded: gradio would fetch what a client names by its address."""
+    keep = component.async_move_resource_to_block_cache
+
+    async def move(path, *arguments, **options):
+        if str(path).lower().startswith(("http:", "https:")):
+            raise gr.Error("upload the file itself, not its address", print_exception=False)
+        return await keep(path, *arguments, **options)
+
+    component.async_move_resource_to_block_cache = move
 
 
 def _comparison(page, steps) -> dict:
@@ -114,6 +129,7 @@ def _more(limits, can) -> dict:
         elem_id="guidance",
     )
     found["negative"] = gr.Textbox(
+        "",
         label="Negative prompt",
         info="What is not to be heard; needs guidance other than 0 and 1.",
         max_length=limits.letters,

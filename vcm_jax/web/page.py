@@ -167,17 +167,17 @@ class Page:
         return results.note(text), *self._slots([a, b], 0)[:2], gr.update(visible=False), None
 
     def on_api(
-        self, video, image, prompt, negative, steps, guidance, seed, takes, start, seconds,
-        request: gr.Request,
+        self, request: gr.Request, video=None, image=None, prompt=None, negative_prompt=None,
+        steps=None, guidance=None, seed=None, takes=None, start=None, seconds=None,
     ):  # fmt: skip
         """Makes sound for a video, a picture or a prompt.
 
-        Yields what is being done, and at last the files: for each take an mp4, if there is
-        something to see, and a wav.
+        Yields (what is being done, None), and at last ("done", files): for each take an mp4, if
+        there is something to see, and a wav.
         """
         files = []
         try:
-            asked = self.check(video, image, prompt, negative, start, seconds)
+            asked = self.check(video, image, prompt, negative_prompt, start, seconds)
             variants = self.variants(_TAKES, steps, None, guidance, seed, takes)
             for said in self.work(request.session_hash, asked, variants):
                 if isinstance(said, Stage):
