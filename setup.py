@@ -30,6 +30,7 @@ setup(
         "gpu": ["jax[cuda13]"],
         "tpu": ["jax[tpu]"],
         "torch": ["torch>=2.6,<2.14", "ftfy>=6"],
+        "web": ["gradio>=6.31,<7"],
         "test": [
             "pytest>=8",
             "pytest-xdist>=3.6",

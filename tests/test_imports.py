@@ -22,7 +22,7 @@ FLOORS = [
     {"features", "pretrained"},
     {"generation", "data"},
     {"evaluation", "training", "interop.export_torch", "interop.import_torch"},
-    {"main", "generate", "evaluate", "compare", "search_times", "reconstruct"},
+    {"main", "generate", "evaluate", "compare", "search_times", "reconstruct", "web"},
     {"codec.corpus"},
     {"codec.train"},
     {"impacts"},

@@ -15,6 +15,7 @@ COMMANDS = {
     "vcm-evaluate": "vcm_jax.evaluate",
     "vcm-compare": "vcm_jax.compare",
     "vcm-pretrained": "vcm_jax.pretrained",
+    "vcm-web": "vcm_jax.web",
     "vcm-build": "vcm_jax.data.builder",
     "vcm-validate": "vcm_jax.data.validate",
     "vcm-search-times": "vcm_jax.search_times",

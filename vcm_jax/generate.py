@@ -12,7 +12,6 @@ peak below -1 dBTP; in folders of sounds .as_made keeps what the network made, f
 """
 
 import dataclasses
-import os
 import sys
 
 import jax
@@ -24,7 +23,7 @@ from vcm_jax.cli import LEFT_OUT, define_duration, define_run_flags, heading, ru
 from vcm_jax.generation.finish import Finish
 from vcm_jax.generation.outputs import VIDEO_FORMATS, generate_files, is_folder, plan
 from vcm_jax.generation.records import generate_records
-from vcm_jax.generation.run import Run, load_public, load_run
+from vcm_jax.generation.run import Run, load
 from vcm_jax.generation.windows import Windowing
 from vcm_jax.records.source import RecordSource
 
@@ -172,16 +171,16 @@ def _check_source(args) -> None:
 
 
 def _load(args, sampler: sampling.Sampler, with_encoders: bool) -> Run:
-    # The encoders' PyTorch shares the device, whose memory JAX would keep to itself.
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-    if args.model:
-        loaded = load_public(args.model, args.codec, args.encoders, dtype)
-    else:
-        folders = args.codec, args.encoders
-        loaded = load_run(
-            args.workdir, args.checkpoint, args.sigma_rel, *folders, with_encoders, dtype
-        )
+    loaded = load(
+        args.workdir,
+        args.model,
+        args.codec,
+        args.encoders,
+        args.dtype,
+        args.checkpoint,
+        args.sigma_rel,
+        with_encoders,
+    )
     loaded = dataclasses.replace(loaded, sampler=sampler, windowing=read_windowing(args))
     if args.negative_prompt and not sampler.is_guided(loaded.objective):
         raise ValueError(

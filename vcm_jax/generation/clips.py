@@ -176,14 +176,25 @@ def start_latents(run: Run, items: list[Features], times, seed: int, batch_size:
     return _sample(run.variables, *static, features, noise, keys)
 
 
-def generate_latents(run: Run, items: list[Features], times, seed: int, batch_size: int):
+def generate_latents(
+    run: Run,
+    items: list[Features],
+    times,
+    seed: int,
+    batch_size: int,
+    on_step: Callable[[int, int], None] | None = None,
+):
     """Latents `N C` of every item, in order; all items have the same length.
 
-    The arguments are those of `start_latents`, for any number of items. Of items with windows,
-    `batch_size` windows are sampled at a time.
+    Args:
+      run, items, times, seed, batch_size: as `start_latents`'s, for any number of items. Of items
+        with windows, `batch_size` windows are sampled at a time.
+      on_step: called before each step with the number of steps done and of all steps, once for
+        each item. What it raises ends the sampling: each step is then a program of its own.
     """
-    if items and items[0].windows is not None:
-        return [_latents_in_windows(run, item, times, seed, batch_size) for item in items]
+    if items and (items[0].windows is not None or on_step is not None):
+        arguments = times, seed, batch_size, on_step
+        return [_latents_in_windows(run, _in_windows(item), *arguments) for item in items]
     latents = []
     for start in range(0, len(items), batch_size):
         batch = items[start : start + batch_size]
@@ -192,7 +203,18 @@ def generate_latents(run: Run, items: list[Features], times, seed: int, batch_si
     return latents
 
 
-def _latents_in_windows(run: Run, item: Features, times, seed: int, batch_size: int) -> np.ndarray:
+def _in_windows(item: Features) -> Features:
+    """The item itself if it has windows, otherwise with a single one: the whole clip."""
+    if item.windows is not None:
+        return item
+    clip, sync = (None if array is None else array[None] for array in (item.clip, item.sync))
+    windows = Windows(item.sequence, item.sequence.latent_seq_len, (0,))
+    return dataclasses.replace(item, windows=windows, clip=clip, sync=sync)
+
+
+def _latents_in_windows(
+    run: Run, item: Features, times, seed: int, batch_size: int, on_step=None
+) -> np.ndarray:
     model = run.model.with_lengths(item.sequence)
 
     def velocity(x, indices, t, s):
@@ -213,6 +235,7 @@ def _latents_in_windows(run: Run, item: Features, times, seed: int, batch_size: 
         restart=run.sampler.restart,
         noised=run.objective.noised,
         key=_keys(seed, [item.request.id])[0],
+        on_step=on_step,
     )
     stats = run.variables["stats"]
     return x0 * np.asarray(stats["latent_std"]) + np.asarray(stats["latent_mean"])

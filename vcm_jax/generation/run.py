@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -75,6 +76,33 @@ class Run:
         finally:
             if hasattr(loaded, "release"):
                 loaded.release()
+
+
+def load(
+    workdir,
+    model,
+    codec_folder=None,
+    encoder_folder=None,
+    dtype: str | None = None,
+    step: int | None = None,
+    sigma_rel: float | None = None,
+    with_encoders: bool = True,
+) -> Run:
+    """A trained run or public weights, whichever is given: `load_run` or `load_public`.
+
+    Args:
+      workdir: of a run; None for public weights.
+      model: name or folder of public weights.
+      dtype: float32 or bfloat16; None for float32 on CPUs and bfloat16 elsewhere.
+      codec_folder, encoder_folder, step, sigma_rel, with_encoders: as `load_run`'s; the last three
+        are for runs.
+    """
+    # The encoders' PyTorch shares the device, whose memory JAX would keep to itself.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    if model:
+        return load_public(model, codec_folder, encoder_folder, dtype)
+    return load_run(workdir, step, sigma_rel, codec_folder, encoder_folder, with_encoders, dtype)
 
 
 def load_run(

@@ -125,6 +125,7 @@ def sample_in_windows(
     restart: bool,
     noised: Callable,
     key: jax.Array,
+    on_step: Callable[[int, int], None] | None = None,
 ) -> np.ndarray:
     """From noise to the sample at times[-1], (length, C) float32: `sampling.sample` in windows.
 
@@ -138,13 +139,17 @@ def sample_in_windows(
       restart: whether the sampler is `sampling.restart_sample`.
       noised: the objective's (x0, x1, t) -> x_t, for that sampler.
       key: random key of that sampler's later noise.
+      on_step: called before each step with the number of steps done and of all steps. What it
+        raises ends the sampling.
 
     Raises:
       ValueError: as `sampling.sample`, or `sampling.restart_sample`.
     """
     weights, x = windows.weights(), np.asarray(noise, np.float32)
-    count = len(windows.starts)
-    for step, (t, s) in enumerate(sampling.intervals(times, restart)):
+    count, jumps = len(windows.starts), sampling.intervals(times, restart)
+    for step, (t, s) in enumerate(jumps):
+        if on_step is not None:
+            on_step(step, len(jumps))
         until = np.float32(0) if restart else s
         mean = np.zeros_like(x)
         for first in range(0, count, batch_size):

@@ -4,20 +4,17 @@ import functools
 import json
 from pathlib import Path
 
-import numpy as np
 from matplotlib import pyplot as plt
 
 from vcm_jax.generation.finish import Finish
 from vcm_jax.impacts.score_run import CODEC, CONTROL, ONE, OTHER, TRUE, Results, steps_label
 from vcm_jax.media import page
-from vcm_jax.media.read import read_frames
-from vcm_jax.metrics import log_mel_features
+from vcm_jax.media.drawing import draw_mel, draw_motion, motion
 
 FOUR = steps_label(4)
 _OTHER_CLIP = "another clip's sound"
 # What the page calls the videos of a clip, by the names of their files.
 _VIDEOS = {"true": "the true sound", "1_step": ONE, "4_steps": FOUR, "other": _OTHER_CLIP}
-_FPS = 25
 # Label, key of `Scorer`'s result, format, factor, arrow, and a sentence.
 _METRICS = (
     ("onset F1", "f1", ".3f", 1, "↑", "Impacts are heard when they are seen, and only then."),
@@ -102,31 +99,19 @@ def write_videos(results: Results, index: int, folder: Path) -> dict[str, Path]:
     return paths
 
 
-def _motion(path) -> np.ndarray:
-    """Mean change of the picture from frame to frame, (frames - 1,)."""
-    frames = read_frames(path, {_FPS: lambda frame: frame.astype(np.float32)})[_FPS]
-    return np.abs(np.diff(frames, axis=0)).mean((1, 2, 3))
-
-
 def _timeline(results: Results, index: int) -> page.Html:
     """The picture's motion and the spectrograms on one time axis, impacts marked."""
     clip, rate = results.scorer.clips[index], results.scorer.sample_rate
     figure, axes = plt.subplots(
         4, 1, figsize=(9, 5.4), sharex=True, height_ratios=(0.7, 1, 1, 1), layout="constrained"
     )
-    motion = _motion(clip["path"])
-    axes[0].fill_between((np.arange(len(motion)) + 1) / _FPS, motion, color="#4c78a8")
+    draw_motion(axes[0], motion(clip["path"]))
     axes[0].set_ylabel("motion")
     kinds = ((TRUE, "true"), (ONE, "1 step"), (FOUR, "4 steps"))
     for axis, (kind, label) in zip(axes[1:], kinds):
-        rows = log_mel_features(results.sounds[kind][index], rate)
-        extent = (0, clip["duration"], 0, rows.shape[1])
-        axis.imshow(
-            rows.T, origin="lower", aspect="auto", vmin=-5, vmax=1.5, cmap="magma", extent=extent
-        )
+        draw_mel(axis, results.sounds[kind][index], rate)
         axis.set_ylabel(label)
     for axis in axes:
-        axis.set_yticks([])
         for impact in clip["impacts"]:
             colour = "white" if axis is not axes[0] else "#d62728"
             axis.axvline(impact["time"], color=colour, lw=0.8, ls=":")

@@ -74,8 +74,16 @@ def _turned(frame, first):
     return av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
 
 
-def encoded_picture(source: Source, output, duration: float | None) -> tuple[list, float]:
+def encoded_picture(
+    source: Source, output, duration: float | None, start: float = 0.0
+) -> tuple[list, float]:
     """Decode the picture and encode it as H.264 (VP9 where a side is odd, or in WebM).
+
+    Args:
+      source: the video.
+      output: PyAV's container, which gets a stream.
+      duration: seconds of the picture to keep; None: all.
+      start: seconds of the picture to leave out before that.
 
     Returns:
       packets, and the seconds of picture that they hold.
@@ -87,10 +95,11 @@ def encoded_picture(source: Source, output, duration: float | None) -> tuple[lis
     step = 1 / Fraction(video.average_rate or video.guessed_rate or 25)
     stream, packets, times, length = None, [], [], step
     turns, first = output.format.name not in _HOLD_MATRIX, None
-    for frame in source.frames():
-        time = frame.pts * base
+    begin = Fraction(start).limit_denominator(100_000)
+    for frame in source.frames(start):
+        time = frame.pts * base - begin
         if time < 0:
-            continue  # hidden by an edit list
+            continue  # hidden by an edit list, or before the start
         if duration is not None and time > duration - 1e-6:
             break
         length = (frame.duration or 0) * base or step

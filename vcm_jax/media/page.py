@@ -15,10 +15,10 @@ import matplotlib
 import numpy as np
 
 from vcm_jax.atomic import atomic_path
+from vcm_jax.media.drawing import draw_mel, reduced
 from vcm_jax.media.loudness import limit
 from vcm_jax.media.read import read_frames
 from vcm_jax.media.write import write_sound
-from vcm_jax.metrics import log_mel_features
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -123,10 +123,17 @@ def _data_uri(kind: str, content: bytes) -> str:
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
-def plot(figure, alt: str = "") -> Html:
-    """A matplotlib figure, which is closed, as a picture; `alt` says what it shows."""
+def plot(figure, alt: str = "", dpi: int = 100, tight: bool = True) -> Html:
+    """A matplotlib figure, which is closed, as a picture.
+
+    Args:
+      figure: of matplotlib's.
+      alt: what it shows.
+      dpi: pixels an inch.
+      tight: whether to cut off its empty margins.
+    """
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=100, bbox_inches="tight")
+    figure.savefig(buffer, format="png", dpi=dpi, bbox_inches="tight" if tight else None)
     plt.close(figure)
     return element("img", alt=alt, src=_data_uri("image/png", buffer.getvalue()))
 
@@ -145,12 +152,6 @@ def video(path) -> Html:
     return Html(f'<video controls loop playsinline preload="auto" src="{source}"></video>')
 
 
-def _small(frame: np.ndarray) -> np.ndarray:
-    """A frame (H, W, 3) of at most about 200 rows: the page shows no more."""
-    step = max(1, len(frame) // 100)
-    return frame[::step, ::step]
-
-
 def film_strip(path, duration: float, count: int = 8, start: float = 0.0) -> Html:
     """Evenly spaced frames of `duration` seconds of a video, from `start` on, as a picture.
 
@@ -158,7 +159,7 @@ def film_strip(path, duration: float, count: int = 8, start: float = 0.0) -> Htm
       MediaError: the video cannot be read.
     """
     fps = count / duration
-    frames = read_frames(path, {fps: _small}, start=start)[fps]
+    frames = read_frames(path, {fps: reduced}, start=start)[fps]
     figure, axes = plt.subplots(1, count, figsize=(11, 1.5))
     for axis in axes:
         axis.axis("off")
@@ -179,18 +180,8 @@ def spectrogram(
       label: whether the axis says that it counts seconds.
     """
     figure, axis = plt.subplots(figsize=(11, 1.3))
-    rows = log_mel_features(sound, sample_rate)
-    axis.imshow(
-        rows.T,
-        origin="lower",
-        aspect="auto",
-        vmin=-5,
-        vmax=1.5,
-        cmap="magma",
-        extent=(0, len(sound) / sample_rate, 0, rows.shape[1]),
-    )
+    draw_mel(axis, sound, sample_rate)
     for mark in marks:
         axis.axvline(mark, color="white", lw=0.6, ls=":")
-    axis.set_yticks([])
     axis.set_xlabel("seconds" if label else "")
     return plot(figure)

@@ -164,6 +164,30 @@ def mux_audio(video_path, audio: np.ndarray, sample_rate: int, out_path, duratio
     return seconds
 
 
+def cut_video(video_path, out_path, start: float = 0.0, duration: float | None = None) -> float:
+    """Write a span of a video's picture, without sound, as an mp4 that browsers play, atomically.
+
+    Args:
+      video_path: where the picture comes from.
+      out_path: .mp4 file.
+      start: seconds from the start of the picture.
+      duration: seconds to keep; None: all that follows.
+
+    Returns:
+      Seconds of the picture written.
+
+    Raises:
+      MediaError: the video is missing, unreadable or mostly damaged, or has no picture there.
+      OSError: the disk is full or read-only.
+    """
+    with opened(video_path) as source, atomic_path(out_path) as temporary:
+        source.need_picture()
+        with _movie_output(temporary, "mp4", 0) as output:
+            packets, seconds = encoded_picture(source, output, duration, start)
+            _mux(output, packets)
+    return seconds
+
+
 def write_sound(path, audio: np.ndarray, sample_rate: int, as_made: np.ndarray | None = None):
     """Write a mono sound (samples,), clipped to [-1, 1], as 16-bit .wav or .flac, atomically.
 

@@ -1,0 +1,1 @@
+"""The web page: drop a video, hear it; made with gradio (the extra `web`)."""
