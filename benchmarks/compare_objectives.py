@@ -33,6 +33,7 @@ from vcm_jax import sampling
 from vcm_jax.atomic import write_json
 from vcm_jax.cli import show_ours
 from vcm_jax.devices import sharding
+from vcm_jax.devices.layout import Layout
 from vcm_jax.generation.clips import Request, encode_request, generate_latents
 from vcm_jax.generation.run import load_run
 from vcm_jax.impacts import scores
@@ -107,7 +108,7 @@ def make_step(config):
     (batch,) = mixture.batches(
         mixed, shapes, batch_size=config.batch_size, first_step=0, last_step=1
     )
-    layout = sharding.Layout(mesh, jax.tree.map(lambda _: whole, state.params))
+    layout = Layout(mesh, jax.tree.map(lambda _: whole, state.params))
     options = dict(net=net, optimizer=optimizer, config=settings, teacher=teacher, layout=layout)
     step = jax.jit(functools.partial(train_step, **options))
     args = (state, jax.device_put(batch, rows), jax.random.key(1), jax.device_put(variables, whole))

@@ -78,9 +78,12 @@ def get_config(objective: str = "vcm") -> ConfigDict:
 
     config.accumulate = 1  # microbatches of a batch, computed one after another
     config.remat = "none"  # or "products", "full": less memory, more computation
+    # Equal blocks as one program that runs several times; by default on GPUs and TPUs alone.
+    config.scan_blocks = placeholder(bool)
     config.on_nonfinite = "stop"  # or "skip"
     config.allow_config_change = False
     config.profile = ""  # "START:STOP" traces these steps
+    config.topology = ""  # for --dry_run: devices that are not there, such as v5e:4x4 or h100x8
     config.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))
     config.data = ConfigDict(dict(dir="", sources=(), val_sources=(), num_workers=2))
 

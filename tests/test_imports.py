@@ -33,7 +33,10 @@ ROOMS = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 OWNERS = {
     "torch": ("interop.",),
     "transformers": ("interop.",),
-    "ml_collections": ("main", *(f"training.{n}" for n in ("loop", "program", "setup", "stages"))),
+    "ml_collections": (
+        "main",
+        *(f"training.{n}" for n in ("dry_run", "loop", "program", "setup", "stages")),
+    ),
     "tensorflow": (),
 }
 

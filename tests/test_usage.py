@@ -20,7 +20,7 @@ def own_flags(module) -> list[str]:
     if hasattr(module, "define_flags"):
         module.define_flags()
         return [name for name in flags.FLAGS if name not in before]
-    return ["config", "workdir", "dry_run", "peer_timeout"]
+    return ["config", "workdir", "dry_run", "fit", "peer_timeout"]
 
 
 @pytest.fixture

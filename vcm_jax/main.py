@@ -3,6 +3,7 @@
     python -m vcm_jax.main --config=configs/s16k.py --workdir=runs/s16k
     python -m vcm_jax.main --config=configs/impacts.py:soflow --workdir=runs/soflow
     python -m vcm_jax.main --config=s16k --workdir=runs/mine --config.batch_size=64 --dry_run
+    python -m vcm_jax.main --config=s16k --workdir=none --dry_run --config.topology=v5e:4x4
 
 --config is a file or the name of one of this project's; --config.KEY=VALUE overrides its settings.
 The same command runs on every machine of a run, and resumes the run when it is run again.
@@ -38,6 +39,9 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, 
 DRY_RUN = flags.DEFINE_bool(
     "dry_run", False, "Compile, print what the run would take, and stop; writes nothing."
 )
+FIT = flags.DEFINE_bool(
+    "fit", False, "With --dry_run: look for the largest batch_size that fits; compiles often."
+)
 PEER_TIMEOUT = flags.DEFINE_integer(
     "peer_timeout",
     60,
@@ -60,7 +64,7 @@ def main(argv):
     cli.show_ours()
     try:
         distributed.initialize(PEER_TIMEOUT.value)
-        loop.train(CONFIG.value, WORKDIR.value, DRY_RUN.value)
+        loop.train(CONFIG.value, WORKDIR.value, DRY_RUN.value, FIT.value)
     except preemption.Preempted as saved:
         print(f"{saved}; {RESUME_HINT}", file=sys.stderr, flush=True)
         distributed.shutdown()
@@ -108,7 +112,7 @@ def leave(code: int, line: str) -> None:
 def parse_flags(argv):
     """absl's parser; whatever is wrong with a config file or a flag becomes one line."""
     if usage.is_wanted(argv):
-        cli.show_help(__doc__, ("config", "workdir", "dry_run", "peer_timeout"))
+        cli.show_help(__doc__, ("config", "workdir", "dry_run", "fit", "peer_timeout"))
     try:
         rest = flags.FLAGS(configs.resolve(argv))
         dict(CONFIG.value)  # a file that could not be read raises when it is looked at

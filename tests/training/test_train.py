@@ -254,6 +254,8 @@ def test_a_dry_run_says_what_a_run_takes_and_writes_nothing(data, tmp_path, caps
     for line in (
         "state per device: ",
         "activations and other temporaries per device: ",
+        "memory per device: ",
+        "  all-gather over fsdp: ",
         "model FLOPs: ",
         "input: ",
     ):

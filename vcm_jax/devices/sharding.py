@@ -1,8 +1,5 @@
 """The device mesh, and how the arrays of a run are sharded over it."""
 
-import dataclasses
-from typing import Any
-
 import jax
 import numpy as np
 from absl import logging
@@ -241,43 +238,3 @@ def device_bytes(abstract, shardings) -> int:
         lambda a, s: int(np.prod(s.shard_shape(a.shape))) * a.dtype.itemsize, abstract, shardings
     )
     return sum(jax.tree.leaves(sizes))
-
-
-@dataclasses.dataclass(frozen=True)
-class Layout:
-    """The sharding constraints inside a training step; by default there are none.
-
-    Weights that are split over `fsdp` are gathered once for a step, and gradients are split again.
-    Without these constraints the compiler may gather activations instead.
-
-    Attributes:
-      mesh: the device mesh.
-      weights: the shardings of the parameters.
-    """
-
-    mesh: Mesh | None = None
-    weights: Any = None
-
-    def rows(self, tree):
-        """Splits the leading axis over the devices."""
-        if self.mesh is None:
-            return tree
-        return jax.lax.with_sharding_constraint(tree, batch_sharding(self.mesh))
-
-    def gather(self, params):
-        """Gathers weights along `fsdp`; they stay split along `tensor`."""
-        if self.mesh is None:
-            return params
-
-        def whole(sharding):
-            axes = [axis if axis == "tensor" else None for axis in sharding.spec]
-            return NamedSharding(self.mesh, PartitionSpec(*axes))
-
-        shardings = jax.tree.map(whole, self.weights)
-        return jax.lax.with_sharding_constraint(params, shardings)
-
-    def scatter(self, grads):
-        """Splits gradients like the parameters."""
-        if self.mesh is None:
-            return grads
-        return jax.lax.with_sharding_constraint(grads, self.weights)

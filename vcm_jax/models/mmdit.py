@@ -1,6 +1,8 @@
 """MMAudio's multimodal transformer with a second time embedding (SoundVCM 3.5 and appendix B)."""
 
 import functools
+import operator
+from collections.abc import Callable
 
 import flax.linen as nn
 import flax.struct
@@ -10,6 +12,7 @@ import numpy as np
 
 from vcm_jax.models import layers
 from vcm_jax.models.config import ModelConfig
+from vcm_jax.objectives.common import identity
 from vcm_jax.records.sequence import SYNC_ROWS, sync_row_times
 
 
@@ -90,6 +93,38 @@ def _products(primitive, *_, **__) -> bool:
 REMAT = {"none": None, "products": _products, "full": jax.checkpoint_policies.nothing_saveable}
 
 
+STACKED = ("joint_blocks", "fused_blocks")  # the names of stacked weights
+
+
+def _scanned(config: ModelConfig) -> dict[str, int]:
+    """How many blocks of a kind a scan can apply; the last joint block differs from the others."""
+    counts = dict(zip(STACKED, (config.joint_depth - 1, config.fused_depth)))
+    return {name: count for name, count in counts.items() if count > 1}
+
+
+def stack_blocks(params, config: ModelConfig, stack=jnp.stack):
+    """The parameters of a network, those of equal blocks stacked: `joint_blocks`, `fused_blocks`.
+
+    `MMDiT` takes both forms. States and checkpoints hold the parameters of each block by itself.
+    `stack` makes one leaf from those of all blocks.
+    """
+    params = dict(params)
+    for name, count in _scanned(config).items():
+        blocks = [params.pop(f"{name}_{i}") for i in range(count)]
+        params[name] = jax.tree.map(lambda *leaves: stack(leaves), *blocks)
+    return params
+
+
+def unstack_blocks(params, config: ModelConfig):
+    """The inverse of `stack_blocks`."""
+    params = dict(params)
+    for name, count in _scanned(config).items():
+        stacked = params.pop(name)
+        for i in range(count):
+            params[f"{name}_{i}"] = jax.tree.map(operator.itemgetter(i), stacked)
+    return params
+
+
 class MMDiT(nn.Module):
     """The average velocity u(x, t, s, c) (SoundVCM 3.5; MMAudio, model/networks.py).
 
@@ -101,11 +136,16 @@ class MMDiT(nn.Module):
       dtype: dtype of activations and matrix products. Parameters are float32; normalisations,
         softmax and the result are at least float32.
       remat: what a block keeps for the backward pass, a key of `REMAT`.
+      scan: whether equal blocks are one program that runs several times. That compiles sooner, and
+        is as fast on GPUs and TPUs; on CPUs convolutions in it are slow.
+      unpack: turns the weights of a scanned block, as `params` have them, into arrays.
     """
 
     config: ModelConfig
     dtype: jnp.dtype = jnp.float32
     remat: str = "none"
+    scan: bool = False
+    unpack: Callable = identity
 
     def setup(self):
         c, zeros = self.config, nn.initializers.zeros
@@ -230,19 +270,43 @@ class MMDiT(nn.Module):
         latent = self.audio_input_proj_2(self._activation(self.audio_input_proj_0(x)))
         clip, text = enc.clip, enc.text
 
-        def joint(block, *args):
-            return block(*args, rows, latent_angles, clip_angles)
+        def joint(block, latent, clip, text, frame_c, active_c):
+            return block(latent, clip, text, frame_c, active_c, rows, latent_angles, clip_angles)
 
-        def fused(block, *args):
-            return block(*args, rows, latent_angles)
+        def fused(block, latent, frame_c):
+            return (block(latent, frame_c, rows, latent_angles),)
 
-        if self.remat != "none":
-            joint, fused = (nn.remat(call, policy=REMAT[self.remat]) for call in (joint, fused))
-        for block in self.joint_blocks:
-            latent, clip, text = joint(block, latent, clip, text, frame_c, active_c)
-        for block in self.fused_blocks:
-            latent = fused(block, latent, frame_c)
+        streams = (latent, clip, text)
+        streams = self._blocks("joint_blocks", joint, streams, frame_c, active_c)
+        (latent,) = self._blocks("fused_blocks", fused, streams[:1], frame_c)
         return layers.at_least_float32(self.final_layer(latent, active_c))
+
+    def _blocks(self, name: str, call, streams, *conditions):
+        """The streams after the blocks of a kind; `call(block, *streams, *conditions)` is one."""
+        blocks = getattr(self, name)
+        policy = REMAT[self.remat]
+        stacked = None
+        if not self.is_initializing():
+            params = self.variables["params"]
+            if self.scan and name not in params:
+                params = stack_blocks(params, self.config)
+            stacked = params.get(name)
+        if stacked is not None:
+            block = blocks[0].clone(parent=None)
+
+            def body(streams, weights):
+                bound = block.bind({"params": self.unpack(weights)})
+                return call(bound, *streams, *conditions), None
+
+            if self.remat != "none":
+                body = jax.checkpoint(body, policy=policy, prevent_cse=False)
+            streams, _ = jax.lax.scan(body, streams, stacked)
+            blocks = blocks[_scanned(self.config)[name] :]
+        if self.remat != "none":
+            call = nn.remat(call, policy=policy)
+        for block in blocks:
+            streams = call(block, *streams, *conditions)
+        return streams
 
 
 class FinalLayer(nn.Module):

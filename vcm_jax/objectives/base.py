@@ -45,6 +45,8 @@ class Objective:
       needs_jvp: the loss differentiates the network in forward mode.
       needs_teacher: the data x0 come from the sampler of a trained run; the settings need
         `teacher` and `teacher_steps`.
+      couples_rows: the loss of a row depends on the other rows of the batch, so that devices cannot
+        compute the losses of their own rows by themselves.
 
     Raises:
       ValueError: when a setting is out of its range.
@@ -54,6 +56,7 @@ class Objective:
     instant_only: ClassVar[bool] = False
     needs_jvp: ClassVar[bool] = False
     needs_teacher: ClassVar[bool] = False
+    couples_rows: ClassVar[bool] = False
 
     def __post_init__(self):
         check(self, "objective")

@@ -20,6 +20,7 @@ class WCFMConfig(FlowMatchingConfig):
     """
 
     name = "wcfm"
+    couples_rows = True
     gibbs_eps: float = setting(1.0, number(above=0))
 
     def loss(self, u, *batch, **options):

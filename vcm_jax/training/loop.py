@@ -13,7 +13,7 @@ from vcm_jax.devices import distributed, preemption
 from vcm_jax.records.schema import RecordError
 from vcm_jax.runs import averages, checkpoint
 from vcm_jax.training import monitor, resume, stages
-from vcm_jax.training.dry_run import describe
+from vcm_jax.training.dry_run import show
 from vcm_jax.training.monitor import NonFiniteError as NonFiniteError
 from vcm_jax.training.program import make_program
 from vcm_jax.training.setup import SetupError, read_setup
@@ -26,11 +26,11 @@ def _due(every: int, step: int, *, steps: int) -> bool:
     return bool(every) and (step == steps or step % every == 0)
 
 
-def train(config: ConfigDict, workdir: str, dry_run: bool = False) -> None:
+def train(config: ConfigDict, workdir: str, dry_run: bool = False, fit: bool = False) -> None:
     """Trains as `config` says; resumes from the latest checkpoint in `workdir`.
 
-    With `dry_run` it compiles the step for the configured mesh, prints what it
-    takes, and writes nothing.
+    With `dry_run` it compiles the step for the configured mesh, prints what it takes, and writes
+    nothing. With `fit`, too, it looks for the largest batch whose step fits the devices.
 
     Raises:
       SetupError: config, data, devices and checkpoint do not fit together.
@@ -41,18 +41,20 @@ def train(config: ConfigDict, workdir: str, dry_run: bool = False) -> None:
     try:
         # However the run ends, a checkpoint that is being written in the background is finished.
         with contextlib.ExitStack() as stack:
-            _train(config, Path(workdir), stack, dry_run)
+            _train(config, Path(workdir), stack, dry_run, fit)
     except (RecordError, checkpoint.CheckpointError, resume.ResumeError, ClaimError) as error:
         raise SetupError(str(error)) from error
 
 
-def _train(config: ConfigDict, workdir: Path, stack: contextlib.ExitStack, dry_run: bool) -> None:
+def _train(
+    config: ConfigDict, workdir: Path, stack: contextlib.ExitStack, dry_run: bool, fit: bool
+) -> None:
     # What the run is made of. Bad input ends it here, before anything is computed or written.
     setup = read_setup(config, without_data=dry_run)
     program = make_program(config, setup)
     start = stages.read_start(config, workdir, program)
     if dry_run:
-        print(describe(program))
+        show(config, program, fit)
         return
 
     # The state: a new one, or the latest checkpoint's.

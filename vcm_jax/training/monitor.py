@@ -155,23 +155,23 @@ def memory() -> dict[str, float]:
     return found
 
 
-def model_flops(model: ModelConfig, config: StepConfig, step, batch):
+def model_flops(model: ModelConfig, config: StepConfig, step, batch, devices: int = 1):
     """(FLOP a sample of one step, how they were counted).
 
     They are counted by hand from the objective's network passes, so that the MFU of any arrangement
     is relative to the same number. Where a teacher's passes come on top it is XLA's count of the
-    compiled step, which also includes what is computed twice.
+    compiled step for so many devices, which also includes what is computed twice.
     """
     if not config.objective.needs_teacher:
         return step_flops(model, config.objective.passes()), "counted by hand"
-    return xla_flops(step) / len(batch["latent_mean"]), "XLA's count"
+    return xla_flops(step, devices) / len(batch["latent_mean"]), "XLA's count"
 
 
-def xla_flops(compiled) -> float:
-    """XLA's count of a compiled program's FLOPs, on all devices together."""
+def xla_flops(compiled, devices: int) -> float:
+    """XLA's count of the FLOPs of a program that was compiled for so many devices."""
     found = compiled.cost_analysis()
     found = found[0] if isinstance(found, list) else found
-    return float(found.get("flops", 0.0)) * len(jax.devices())
+    return float(found.get("flops", 0.0)) * devices
 
 
 @jax.jit

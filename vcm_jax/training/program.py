@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from vcm_jax import cli
 from vcm_jax.devices import sharding
+from vcm_jax.devices.layout import Layout
 from vcm_jax.training import monitor
 from vcm_jax.training.setup import Setup, initial_stats
 from vcm_jax.training.state import TrainState, make_init, make_optimizer
@@ -40,7 +41,7 @@ class Program:
     stats: dict
     abstract: TrainState
     shardings: TrainState
-    layout: sharding.Layout
+    layout: Layout
     rows: NamedSharding
     whole: NamedSharding
     batch: dict[str, jax.ShapeDtypeStruct]
@@ -62,16 +63,29 @@ class Program:
         """The keys of training and of validation."""
         return jax.jit(_split_key, out_shardings=self.whole)(self.key)
 
+    def lower(self):
+        """The step before its compilation."""
+        key = jax.eval_shape(lambda: self.key)
+        return self._step.lower(self.abstract, self.batch, key, self.teacher_variables)
+
     def compile(self):
         """(the compiled step, its model FLOPs per sample)."""
         logging.info("compiling the step%s", cli.cache_note())
         started = time.perf_counter()
-        lowered = self._step.lower(self.abstract, self.batch, self.key, self.teacher_variables)
-        compiled = lowered.compile()
+        compiled = self.lower().compile(compiler_options=self.setup.compiler_options())
         logging.info("compiled the step in %.1f s", time.perf_counter() - started)
-        flops, how = monitor.model_flops(self.setup.model, self.setup.step, compiled, self.batch)
+        flops, how = monitor.model_flops(
+            self.setup.model, self.setup.step, compiled, self.batch, self.setup.mesh.devices.size
+        )
         logging.info("model FLOPs: %.4g G per sample, %s", flops / 1e9, how)
         return compiled, flops
+
+
+def _place_teacher(setup: Setup, whole: NamedSharding):
+    """The teacher's variables on every device, or their shapes where there are no devices."""
+    if setup.topology is None:
+        return jax.device_put(setup.teacher_variables, whole)
+    return jax.eval_shape(lambda: setup.teacher_variables)
 
 
 def _split_key(key):
@@ -87,7 +101,7 @@ def make_program(config: ConfigDict, setup: Setup) -> Program:
     )
     abstract = jax.eval_shape(make_init_of(stats=stats), key)
     shardings = sharding.state_shardings(abstract, mesh, setup.model.num_heads)
-    layout = sharding.Layout(mesh, shardings.params)
+    layout = Layout(mesh, shardings.params)
     rows, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
     step = functools.partial(
         train_step,
@@ -115,7 +129,7 @@ def make_program(config: ConfigDict, setup: Setup) -> Program:
         rows=rows,
         whole=whole,
         batch=abstract_batch(setup.model, config.batch_size),
-        teacher_variables=jax.device_put(setup.teacher_variables, whole),
+        teacher_variables=_place_teacher(setup, whole),
         _step=step,
         _make_init=make_init_of,
     )

@@ -70,9 +70,13 @@ RANGES = {
     "remat": choice(*REMAT),
     "sample_clips": _count,
     "sample_every": _count,
+    "scan_blocks": Range(
+        "True, False, or None for the default", lambda value: value in (True, False, None)
+    ),
     "seed": _count,
     "snapshot_every": _count,
     "steps": _at_least_one,
+    "topology": TEXT,
 }
 # Sections whose settings are checked by the classes that they are read into.
 SECTIONS = ("model_overrides", "objective", "optimizer")

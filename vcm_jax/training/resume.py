@@ -8,7 +8,7 @@ FREE = (
     "accumulate", "allow_config_change", "checkpoint_every", "data.dir", "data.num_workers",
     "data.val_sources", "eval_batches", "eval_clips", "eval_every", "eval_sample_steps",
     "keep_every", "log_every", "mesh", "on_nonfinite", "profile", "remat", "sample_clips",
-    "sample_every", "snapshot_every",
+    "sample_every", "scan_blocks", "snapshot_every", "topology",
 )  # fmt: skip
 # The state, the order of the data and the snapshots depend on these: a change makes another run.
 FIXED = (

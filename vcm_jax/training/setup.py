@@ -10,6 +10,7 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from vcm_jax.devices import sharding
+from vcm_jax.devices.topology import Topology, describe
 from vcm_jax.models import MODELS, MMDiT, ModelConfig
 from vcm_jax.models.config import WIDTHS_OF_DATA
 from vcm_jax.objectives import read_section
@@ -159,6 +160,7 @@ class Setup:
     """What a run is made of. It has been checked, and nothing is written yet."""
 
     mesh: jax.sharding.Mesh
+    topology: Topology | None
     net: MMDiT
     sources: list[RecordSource]
     weights: list[float]
@@ -169,6 +171,10 @@ class Setup:
     teacher: Teacher | None
     teacher_variables: dict | None
     profile: tuple[int, int] | None
+
+    def compiler_options(self) -> dict:
+        """With which the step is compiled; described devices may need some."""
+        return self.topology.compiler_options if self.topology else {}
 
 
 def read_setup(config: ConfigDict, without_data: bool) -> Setup:
@@ -182,9 +188,11 @@ def read_setup(config: ConfigDict, without_data: bool) -> Setup:
         settings = step_config(config)
         optimizer = _dataclass_from(OptimizerConfig, dict(config.optimizer), "optimizer")
         model_config(config, None)
-        mesh = sharding.make_mesh(**config.mesh)
-        sharding.check_batch_size(config.batch_size, mesh, config.accumulate)
-        sharding.process_part(mesh, config.batch_size)
+        topology = _read_topology(config, without_data)
+        mesh = sharding.make_mesh(**config.mesh, devices=topology and topology.devices)
+        check_batch(settings, config.batch_size, mesh, config.accumulate)
+        if topology is None:
+            sharding.process_part(mesh, config.batch_size)
         sources, weights, val = [], [], None
         if config.data.sources or not without_data:
             sources, weights = open_sources(config.data.sources, config.data.dir, "sources")
@@ -192,20 +200,60 @@ def read_setup(config: ConfigDict, without_data: bool) -> Setup:
             val = open_sources(config.data.val_sources, config.data.dir, "val_sources", sources[0])
         model = model_config(config, sources[0].manifest if sources else None)
         sharding.check_model(model, mesh)
-        instant = settings.num_instant(config.batch_size)
-        if instant % config.accumulate:
-            raise SetupError(
-                f"config.accumulate {config.accumulate} does not divide the {instant} rows with "
-                f"s = t of batch_size {config.batch_size}"
-            )
-        net = MMDiT(model, dtype=jnp.dtype(config.dtype), remat=config.remat)
+        net = MMDiT(
+            model,
+            dtype=jnp.dtype(config.dtype),
+            remat=config.remat,
+            scan=_scans(config.scan_blocks, mesh),
+        )
         check_network(net, settings)
         manifest = sources[0].manifest if sources else None
         teacher, variables = load_teacher(settings.objective, net, manifest)
         profile = monitor.parse_profile(config.profile)
     return Setup(
-        mesh, net, sources, weights, val, model, settings, optimizer, teacher, variables, profile
+        mesh=mesh,
+        topology=topology,
+        net=net,
+        sources=sources,
+        weights=weights,
+        val=val,
+        model=model,
+        step=settings,
+        optimizer=optimizer,
+        teacher=teacher,
+        teacher_variables=variables,
+        profile=profile,
     )
+
+
+def _scans(setting: bool | None, mesh) -> bool:
+    """Whether blocks are scanned: by default on accelerators; on CPUs it is slow."""
+    return mesh.devices.flat[0].platform != "cpu" if setting is None else setting
+
+
+def _read_topology(config: ConfigDict, dry_run: bool) -> Topology | None:
+    if not config.topology:
+        return None
+    if not dry_run:
+        raise SetupError(
+            f"config.topology={config.topology} describes devices that are not there: it is for "
+            "--dry_run"
+        )
+    try:
+        return describe(config.topology)
+    except ValueError as error:
+        raise SetupError(f"config.topology {error}") from None
+
+
+def check_batch(step: StepConfig, batch_size: int, mesh, accumulate: int) -> None:
+    """Raises ValueError if devices and microbatches do not divide a batch and its s = t rows."""
+    sharding.check_batch_size(batch_size, mesh, accumulate)
+    instant = step.num_instant(batch_size)
+    if instant % accumulate:
+        raise SetupError(
+            f"config.accumulate {accumulate} does not divide the {instant} rows with s = t of "
+            f"batch_size {batch_size}"
+        )
 
 
 def initial_stats(setup: Setup) -> dict[str, np.ndarray]:

@@ -5,13 +5,16 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from clu import metrics as clu_metrics
 
 from vcm_jax import ema, sampling, settings
-from vcm_jax.devices.sharding import Layout
+from vcm_jax.devices.layout import Layout, Weight
+from vcm_jax.devices.sharding import BATCH_AXES
 from vcm_jax.models import MMDiT, ModelConfig
 from vcm_jax.models.conditioned import encode_features, sample_latents, zero_inputs
+from vcm_jax.models.mmdit import STACKED, stack_blocks, unstack_blocks
 from vcm_jax.objectives import Objective
 from vcm_jax.objectives.common import identity
 from vcm_jax.objectives.vcm import VCMConfig
@@ -49,7 +52,7 @@ class StepConfig:
         settings.check(self, "objective")
 
     def num_instant(self, batch_size: int) -> int:
-        """How many rows of a batch have s = t; they come first."""
+        """How many rows of a batch have s = t."""
         return self.objective.num_instant(batch_size)
 
 
@@ -171,6 +174,46 @@ def teacher_data(teacher: Teacher, variables, stats, batch, x1, is_null):
     return jax.lax.stop_gradient(normalised(latents, stats))
 
 
+def instant_places(batch_size: int, num_instant: int) -> np.ndarray:
+    """Which rows of a batch have s = t: bool `B`.
+
+    They are spread evenly, so that every device has the same number of them wherever the number of
+    devices divides `num_instant`: no row has to leave its device, and which rows they are does not
+    depend on the mesh.
+    """
+    counts = np.arange(batch_size + 1) * num_instant // max(batch_size, 1)
+    return np.diff(counts) == 1
+
+
+def instant_first(tree, num_instant: int):
+    """Rows as the objectives take them, those with s = t first; a tree with leading axis `B`."""
+    size = next(a.shape[0] for a in jax.tree.leaves(tree) if a.ndim)
+    order = np.argsort(~instant_places(size, num_instant), kind="stable")
+    return jax.tree.map(lambda a: a[order] if a.ndim else a, tree)
+
+
+def draw_rows(stats, batch, key, step, config: StepConfig):
+    """All that a step draws, for the rows of a batch in their order.
+
+    Returns:
+      (batch, x0, x1, t, s, lam, is_null): the batch with modalities dropped, latents and noise
+      `B N C`, times `B`, lambda of the objective, and bool `B`.
+    """
+    objective, size = config.objective, batch["latent_mean"].shape[0]
+    num_instant = config.num_instant(size)
+    keys = jax.random.split(key, 5)
+    x0 = draw_latents(batch, stats, keys[0])
+    x1 = jax.random.normal(keys[1], x0.shape)
+    is_null = jax.random.bernoulli(keys[3], config.null_prob, (size,))
+    batch = drop_modalities(batch, keys[4], config)
+    # Times are drawn with those of s = t rows first; each goes to its row's place.
+    t, s, lam = objective.draw(keys[2], size, num_instant, step, config.steps)
+    instant = instant_places(size, num_instant)
+    places = np.where(instant, np.cumsum(instant) - 1, num_instant + np.cumsum(~instant) - 1)
+    t, s, lam = jax.tree.map(lambda a: a[places] if jnp.ndim(a) else a, (t, s, lam))
+    return batch, x0, x1, t, s, lam, is_null
+
+
 def loss_fn(
     params,
     stats,
@@ -178,37 +221,39 @@ def loss_fn(
     key,
     step,
     teacher_variables=None,
-    microbatch=0,
     *,
     net,
     config: StepConfig,
     constrain=identity,
     teacher: Teacher | None = None,
-    accumulate: int = 1,
 ):
-    """The loss of one batch, a scalar, and its metrics, a dict of `clu.metrics`.
+    """The loss of one batch, a scalar, and its metrics, a dict of `clu.metrics`."""
+    rows = draw_rows(stats, batch, key, step, config)
+    num_instant = config.num_instant(batch["latent_mean"].shape[0])
+    rows = instant_first(rows, num_instant)
+    options = dict(net=net, config=config, teacher=teacher, constrain=constrain)
+    return rows_loss(params, stats, rows, num_instant, teacher_variables, **options)
 
-    With `accumulate` it is the loss of one of so many microbatches; random numbers are drawn for
-    the whole batch.
-    """
-    objective, batch_size = config.objective, batch["latent_mean"].shape[0]
-    num_instant = config.num_instant(batch_size)
-    keys = jax.random.split(key, 5)
-    x0 = draw_latents(batch, stats, keys[0])
-    x1 = jax.random.normal(keys[1], x0.shape)
-    t, s, lam = objective.draw(keys[2], batch_size, num_instant, step, config.steps)
-    is_null = jax.random.bernoulli(keys[3], config.null_prob, (batch_size,))
-    batch = drop_modalities(batch, keys[4], config)
-    batch, x0, x1, t, s, lam, is_null = take_microbatch(
-        (batch, x0, x1, t, s, lam, is_null), microbatch, accumulate
-    )
-    num_instant //= accumulate
+
+def rows_loss(
+    params,
+    stats,
+    rows,
+    num_instant: int,
+    teacher_variables=None,
+    *,
+    net,
+    config: StepConfig,
+    constrain=identity,
+    teacher: Teacher | None = None,
+):
+    """As `loss_fn`, from what `draw_rows` drew, with the rows of s = t first."""
+    batch, x0, x1, t, s, lam, is_null = rows
     if teacher is not None:
         x0 = teacher_data(teacher, teacher_variables, stats, batch, x1, is_null)
-
     u, cond, null_cond = encode_features(net, {"params": params, "stats": stats}, batch)
-    rows = dict(num_instant=num_instant, constrain=constrain)
-    loss, aux = objective.loss(u, x0, x1, t, s, lam, cond, null_cond, is_null, **rows)
+    options = dict(num_instant=num_instant, constrain=constrain)
+    loss, aux = config.objective.loss(u, x0, x1, t, s, lam, cond, null_cond, is_null, **options)
     return loss, step_metrics(loss, aux, t, num_instant)
 
 
@@ -230,22 +275,101 @@ def step_metrics(loss, aux, t, num_instant: int):
     return metrics
 
 
-def gradients(params, *args, accumulate: int, **options):
-    """Gradients and metrics of `loss_fn`, accumulated over microbatches one after another.
+def accumulated(compute, params, rows, accumulate: int):
+    """(gradients, metrics) of `compute(params, microbatch)` over the microbatches of some rows.
 
-    Microbatches bound the memory of activations; the result is that of the whole batch at once.
+    Microbatches bound the memory of activations; the result is that of all rows at once.
     """
-    compute = jax.grad(functools.partial(loss_fn, accumulate=accumulate, **options), has_aux=True)
     if accumulate == 1:
-        return compute(params, *args)
+        return compute(params, rows)
 
-    def add(total, microbatch):
-        grads, metrics = compute(params, *args, microbatch)
+    def add(total, index):
+        grads, metrics = compute(params, take_microbatch(rows, index, accumulate))
         return jax.tree.map(lambda a, g: a + g / accumulate, total, grads), metrics
 
     zeros = jax.tree.map(jnp.zeros_like, params)
     grads, metrics = jax.lax.scan(add, zeros, jnp.arange(accumulate))
     return grads, jax.tree.map(lambda a: a.sum(0), metrics)  # an Average is a total and a count
+
+
+def gradients(
+    params,
+    stats,
+    rows,
+    num_instant: int,
+    teacher_variables,
+    layout: Layout,
+    accumulate: int,
+    **options,
+):
+    """(gradients, metrics) of a batch.
+
+    Args:
+      params, stats: of the network.
+      rows: from `draw_rows`.
+      num_instant: how many of them have s = t.
+      teacher_variables: None without a teacher.
+      layout: of the step; `vcm_jax.devices.layout` explains the two ways.
+      accumulate: number of microbatches.
+      options: of `rows_loss`.
+    """
+    parts = layout.shards * accumulate
+    if options["config"].objective.couples_rows or num_instant % parts:
+        rows = layout.rows(instant_first(rows, num_instant))
+        compute = jax.grad(
+            functools.partial(rows_loss, constrain=layout.rows, **options), has_aux=True
+        )
+
+        def compute_all(params, rows):
+            return compute(params, stats, rows, num_instant // accumulate, teacher_variables)
+
+        grads, metrics = accumulated(compute_all, layout.gather(params), rows, accumulate)
+        return layout.scatter(grads), metrics
+
+    def by_device(params, rows, whole):
+        return device_gradients(
+            params, rows, *whole, num_instant // parts, layout, accumulate, **options
+        )
+
+    return layout.by_device(by_device, params, rows, (stats, teacher_variables))
+
+
+def device_gradients(
+    params,
+    rows,
+    stats,
+    teacher_variables,
+    num_instant: int,
+    layout,
+    accumulate: int,
+    *,
+    net,
+    **options,
+):
+    """As `gradients`, from this device's rows; `num_instant` counts those of a microbatch."""
+    axes, stacked = layout.fsdp_axes(params), ()
+    if net.scan:
+        stacked = STACKED
+        params = stack_blocks(params, net.config)
+        axes = stack_blocks(axes, net.config, stack=lambda leaves: leaves[0])
+    whole = layout.gather_by_device(params, axes, net.dtype, stacked)
+    # Summed at once where each gradient is complete, so that other work hides the communication.
+    at_once = ("data", "fsdp") if accumulate == 1 else ("fsdp",)
+    use = functools.partial(layout.use, reduce=at_once)
+    net = net.clone(unpack=use)
+
+    def loss(params, rows):
+        weights = jax.tree.map(Weight, params, whole, axes)
+        weights = {k: w if k in stacked else use(w) for k, w in weights.items()}
+        return rows_loss(weights, stats, rows, num_instant, teacher_variables, net=net, **options)
+
+    rows = instant_first(rows, num_instant * accumulate)
+    grads, metrics = accumulated(jax.grad(loss, has_aux=True), params, rows, accumulate)
+    if net.scan:
+        grads = unstack_blocks(grads, net.config)
+    late = [axis for axis in BATCH_AXES if axis not in at_once]
+    grads = layout.sum(jax.tree.map(lambda g: g / layout.shards, grads), late)
+    return grads, layout.sum(metrics)
 
 
 def train_step(
@@ -281,20 +405,19 @@ def train_step(
       or a gradient is not finite.
     """
     key = jax.random.fold_in(key, state.step)
+    rows = draw_rows(state.stats, batch, key, state.step, config)
     grads, metrics = gradients(
-        layout.gather(state.params),
+        state.params,
         state.stats,
-        batch,
-        key,
-        state.step,
+        rows,
+        config.num_instant(batch["latent_mean"].shape[0]),
         teacher_variables,
+        layout,
+        accumulate,
         net=net,
         config=config,
-        constrain=layout.rows,
         teacher=teacher,
-        accumulate=accumulate,
     )
-    grads = layout.scatter(grads)
     grad_norm = optax.tree.norm(grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
