@@ -150,7 +150,7 @@ def test_the_installed_package(tmp_path):
             "--config.data.dir=",
             "--config.batch_size=2",
         )
-        assert dry.returncode == 0 and "steps" in dry.stdout, dry.stderr
+        assert dry.returncode == 0 and "per step" in dry.stdout, dry.stderr
     wrong = run("vcm-train", "--config=impact", "--workdir=run")
     assert wrong.returncode == 1 and wrong.stderr.startswith("error: --config=impact: no such")
     built = run("python", "-c", "from vcm_jax.training import configs; print(configs.folder())")
