@@ -71,7 +71,9 @@ def _inputs(page) -> dict[str, gr.components.Component]:
     )
     with gr.Row():
         steps = sorted({*page.steps, can.steps})
-        found["steps"] = gr.Radio(steps, value=can.steps, label="Steps", min_width=140, scale=4)
+        found["steps"] = gr.Radio(
+            steps, value=can.steps, label="Steps", min_width=140, scale=4, elem_id="steps"
+        )
         found["takes"] = gr.Radio(
             list(range(1, limits.takes + 1)), value=1, label="Takes", min_width=140, scale=5
         )
