@@ -164,7 +164,7 @@ def test_a_blind_comparison(visit, site):
     page = visit()
     page.fill("#prompt textarea, #prompt input", "a ball")
     page.click("text=Compare (A/B)")
-    page.click("text=Compare steps")
+    page.click("text=Two numbers of steps")
     page.click("#go")
     page.click("#vote-a")
     says(page, "Noted: A is better.")

@@ -150,7 +150,7 @@ def test_takes_stand_side_by_side(site, video):
         ({"takes": 9}, "takes: 9; from 1 to 4"),
         ({"steps": 0}, "steps: 0; from 1 to 100"),
         ({"steps": "<b>"}, "steps and guidance are numbers"),
-        ({"mode": "Compare steps", "other_steps": 1}, "choose two different numbers"),
+        ({"mode": "Two numbers of steps", "other_steps": 1}, "choose different ones"),
         ({"negative": "rain"}, "a negative prompt needs guidance"),
         ({"seconds": 0.01}, "a ball: "),
     ],
@@ -170,7 +170,9 @@ def test_a_bug_is_one_line_too(site, monkeypatch):
     assert "ZeroDivisionError: division by zero" in status and "Traceback" not in status
 
 
-@pytest.mark.parametrize("mode, facts", [("Compare steps", "4 steps"), ("Compare runs", "another")])
+@pytest.mark.parametrize(
+    "mode, facts", [("Two numbers of steps", "4 steps"), ("Two runs", "another")]
+)
 def test_a_blind_comparison_stays_blind_until_the_vote(site, mode, facts):
     page, _ = site
     everything = visit(page, mode=mode)
@@ -190,7 +192,7 @@ def test_blind_comparisons_are_in_random_order(site):
     page, _ = site
     orders = set()
     for _ in range(20):
-        *_, comparison = visit(page, mode="Compare steps")[-1]
+        *_, comparison = visit(page, mode="Two numbers of steps")[-1]
         orders.add(tuple(take.variant.steps for take in comparison.takes))
         if len(orders) == 2:
             break
@@ -300,6 +302,14 @@ def test_the_browser_is_told_to_load_nothing_from_elsewhere(site):
     assert not re.findall(r'(?:src|href)="https?://(?!127\.0\.0\.1)[^"]*"', answer.text)
     config = requests.get(f"{address}config", timeout=60).json()
     assert config["analytics_enabled"] is False and address.startswith("http://127.0.0.1:")
+
+
+def test_examples_are_copies_among_the_temporary_files(site, video):
+    """Gradio gives out no others."""
+    page, _ = site
+    ((path, prompt),) = page.examples
+    assert path.parent.parent == page.files.root and path.read_bytes() == video.read_bytes()
+    assert prompt == "a ball"
 
 
 def test_large_uploads_are_refused_and_bad_files_are_one_line(site):

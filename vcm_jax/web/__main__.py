@@ -21,7 +21,7 @@ from absl import flags
 from vcm_jax.cli import define_run_flags, heading, run
 from vcm_jax.media.clips import list_clips
 
-_SHOWN = 6  # examples
+_SHOWN = 5  # examples
 
 
 def define_flags():
