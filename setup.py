@@ -31,6 +31,7 @@ setup(
         "tpu": ["jax[tpu]"],
         "torch": ["torch>=2.6,<2.14", "ftfy>=6"],
         "web": ["gradio>=6.31,<7"],
+        "browser": ["playwright>=1.55", "nbclient>=0.10", "nbformat>=5.10", "ipykernel>=6.29"],
         "test": [
             "pytest>=8",
             "pytest-xdist>=3.6",

@@ -39,7 +39,7 @@ def test_scripts_are_clean(script):
     subprocess.run(["shellcheck", "--external-sources", str(script)], check=True)
 
 
-@pytest.mark.parametrize("name", ["demo", "test"])
+@pytest.mark.parametrize("name", ["demo", "test", "web"])
 def test_dry_runs_change_nothing(name, tmp_path):
     before = set(ROOT.iterdir())
     lines = dry_run(ROOT / f"launch/{name}.sh", tmp_path).splitlines()
@@ -58,6 +58,18 @@ def test_the_demo_runs_every_part(tmp_path):
         "vcm_jax.main",
         "vcm_jax.impacts.report",
     ]
+
+
+def test_the_page_is_served_on_the_run_and_the_test_clips_of_the_demo(tmp_path):
+    (tmp_path / "data/test").mkdir(parents=True)
+    env = {"RUN": "runs/a run", "DATA": str(tmp_path / "data")}
+    last = commands("web.sh", tmp_path, "--port=8000", **env)[-1]
+    examples = f"--examples={tmp_path}/data/test"
+    assert last == ["python", "-m", "vcm_jax.web", "--workdir=runs/a run", examples, "--port=8000"]
+    script = ["bash", str(ROOT / "launch/web.sh")]
+    env = {"PATH": "/usr/bin:/bin", "RUN": str(tmp_path)}
+    done = subprocess.run(script, capture_output=True, text=True, env=env)
+    assert done.returncode == 1 and "make it with launch/demo.sh" in done.stderr
 
 
 FLAGS = [

@@ -21,7 +21,7 @@ from absl import flags
 from vcm_jax.cli import define_run_flags, heading, run
 from vcm_jax.media.clips import list_clips
 
-_SHOWN = 6  # examples
+_SHOWN = 5  # examples
 
 
 def define_flags():
@@ -38,7 +38,7 @@ def define_flags():
     flags.DEFINE_string("codec", None, "Codec folder (the run's own), e.g. with another vocoder.")
     flags.DEFINE_string("encoders", None, "Folder of CLIP's and Synchformer's weights.")
     flags.DEFINE_bool(
-        "keep", True, "Load public weights' encoders, network and codec anew for each job."
+        "low_memory", False, "Load public weights' encoders, network and codec for each job."
     )
     heading("Page")
     flags.DEFINE_string("examples", None, "Folder of videos to try, such as the run's test clips.")
@@ -103,7 +103,7 @@ def open_models(args) -> list:
         raise ValueError("give --workdir or --model")
     if args.model and args.checkpoint is not None:
         raise ValueError("--checkpoint is for --workdir: public weights have one version only")
-    common = {"keep": args.keep, "dtype": args.dtype, "encoder_folder": args.encoders}
+    common = {"keep": not args.low_memory, "dtype": args.dtype, "encoder_folder": args.encoders}
     models = [
         open_model(
             args.workdir, args.model, step=args.checkpoint, codec_folder=args.codec, **common
@@ -167,4 +167,4 @@ def _serve(args, models, limits, files, examples, auth) -> None:
 
 
 if __name__ == "__main__":
-    run(main, define_flags, memory_hint="lower --max_seconds, or give --nokeep")
+    run(main, define_flags, memory_hint="lower --max_seconds, or give --low_memory")

@@ -33,6 +33,13 @@ class Files:
         self._remove(old)
         return path
 
+    def copy(self, path: Path) -> Path:
+        """A copy of a file under its own name: only what is in this folder is given out."""
+        copy = self.root / "clips" / path.name
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, copy)
+        return copy
+
     def drop(self, session: str) -> None:
         """Removes a session's results."""
         with self._lock:

@@ -5,7 +5,7 @@ import functools
 import gradio as gr
 
 from vcm_jax.web import results
-from vcm_jax.web.look import SCRIPT
+from vcm_jax.web.look import LOOK, SCRIPT
 
 _START = "Drop a video, then press the button: its sound appears here."
 
@@ -71,9 +71,16 @@ def _inputs(page) -> dict[str, gr.components.Component]:
     )
     with gr.Row():
         steps = sorted({*page.steps, can.steps})
-        found["steps"] = gr.Radio(steps, value=can.steps, label="Steps", min_width=140, scale=4)
+        found["steps"] = gr.Radio(
+            steps, value=can.steps, label="Steps", min_width=140, scale=4, elem_id="steps"
+        )
         found["takes"] = gr.Radio(
-            list(range(1, limits.takes + 1)), value=1, label="Takes", min_width=140, scale=5
+            list(range(1, limits.takes + 1)),
+            value=1,
+            label="Takes",
+            min_width=140,
+            scale=5,
+            elem_id="takes",
         )
     with gr.Row():
         found["go"] = gr.Button("Make the sound", variant="primary", elem_id="go")
@@ -99,9 +106,16 @@ def _refuse_addresses(component) -> None:
 
 def _comparison(page, steps) -> dict:
     modes = page.modes
-    mode = gr.Radio(modes, value=modes[0], label="Make", elem_id="mode")
+    mode = gr.Radio(modes, value=modes[0], label="What to make", elem_id="mode")
     other = gr.Radio(
-        steps, value=next(s for s in reversed(steps)), label="Steps of the other", elem_id="other"
+        steps, value=steps[-1], label="The other number of steps", elem_id="other", visible=False
+    )
+    mode.change(
+        lambda chosen: gr.update(visible=chosen == page.by_steps),
+        mode,
+        other,
+        queue=False,
+        api_visibility="private",
     )
     blind = gr.Checkbox(
         True, label="Blind: which is which is shown after the vote", elem_id="blind"
@@ -177,7 +191,8 @@ def _connect(page, inputs: dict, outputs: dict) -> None:
         scroll_to_output=True,
         **private,
     )
-    made.then(waiting, None, buttons, queue=False, **private)
+    done = made.then(waiting, None, buttons, queue=False, **private)
+    done.then(None, None, None, js=LOOK)
     cancelled = inputs["cancel"].click(
         page.on_cancel, None, status, queue=False, cancels=[made], **private
     )

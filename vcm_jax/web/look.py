@@ -18,6 +18,9 @@ CSS = """
 .head h1 { font-size: 1.6rem; font-weight: 650; margin: 0 0 .15rem }
 .head p { margin: 0 } .head .facts { font-size: .85rem; margin-top: .3rem;
                                     color: var(--body-text-color-subdued) }
+.head, .head + *, #status, .takes .html-container, .html-container:has(.head, .status, .take) {
+  padding: 0 !important }
+#steps, #takes, #mode, #other { --checkbox-label-padding: 6px 9px; --checkbox-label-gap: 6px }
 .status { padding: .75rem 1rem; border-radius: var(--radius-lg);
           background: var(--background-fill-secondary);
           border: 1px solid var(--border-color-primary) }
@@ -57,6 +60,13 @@ CSS = """
               line-height: 1.2 }
 footer { margin-top: 1rem }
 """
+
+# Results that are not in view, as on a phone, are brought there.
+LOOK = """() => {
+  const take = document.querySelector('.take');
+  if (take && take.getBoundingClientRect().top > 0.5 * window.innerHeight)
+    document.querySelector('#status').scrollIntoView({behavior: 'smooth'});
+}"""
 
 # Players that play: one at a time, with a line that moves over the drawings below; a click on a
 # drawing plays from there. Events of media do not bubble, so they are caught on their way down.

@@ -17,7 +17,7 @@ from vcm_jax.web.making import Take, Variant, make
 from vcm_jax.web.models import Model
 from vcm_jax.web.votes import VOTES, Votes
 
-_TAKES, _BY_STEPS, _BY_RUN = "Takes", "Compare steps", "Compare runs"
+_TAKES, _BY_STEPS, _BY_RUN = "Takes", "Two numbers of steps", "Two runs"
 
 
 @dataclasses.dataclass
@@ -49,11 +49,14 @@ class Page:
         examples: Sequence[tuple[Path, str]] = (),
     ):
         self.models, self.limits, self.files, self.votes = models, limits, files, votes
-        self.examples, self.desk = examples, Desk()
+        self.examples = [(files.copy(path), prompt) for path, prompt in examples]
+        self.desk = Desk()
 
     steps = (1, 4, 25)  # to choose from, besides the model's own number
     device = "device"  # the queue in which all jobs wait, for a device that does one at a time
     vote_texts = VOTES
+
+    by_steps = _BY_STEPS
 
     @property
     def modes(self) -> list[str]:
@@ -83,11 +86,11 @@ class Page:
         first, second = self.models[0], self.models[-1]
         if mode == _BY_STEPS:
             if steps == other_steps:
-                raise ValueError("compare steps: choose two different numbers")
+                raise ValueError("two numbers of steps: choose different ones")
             pair = [(first, steps), (first, other_steps)]
         elif mode == _BY_RUN:
             if len(self.models) < 2:
-                raise ValueError("compare runs: the page was started without --other")
+                raise ValueError("two runs: the page was started without --other")
             pair = [(first, steps), (second, steps)]
         else:
             labels = [f"Take {i + 1}" if takes > 1 else "Result" for i in range(takes)]
@@ -223,4 +226,6 @@ class Page:
 
 
 def _done(takes: Sequence[Take]) -> str:
-    return "Done: play it, or click on a drawing." if len(takes) == 1 else f"{len(takes)} takes."
+    return (
+        "Done: play it, or click on a drawing." if len(takes) == 1 else f"Done: {len(takes)} takes."
+    )
