@@ -306,7 +306,7 @@ def test_any_mesh_draws_the_same_guidance():
     np.testing.assert_allclose(other_metrics["loss"], metrics["loss"], rtol=2e-5)
     close = functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-5)
     jax.tree.map(close, other.params, state.params)
-    assert np.abs(state.params["g_embed"]["mlp_2"]["kernel"]).max() > 1e-4, "it is trained"
+    assert state.params["g_embed"]["mlp_2"]["kernel"].any(), "it is trained"
 
 
 def test_heads_that_do_not_divide_are_replicated():
