@@ -28,6 +28,7 @@ from scipy.spatial.distance import cdist
 
 from vcm_jax.atomic import atomic_path
 from vcm_jax.objectives import make_settings
+from vcm_jax.objectives.guidance import Guidance
 from vcm_jax.sampling import OWN_SAMPLER, sample, uniform_times
 
 matplotlib.use("Agg")
@@ -82,24 +83,25 @@ class Mixture:
         slope = (t - (1 - t) * self.std**2) / spread
         return (weight[..., None] * (slope * offset - means[None])).sum(1)
 
-    def guided(self, x, t, label):
+    def guided(self, x, t, label, scale=GUIDANCE):
         """The guided velocity; without classes the plain one."""
         v = self.velocity(x, t, label)
         if self.num_classes == 1:
             return v
-        return GUIDANCE * v + (1 - GUIDANCE) * self.velocity(x, t, -jnp.ones_like(label))
+        return scale * v + (1 - scale) * self.velocity(x, t, -jnp.ones_like(label))
 
     @functools.partial(jax.jit, static_argnames=("self", "steps"))
-    def flow(self, x, t, s, label, steps: int = FINE):
+    def flow(self, x, t, s, label, scale=GUIDANCE, steps: int = FINE):
         """x_s of the exact (guided) flow from x at t, scalars, by Runge-Kutta of order 4."""
         h = (s - t) / steps
+        guided = functools.partial(self.guided, label=label, scale=scale)
 
         def body(x, i):
             t_i = t + i * h
-            k1 = self.guided(x, t_i, label)
-            k2 = self.guided(x + h / 2 * k1, t_i + h / 2, label)
-            k3 = self.guided(x + h / 2 * k2, t_i + h / 2, label)
-            k4 = self.guided(x + h * k3, t_i + h, label)
+            k1 = guided(x, t_i)
+            k2 = guided(x + h / 2 * k1, t_i + h / 2)
+            k3 = guided(x + h / 2 * k2, t_i + h / 2)
+            k4 = guided(x + h * k3, t_i + h)
             return x + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4), None
 
         return jax.lax.scan(body, x, jnp.arange(steps))[0]
@@ -123,9 +125,9 @@ PROBLEMS = {
 }
 
 
-def init_params(rng, num_classes: int, width: int = 128, depth: int = 4):
-    """A multilayer perceptron on x, features of t and s - t, and the class."""
-    widths = [2 + 4 * 5 + num_classes, *[width] * depth, 2]
+def init_params(rng, cond_size: int, width: int = 128, depth: int = 4):
+    """A multilayer perceptron on x, features of t and s - t, and the condition."""
+    widths = [2 + 4 * 5 + cond_size, *[width] * depth, 2]
     return [
         (rng.standard_normal((i, o)).astype(np.float32) / np.sqrt(i), np.zeros(o, np.float32))
         for i, o in zip(widths[:-1], widths[1:])
@@ -133,7 +135,7 @@ def init_params(rng, num_classes: int, width: int = 128, depth: int = 4):
 
 
 def network(params, x, t, s, cond):
-    """x `n 2`, t and s `n`, cond `n classes` (one-hot, zeros: the empty condition)."""
+    """x `n 2`, t and s `n`, cond from `condition`, `n k`."""
     angles = jnp.stack([t, s - t], -1)[..., None] * (2.0 ** np.arange(5))[None, None]
     features = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], -1).reshape(len(t), -1)
     h = jnp.concatenate([x, features, cond], -1)
@@ -142,30 +144,49 @@ def network(params, x, t, s, cond):
     return h @ params[-1][0] + params[-1][1][None]
 
 
-def settings_of(name: str, guided: bool):
+def condition(one_hot, guidance=None):
+    """What the network sees: the class, and for conditioned guidance log w and the interval."""
+    if guidance is None:
+        return one_hot
+    scale, low, high = guidance.rows(len(one_hot))
+    return jnp.concatenate([one_hot, jnp.stack([jnp.log(scale), low, high], -1)], -1)
+
+
+def settings_of(name: str, guided: bool, **changes):
     """The settings of an objective: the same guided flow for all, or no guidance."""
     given = dict(SETTINGS[name])
     if not guided:
         given |= dict(omega=1.0, kappa=0.0) if name == "meanflow" else UNGUIDED
-    return make_settings(name, **given)
+    return make_settings(name, **given | changes)
 
 
-def train(name, problem, seed: int, steps: int, batch_size: int, teacher=None):
-    """The trained network as `u(x, t, s, one_hot)`, which `sample` takes, and seconds a step."""
+def train(name, problem, seed: int, steps: int, batch_size: int, teacher=None, **changes):
+    """The trained network as `u(x, t, s, cond)`, which `sample` takes, and seconds a step.
+
+    Args:
+      name: of the objective.
+      problem: the `Mixture`.
+      seed, steps, batch_size: of the training.
+      teacher: u of a trained network, for reflow.
+      **changes: settings of the objective that differ from `SETTINGS`.
+    """
     guided = problem.num_classes > 1
-    objective = settings_of(name, guided)
+    objective = settings_of(name, guided, **changes)
     n = objective.num_instant(batch_size)
     optimizer = optax.chain(
         optax.clip_by_global_norm(1.0), optax.adam(optax.cosine_decay_schedule(2e-3, steps))
     )
-    params = init_params(np.random.default_rng(seed), problem.num_classes)
-    null = jnp.zeros((batch_size, problem.num_classes))
+    unguided = Guidance() if objective.guidance_input else None
+    null = condition(jnp.zeros((batch_size, problem.num_classes)), unguided)
+    params = init_params(np.random.default_rng(seed), null.shape[1])
 
     def step(state, k):
         params, average, opt_state = state
         keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), k), 4)
         x0, label = problem.draw(keys[0], batch_size)
-        cond = jax.nn.one_hot(label, problem.num_classes) * guided
+        guidance = objective.draw_guidance(jax.random.fold_in(keys[2], 2), batch_size)
+        cond = condition(jax.nn.one_hot(label, problem.num_classes) * guided, guidance)
+        options = {} if guidance is None else {"guidance": guidance}
         x1 = jax.random.normal(keys[1], x0.shape)
         t, s, lam = objective.draw(keys[2], batch_size, n, k, steps)
         is_null = jax.random.bernoulli(keys[3], 0.1 * guided, (batch_size,))
@@ -175,7 +196,8 @@ def train(name, problem, seed: int, steps: int, batch_size: int, teacher=None):
 
         def loss(params):
             args = (x0, x1, t, s, lam, cond, null, is_null)
-            return objective.loss(functools.partial(network, params), *args, num_instant=n)[0]
+            net = functools.partial(network, params)
+            return objective.loss(net, *args, num_instant=n, **options)[0]
 
         updates, opt_state = optimizer.update(jax.grad(loss)(params), opt_state)
         params = optax.apply_updates(params, updates)

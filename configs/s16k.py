@@ -25,11 +25,12 @@ from ml_collections.config_dict import placeholder
 from vcm_jax.models import ModelConfig
 from vcm_jax.objectives import OBJECTIVES, make_settings
 
-# The sizes of the network that a run may change. Its lengths follow from the duration of the data.
+# The sizes of the network that a run may change. Its lengths follow from the duration of the data,
+# and its input for guidance from the objective.
 MODEL_FIELDS = {
     field.name: field.type
     for field in dataclasses.fields(ModelConfig)
-    if not field.name.endswith("_seq_len") and field.name != "latent_rate"
+    if not field.name.endswith("_seq_len") and field.name not in ("latent_rate", "guidance_input")
 }
 
 

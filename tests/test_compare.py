@@ -142,9 +142,14 @@ def test_steps_after_the_name(world, tmp_path):
         (f"{run}@-1", "no such folder"),
         (f"{run}@", "no such folder"),
         ("@4", "no such folder"),
+        (f"{run}@4@-1", "no such folder"),
+        (f"{run}@4@", "no such folder"),
     ):
         with pytest.raises(EvaluateError, match=message):
             parse_entries([argument], steps=1)
+    one, two = parse_entries([f"{run}@1", f"{run}@1@2.5"], steps=4)
+    assert (two.label, two.steps, two.guidance_scale) == ("run, 1 step, guidance 2.5", 1, 2.5)
+    assert one.guidance_scale is None and one.path == two.path
     odd = tmp_path / "sounds@2"
     odd.mkdir()
     assert parse_entries([str(odd)], steps=1)[0].path == odd  # that is its name

@@ -152,6 +152,32 @@ def test_samplers_that_do_not_fit():
         Sampler(guidance_scale=-1.0)
 
 
+def test_guidance_as_an_input_is_encoded_with_the_condition_and_costs_no_evaluation():
+    conditioned = make_settings("vcm", guidance="conditioned", guidance_scale=3.0)
+    assert Sampler().guidance_input(conditioned) == (3.0, 0.0, 0.8)
+    assert Sampler(2.0, (0.1, 0.9)).guidance_input(conditioned) == (2.0, 0.1, 0.9)
+    assert Sampler(2.0).guidance_input(make_settings("vcm")) is None
+    assert not Sampler(2.0).is_guided(conditioned) and Sampler(2.0).is_guided(make_settings("vcm"))
+    seen = []
+
+    def net(x, t, s, cond):
+        seen.append((s, cond))
+        return 0 * x
+
+    Sampler(2.0).velocity(conditioned, net, None)(NOISE, 1.0, 0.0, "cond")
+    assert seen == [(0.0, "cond")], "the network's own jump, not an Euler step"
+    for sampler, message in (
+        (Sampler(9.0), r"^guidance_scale 9 is not in \[1, 8\], the range that conditioned"),
+        (Sampler(0.5), r"guidance_scale 0.5 is not in \[1, 8\]"),
+        (Sampler(2.0, (0.6, 0.8)), r"0.6,0.8: .* low end in \[0, 0.5\] and a high end in \[0.5, 1"),
+        (Sampler(None, (0.0, 0.4)), "guidance_interval 0,0.4"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            sampler.check(conditioned)
+    Sampler(8.0, (0.5, 0.5)).check(conditioned)
+    Sampler(9.0).check(make_settings("vcm", guidance="conditioned", guidance_max=10.0))
+
+
 def test_the_best_path_is_that_of_all_paths():
     rng = np.random.default_rng(0)
     errors = rng.random((9, 9))

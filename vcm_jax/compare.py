@@ -1,15 +1,16 @@
 """Compares runs and folders of sounds side by side, in one self-contained HTML page.
 
     python -m vcm_jax.compare RUN_A RUN_B --truth=VIDEOS --out=report.html
-    python -m vcm_jax.compare RUN@1 RUN@4 --truth=VIDEOS --captions=TSV --out=report.html
+    python -m vcm_jax.compare RUN@1 RUN@4 RUN@1@3 --truth=VIDEOS --captions=TSV --out=report.html
     python -m vcm_jax.compare RUN SOUNDS MORE_SOUNDS --truth=SOUNDS_TRUE --out=report.html
 
 The page shows metrics against the true sounds with bootstrap intervals, differences to the first
 set, how many clips each set wins, and some clips to hear and see. A run (a workdir of
 `vcm_jax.main`) generates sound for the videos of --truth, in --steps network evaluations or in as
-many as follow its @. A folder holds one sound for each clip, under its name. All metrics are this
-project's own, from waveforms alone: they compare sets with each other, not with papers. A clip that
-cannot be read or generated is left out of all sets; the exit code is then 3.
+many as follow its @; a second @ gives its guidance scale. A folder holds one sound for each clip,
+under its name. All metrics are this project's own, from waveforms alone: they compare sets with
+each other, not with papers. A clip that cannot be read or generated is left out of all sets; the
+exit code is then 3.
 """
 
 import sys

@@ -60,7 +60,7 @@ def define_flags():
     flags.DEFINE_float(
         "guidance_scale",
         None,
-        "Take Euler steps with this guidance (1: none), not the objective's own way.",
+        "Guidance, an input of runs with conditioned guidance; others take Euler steps (1: none).",
     )
     flags.DEFINE_list("guidance_interval", None, "Times at which that guidance applies: 0,0.8.")
     flags.DEFINE_bool("restart", False, "After every step, predict the data and add new noise.")
@@ -182,6 +182,11 @@ def _load(args, sampler: sampling.Sampler, with_encoders: bool) -> Run:
         with_encoders,
     )
     loaded = dataclasses.replace(loaded, sampler=sampler, windowing=read_windowing(args))
+    if args.negative_prompt and loaded.objective.guidance_input:
+        raise ValueError(
+            "--negative_prompt is for samplers that evaluate the empty condition: this run has "
+            "guidance as an input instead"
+        )
     if args.negative_prompt and not sampler.is_guided(loaded.objective):
         raise ValueError(
             "--negative_prompt needs guidance while sampling: give --guidance_scale (not 1)"

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vcm_jax.objectives import common
+from vcm_jax.objectives.guidance import Guidance
 from vcm_jax.objectives.guidance import guided_velocity as guided_velocity
 from vcm_jax.settings import TIME_INTERVAL, number
 
@@ -27,11 +28,13 @@ class Sampler:
     """How a trained network is sampled; the defaults are what its objective prescribes.
 
     Objectives that learn the instantaneous velocity alone prescribe Euler steps with
-    classifier-free guidance; the average velocity of the others has its guidance in the weights.
+    classifier-free guidance; the average velocity of the others has its guidance in the weights,
+    or takes it as an input (`objective.guidance_input`).
 
     Attributes:
       guidance_scale: take Euler steps of the instantaneous velocity, with classifier-free guidance
-        of this scale; None does what the objective prescribes.
+        of this scale; None does what the objective prescribes. Where guidance is an input, this is
+        what it is, and steps stay as they are.
       guidance_interval: times at which that guidance applies, both ends included. None takes the
         objective's interval, or all times if its guidance is in the weights.
       restart: use BiTCAM's sampler, see `restart_sample`.
@@ -52,6 +55,9 @@ class Sampler:
 
     def check(self, objective) -> None:
         """Raises ValueError when the sampler does not fit the objective."""
+        if (given := self.guidance_input(objective)) is not None:
+            objective.check_guidance(given)
+            return
         if self.guidance_interval and self.guidance_scale is None and not objective.instant_only:
             raise ValueError(
                 f"guidance_interval needs guidance_scale: {objective.name} has its guidance in the "
@@ -59,11 +65,21 @@ class Sampler:
             )
 
     def is_guided(self, objective) -> bool:
-        """Whether it leads away from the empty condition."""
+        """Whether it leads away from the empty condition, with an evaluation of its own."""
+        if objective.guidance_input:
+            return False
         scale = self.guidance_scale
         if scale is None:
             scale = objective.guidance_scale if objective.instant_only else 1
         return scale != 1
+
+    def guidance_input(self, objective) -> Guidance | None:
+        """The guidance with which the network's conditions are encoded; None without such input."""
+        if not objective.guidance_input:
+            return None
+        scale, interval = self.guidance_scale, self.guidance_interval
+        scale = objective.guidance_scale if scale is None else scale
+        return Guidance(scale, *(interval or objective.guidance_interval))
 
     def velocity(self, objective, net, null_cond):
         """The velocity that `sample` takes, from a network.
@@ -75,7 +91,7 @@ class Sampler:
         """
         u = objective.velocity(net)
         scale, interval = self.guidance_scale, self.guidance_interval
-        if scale is None and not objective.instant_only:
+        if objective.guidance_input or (scale is None and not objective.instant_only):
             return u
         if scale is None:
             scale = objective.guidance_scale

@@ -123,7 +123,8 @@ def run_velocity(run, records: RecordSource, num_clips: int):
     )
     mixed = mixture.mix([records], [1.0], seed=0)
     (batch,) = mixture.batches(mixed, shapes, batch_size=num_clips, first_step=0, last_step=1)
-    net, cond, null_cond = encode_features(MMDiT(model), run.variables, batch)
+    guidance = run.sampler.guidance_input(run.objective)
+    net, cond, null_cond = encode_features(MMDiT(model), run.variables, batch, guidance)
     return run.sampler.velocity(run.objective, net, null_cond), cond
 
 

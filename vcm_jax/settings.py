@@ -97,6 +97,7 @@ def _is_interval(value) -> bool:
     return value[0] <= value[1]
 
 
+BOOLEAN = Range("True or False", lambda value: isinstance(value, bool))
 TEXT = Range("a string", lambda value: isinstance(value, str))
 TIME_INTERVAL = Range("two times 0 <= low <= high <= 1", _is_interval)
 

@@ -17,6 +17,7 @@ from vcm_jax import sampling
 from vcm_jax.interop import export_torch, import_network, import_torch, state_dict
 from vcm_jax.interop.weights import variables_from_torch, variables_to_torch
 from vcm_jax.models import Conditions, MMDiT, ModelConfig
+from vcm_jax.objectives.guidance import Guidance
 from vcm_jax.runs import averages, checkpoint
 
 NETWORK = golden.DATA / "network"
@@ -213,6 +214,53 @@ def test_torch_and_jax_sample_alike(run_folder, tmp_path, monkeypatch):
     assert imported(file, tmp_path / "back").code == 0
     back = averages.restore_weights(tmp_path / "back")
     jax.tree.map(np.testing.assert_array_equal, back, variables)
+
+
+def test_torch_takes_guidance_as_an_input(known, tmp_path, monkeypatch):
+    torch = pytest.importorskip("torch")
+    from vcm_jax.interop.torch_model import AverageVelocity
+
+    config = dataclasses.replace(CONFIG, guidance_input=True)
+    rng = np.random.default_rng(0)
+    embedder = {
+        f"g_embed.mlp.{layer}": 0.1 * rng.standard_normal(shape).astype(np.float32)
+        for layer, shape in (
+            ("0.weight", (64, 768)),
+            ("0.bias", 64),
+            ("2.weight", (64, 64)),
+            ("2.bias", 64),
+        )
+    }
+    file = save(tmp_path / "guided.pth", two_times() | embedder)
+    assert imported(file, tmp_path / "start").code == 0
+    variables = averages.restore_weights(tmp_path / "start")
+    describe(tmp_path / "start", "vcm", guidance="conditioned")
+    run = json.loads((tmp_path / "start/run.json").read_text())
+    run["model"]["guidance_input"] = True
+    (tmp_path / "start/run.json").write_text(json.dumps(run))
+    done = exported(tmp_path / "start", tmp_path / "back.pth")
+    assert done.code == 0 and "guidance_scale, from 1 to 8" in done.out
+    tensors = torch.load(tmp_path / "back.pth", weights_only=True)
+    model = AverageVelocity.from_state_dict(tensors)
+    x, _, _, cond = inputs()
+    features = [torch.from_numpy(getattr(cond, name)) for name in ("clip", "sync", "text")]
+    apply = jax.jit(MMDiT(config).apply)
+    found = {}
+    for scale, interval in ((1.0, (0.0, 1.0)), (3.0, (0.1, 0.8))):
+        guidance = Guidance(scale, *interval)
+        one, zero = np.ones(len(x), np.float32), np.zeros(len(x), np.float32)
+        ours = x - apply(variables, x, one, zero, cond, guidance)
+        theirs = model.sample(
+            torch.from_numpy(x), 1, *features, guidance_scale=scale, guidance_interval=interval
+        ).numpy()
+        assert golden.relative_error(theirs, ours) < 1e-4
+        found[scale] = theirs
+    assert golden.relative_error(found[1.0], found[3.0]) > 1e-3
+    plain = AverageVelocity.from_state_dict(
+        {name: torch.from_numpy(value) for name, value in two_times().items()}
+    )
+    with pytest.raises(ValueError, match="has its guidance in the weights"):
+        plain.sample(torch.from_numpy(x), 1, *features, guidance_scale=3.0)
 
 
 def test_torch_in_bfloat16_stays_close():

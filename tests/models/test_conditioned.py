@@ -1,5 +1,6 @@
 """The network on given variables: encoded conditions, missing modalities, sampled latents."""
 
+import dataclasses
 import functools
 
 import jax
@@ -10,6 +11,7 @@ from vcm_jax import sampling
 from vcm_jax.models import Conditions, MMDiT, ModelConfig
 from vcm_jax.models.conditioned import encode_features, sample_latents, zero_inputs
 from vcm_jax.objectives import make_settings
+from vcm_jax.objectives.guidance import Guidance
 
 CONFIG = ModelConfig(
     latent_dim=4,
@@ -96,3 +98,56 @@ def test_sampled_latents_are_in_the_units_of_the_data(name, guidance_scale):
     stats = variables["stats"]
     expected = x * stats["latent_std"][None, None] + stats["latent_mean"][None, None]
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-4)
+
+
+def test_guidance_is_an_input_that_starts_without_effect():
+    variables, features, noise = example()
+    net = MMDiT(dataclasses.replace(CONFIG, guidance_input=True))
+    fresh = net.init(jax.random.key(0), *zero_inputs(net.config))["params"]["g_embed"]
+    assert fresh["mlp_0"]["kernel"].shape == (3 * 256, 32)
+    times = np.full(4, 0.7, np.float32), np.full(4, 0.2, np.float32)
+
+    def ask(embedder, *guidance):
+        params = variables["params"] | {"g_embed": embedder}
+        u, cond, null = encode_features(net, variables | {"params": params}, features, *guidance)
+        return u(noise, *times, cond), u(noise, *times, null)
+
+    u, cond, null = encode_features(NET, variables, features)
+    plain = u(noise, *times, cond), u(noise, *times, null)
+    jax.tree.map(np.testing.assert_array_equal, ask(fresh, Guidance(3.0, 0.1, 0.8)), plain)
+
+    trained = jax.tree.map(lambda a: a + 0.05, fresh)
+    own, empty = ask(trained)
+    jax.tree.map(np.testing.assert_array_equal, ask(trained, Guidance())[0], own)
+    for other in (Guidance(3.0), Guidance(1.0, 0.1), Guidance(1.0, 0.0, 0.9)):
+        changed, still = ask(trained, other)
+        assert np.abs(changed - own).max() > 1e-4, other
+        np.testing.assert_array_equal(still, empty, "the empty condition has no guidance")
+    rows = Guidance(np.float32([1, 3, 1, 3]))
+    mixed, _ = ask(trained, rows)
+    np.testing.assert_allclose(mixed[::2], own[::2], atol=1e-5)
+    np.testing.assert_allclose(mixed[1::2], ask(trained, Guidance(3.0))[0][1::2], atol=1e-5)
+    with pytest.raises(ValueError, match="no input for guidance"):
+        encode_features(NET, variables, features, Guidance(3.0))
+
+
+def test_a_sampler_gives_the_network_its_guidance():
+    variables, features, noise = example()
+    net = MMDiT(dataclasses.replace(CONFIG, guidance_input=True))
+    embedder = net.init(jax.random.key(0), *zero_inputs(net.config))["params"]["g_embed"]
+    embedder = jax.tree.map(lambda a: a + 0.05, embedder)
+    variables = variables | {"params": variables["params"] | {"g_embed": embedder}}
+    objective = make_settings("vcm", guidance="conditioned", guidance_scale=2.0)
+
+    def ask(*sampler):
+        args = (noise, (1.0, 0.0), objective, sampling.Sampler(*sampler))
+        return sample_latents(net, variables, features, *args)
+
+    raw, _ = raw_conditions()
+    one, zero = np.ones(4, np.float32), np.zeros(4, np.float32)
+    for sampler, guidance in (((), (2.0, 0.0, 0.8)), ((3.0, (0.2, 1.0)), (3.0, 0.2, 1.0))):
+        velocity = net.apply(variables, noise, one, zero, raw, Guidance(*guidance))
+        stats = variables["stats"]
+        expected = (noise - velocity) * stats["latent_std"][None, None]
+        expected = expected + stats["latent_mean"][None, None]
+        np.testing.assert_allclose(ask(*sampler), expected, rtol=1e-5, atol=1e-4)

@@ -18,10 +18,14 @@ from small_runs import (
 )
 
 from vcm_jax.features.encoders import WeightsFreeEncoders
+from vcm_jax.generation.run import load_run
+from vcm_jax.interop import import_network
 from vcm_jax.models import MODELS, MMDiT, ModelConfig, layers
-from vcm_jax.objectives import OBJECTIVES, read_section
+from vcm_jax.models.conditioned import zero_inputs
+from vcm_jax.objectives import OBJECTIVES, make_settings, read_section
 from vcm_jax.records import mixture
 from vcm_jax.records.source import RecordSource
+from vcm_jax.sampling import Sampler
 from vcm_jax.training import loop, resume, setup
 from vcm_jax.training.state import OptimizerConfig, make_init, make_optimizer
 from vcm_jax.training.step import teacher_data, train_step
@@ -257,6 +261,50 @@ def test_reflow_learns_from_a_trained_run(data, tmp_path):
         with pytest.raises(loop.SetupError, match=message) as error:
             loop.train(tiny(data, "reflow", **changes), tmp_path / "refused")
         assert "\n" not in str(error.value) and not (tmp_path / "refused").exists()
+
+
+def test_conditioned_guidance_from_weights_without_its_input_to_a_run_that_takes_it(data, tmp_path):
+    start, workdir = tmp_path / "start", tmp_path / "run"
+    config = tiny(data, "vcm", **{"objective.guidance": "conditioned", "init_from": str(start)})
+    (source,), _ = setup.open_sources(("train=1",), str(data), "sources")
+    model = setup.model_config(config, source.manifest)
+    assert model.guidance_input
+    plain = MMDiT(dataclasses.replace(model, guidance_input=False))
+    given = plain.init(jax.random.key(3), *zero_inputs(plain.config))
+    import_network.save(start, given, {})
+    init = make_init(MMDiT(model), {}, make_optimizer(OptimizerConfig()), (0.05,))
+    filled = jax.jit(init)(jax.random.key(0), given["params"]).params
+    assert not filled["g_embed"]["mlp_2"]["kernel"].any()
+    assert filled["g_embed"]["mlp_0"]["kernel"].std() > 0.01
+    assert filled.keys() - given["params"].keys() == {"g_embed"}
+
+    loop.train(config, workdir)
+    run = load_run(workdir, with_encoders=False)
+    assert run.model == model and run.objective.guidance_input
+    dataclasses.replace(run, sampler=Sampler(guidance_scale=8.0))
+    with pytest.raises(ValueError, match=r"guidance_scale 9 is not in \[1, 8\]"):
+        dataclasses.replace(run, sampler=Sampler(guidance_scale=9.0))
+    student = MMDiT(plain.config)
+    settings = make_settings("reflow", teacher=str(workdir))
+    teacher, _ = load_teacher(settings, student, source.manifest)
+    assert teacher.net.config == model, "a teacher keeps its input for guidance"
+
+    for changes, message in (
+        ({"objective.guidance": "some"}, "objective.guidance must be one of fixed, conditioned"),
+        ({"objective.guidance_scale": 9.0, "objective.guidance": "conditioned"}, "scale 9 is not"),
+        ({"init_from": str(workdir)}, "g_embed/.* wanted none"),
+    ):
+        with pytest.raises(ValueError, match=message) as error:
+            loop.train(tiny(data, "vcm", **changes), tmp_path / "refused")
+        assert "\n" not in str(error.value)
+    fixed = tiny(data, "vcm")
+    fixed.model_overrides.guidance_input = True
+    with pytest.raises(loop.SetupError, match="guidance_input is for objectives with"):
+        setup.model_config(fixed, source.manifest)
+    unguided = tiny(data, "flow_matching")
+    unguided.objective.guidance = "conditioned"
+    with pytest.raises(loop.SetupError, match="flow_matching is guided when it is sampled, not in"):
+        loop.train(unguided, tmp_path / "refused")
 
 
 def test_meanflow_needs_attention_with_a_jvp(data, tmp_path, monkeypatch):

@@ -295,6 +295,20 @@ def test_any_mesh_gives_every_objective_s_numbers_of_one_device(name):
     jax.tree.map(close, other.params, state.params)
 
 
+@pytest.mark.slow
+def test_any_mesh_draws_the_same_guidance():
+    config = dataclasses.replace(CONFIG, objective=make_settings("vcm", guidance="conditioned"))
+    net = MMDiT(dataclasses.replace(MODEL, guidance_input=True))
+    one = sharding.make_mesh(1, devices=jax.devices()[:1])
+    args = dict(net=net, sharded_init=True)
+    state, metrics = run(one, 4, config, **args)
+    other, other_metrics = run(sharding.make_mesh(2, 2, 2), 4, config, accumulate=2, **args)
+    np.testing.assert_allclose(other_metrics["loss"], metrics["loss"], rtol=2e-5)
+    close = functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-5)
+    jax.tree.map(close, other.params, state.params)
+    assert state.params["g_embed"]["mlp_2"]["kernel"].any(), "it is trained"
+
+
 def test_heads_that_do_not_divide_are_replicated():
     mesh = sharding.make_mesh(2, 1, 4)
     init = make_init(NET, STATS, OPTIMIZER, (0.05,))

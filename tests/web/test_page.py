@@ -18,6 +18,7 @@ from vcm_jax.generation import clips
 from vcm_jax.generation.clips import Request, encode_request, generate, generate_latents
 from vcm_jax.media.sound import read_audio
 from vcm_jax.objectives.flow_matching import FlowMatchingConfig
+from vcm_jax.objectives.vcm import VCMConfig
 from vcm_jax.sampling import Sampler, uniform_times
 from vcm_jax.web import making
 from vcm_jax.web.asked import Limits, check
@@ -106,6 +107,11 @@ def test_what_a_model_can_do_follows_from_its_objective(model):
     flow = dataclasses.replace(model.run, objective=FlowMatchingConfig(), steps=25)
     assert capabilities(flow).steps == 25 and capabilities(flow).guidance.default == 4.5
     assert sampler(flow, 4.5) == Sampler() and sampler(flow, 2) == Sampler(2.0)
+    chosen = dataclasses.replace(model.run, objective=VCMConfig(guidance="conditioned"))
+    assert (capabilities(chosen).guidance.default, capabilities(chosen).guidance.highest) == (4, 8)
+    assert not capabilities(chosen).negative_prompt and sampler(chosen, 3) == Sampler(3.0)
+    once = Variant("A", dataclasses.replace(model, run=chosen), 1, 3, 7).facts
+    assert once == "run · 1 step · 1 evaluation · guidance 3 · seed 7"
     with pytest.raises(ValueError, match="guidance must be from 1 to 10"):
         sampler(model.run, 11)
     with pytest.raises(ValueError, match="a negative prompt needs guidance"):

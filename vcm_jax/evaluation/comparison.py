@@ -1,6 +1,7 @@
 """Runs and folders of sounds, scored against the same true sounds (see `vcm_jax.compare`)."""
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from vcm_jax.interop.state_dict import list_few
 from vcm_jax.media.clips import SOUND_SUFFIXES, VIDEO_SUFFIXES, Clip, list_clips
 from vcm_jax.media.names import output_name
 from vcm_jax.metrics import SoundMetrics
+from vcm_jax.objectives import read_section
 from vcm_jax.runs import description
 
 # Metrics by which a clip is won: name -> (label, whether less is better).
@@ -29,6 +31,8 @@ DECIDING = {
     "spectral_convergence": ("spectral convergence", True),
     "loudness_error_db": ("loudness error, dB", True),
 }
+_STEPS = re.compile(r"(.+)@(\d+)()")  # of a run: PATH@STEPS
+_STEPS_AND_SCALE = re.compile(r"(.+)@(\d+)@(\d+(?:\.\d+)?)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,11 +43,13 @@ class Entry:
       label: how it is called.
       path: the workdir of a run, or a folder of sounds.
       steps: of the run's sampler; None for a folder of sounds.
+      guidance_scale: of the run's sampler; None for the run's own.
     """
 
     label: str
     path: Path
     steps: int | None
+    guidance_scale: float | None = None
 
 
 @dataclasses.dataclass
@@ -68,7 +74,10 @@ def is_video(path: Path) -> bool:
 
 
 def parse_entries(arguments: Sequence[str], steps: int) -> list[Entry]:
-    """Runs and folders from the command line; `RUN@4` is a run with 4 steps, RUN one with `steps`.
+    """Runs and folders from the command line.
+
+    `RUN@4` is a run with 4 steps, `RUN@4@2.5` the same with guidance scale 2.5, and RUN a run with
+    `steps`.
 
     Raises:
       EvaluateError: no argument, one that is neither a run nor a folder, or one that is repeated.
@@ -79,19 +88,23 @@ def parse_entries(arguments: Sequence[str], steps: int) -> list[Entry]:
     labels = [entry.label for entry in entries]
     if len(set(labels)) < len(labels):  # folders of one name in different places
         entries = [
-            dataclasses.replace(entry, label=_label(str(entry.path), entry.steps))
+            dataclasses.replace(
+                entry, label=_label(str(entry.path), entry.steps, entry.guidance_scale)
+            )
             for entry in entries
         ]
-    if len({(entry.path.resolve(), entry.steps) for entry in entries}) < len(entries):
+    different = {(entry.path.resolve(), entry.steps, entry.guidance_scale) for entry in entries}
+    if len(different) < len(entries):
         raise EvaluateError("one of the sets is named twice")
     return entries
 
 
 def _parse_entry(argument: str, steps: int) -> Entry:
-    path, given = Path(argument), None
-    name, _, number = argument.rpartition("@")
-    if name and number.isdecimal() and not path.is_dir():
-        path, given = Path(name), int(number)
+    path, given, scale = Path(argument), None, None
+    for pattern in _STEPS, _STEPS_AND_SCALE:  # names of folders may have an @, too
+        if not path.is_dir() and (match := pattern.fullmatch(argument)):
+            path, given = Path(match[1]), int(match[2])
+            scale = float(match[3]) if match[3] else None
     if not path.is_dir():
         raise EvaluateError(f"{path}: no such folder")
     if given == 0:
@@ -100,11 +113,14 @@ def _parse_entry(argument: str, steps: int) -> Entry:
     if given is not None and not is_run:
         raise EvaluateError(f"{argument}: {path} is not the workdir of a run, it has no steps")
     count = (given or steps) if is_run else None
-    return Entry(_label(path.name or str(path), count), path, count)
+    return Entry(_label(path.name or str(path), count, scale), path, count, scale)
 
 
-def _label(name: str, steps: int | None) -> str:
-    return name if steps is None else f"{name}, {steps} step{'s' * (steps > 1)}"
+def _label(name: str, steps: int | None, scale: float | None) -> str:
+    if steps is None:
+        return name
+    guidance = "" if scale is None else f", guidance {scale:g}"
+    return f"{name}, {steps} step{'s' * (steps > 1)}{guidance}"
 
 
 def true_clips(truth, captions, limit: int) -> list[Clip]:
@@ -125,8 +141,15 @@ def check_entry(entry: Entry, clips: Sequence[Clip]) -> dict[str, Path]:
     """{id: file} of a folder's sounds; {} for a run. Checks before any work that none is missing.
 
     Raises:
-      EvaluateError: clips without a sound, or without a picture for a run.
+      EvaluateError: clips without a sound, or without a picture for a run, or a guidance scale that
+        does not fit the run.
     """
+    if entry.guidance_scale is not None:
+        objective, _ = read_section(description.read(entry.path).config["objective"])
+        try:
+            sampling.Sampler(entry.guidance_scale).check(objective)
+        except ValueError as error:
+            raise EvaluateError(f"{entry.path}: {error}") from None
     if entry.steps is None:
         there, _ = sounds_by_key(entry.path)
         keys = {clip.id: output_name(clip.id) for clip in clips}
@@ -162,8 +185,9 @@ def generate_entry(
         (Request(clip.id, clip.path, clip.caption), folder / f"{output_name(clip.id)}.wav")
         for clip in clips
     ]
+    run = load_run(entry.path)
     made = generate_files(
-        load_run(entry.path),
+        dataclasses.replace(run, sampler=sampling.Sampler(entry.guidance_scale)),
         wanted,
         sampling.uniform_times(entry.steps),
         seeds=(seed,),

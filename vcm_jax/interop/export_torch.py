@@ -90,6 +90,11 @@ def main(args) -> None:
     with atomic_path(args.out) as temporary:
         torch.save(tensors, temporary)
     print(f"{args.out}: {len(tensors)} tensors")
+    if objective.guidance_input:
+        print(
+            "guidance is an input: give `sample` of torch_model.py guidance_scale, from 1 to "
+            f"{objective.guidance_max:g}, and guidance_interval"
+        )
     if objective.instant_only and args.convention == "vcm":
         print(
             f"trained with {objective.name}: use it at s = t only, in Euler steps that are guided "

@@ -5,6 +5,7 @@ u(x, t, s, c), which is minus MMAudio's velocity at the time 1 - t, whatever s i
 from noise (1) to data (0), MMAudio's from noise (0) to data (1).
 """
 
+import dataclasses
 from pathlib import Path
 
 import flax.struct
@@ -21,6 +22,7 @@ from vcm_jax.interop.state_dict import (
 from vcm_jax.interop.weights import torch_shapes, variables_from_torch
 from vcm_jax.models import MODELS, ModelConfig
 from vcm_jax.models.layers import time_frequencies
+from vcm_jax.models.mmdit import GUIDANCE_INPUT
 from vcm_jax.runs import checkpoint
 
 # Tables that some files hold and that our network computes itself.
@@ -77,7 +79,7 @@ def network_from_torch(
 
     Args:
       state_dict: arrays by their names in torch.
-      config: the network's sizes.
+      config: the network's sizes. Whether it has an input for guidance follows from the names.
       file, hint: beginning and end of an error's line.
 
     Returns:
@@ -87,6 +89,8 @@ def network_from_torch(
       StateDictError: names or shapes are not the model's, or numbers are not finite.
     """
     ours = any(name.startswith(_SECOND_EMBEDDER) for name in state_dict)
+    guided = any(name.startswith(f"{GUIDANCE_INPUT}.") for name in state_dict)
+    config = dataclasses.replace(config, guidance_input=guided)
     state_dict = {n: np.asarray(v, np.float32) for n, v in state_dict.items() if n not in _TABLES}
     expected = torch_shapes(config)
     wanted = (

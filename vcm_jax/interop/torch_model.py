@@ -51,17 +51,19 @@ class GatedMLP(nn.Module):
 
 
 class TimestepEmbedder(nn.Module):
-    """Sinusoids of a time, cosines first, through two layers: `B` -> `B D`.
+    """Sinusoids of one or several scalars, cosines first, through two layers: `B` -> `B D`.
 
     Version 1 has 128 frequencies from 1 down to 1e-4, version 2 D / 2 from 1e4 down to 1.
     """
 
-    def __init__(self, width: int, version: int):
+    def __init__(self, width: int, version: int, scalars: int = 1):
         super().__init__()
         self.inputs, self.scale = (256, 1.0) if version == 1 else (width, 10_000.0)
-        self.mlp = nn.Sequential(nn.Linear(self.inputs, width), nn.SiLU(), nn.Linear(width, width))
+        self.mlp = nn.Sequential(
+            nn.Linear(scalars * self.inputs, width), nn.SiLU(), nn.Linear(width, width)
+        )
 
-    def forward(self, time):
+    def features(self, time):
         exponents = torch.arange(0, self.inputs, 2, dtype=torch.float32) / self.inputs
         turns = (self.scale * (1 / 10_000**exponents)).double() / (2 * math.pi)
         # The first 12 binary digits of the time meet the whole turns in exact products: without
@@ -73,7 +75,10 @@ class TimestepEmbedder(nn.Module):
         time = time.float()[:, None]
         first = (time * 4096).round() / 4096
         angles = 2 * math.pi * ((first * whole) % 1 + first * part + (time - first) * turns)
-        features = torch.cat([angles.cos(), angles.sin()], -1)
+        return torch.cat([angles.cos(), angles.sin()], -1)
+
+    def forward(self, *scalars):
+        features = torch.cat([self.features(scalar) for scalar in scalars], -1)
         return self.mlp(features.to(self.mlp[0].weight.dtype))
 
 
@@ -195,7 +200,7 @@ class AverageVelocity(nn.Module):
     def __init__(
         self, latent_dim: int, clip_dim: int, sync_dim: int, text_dim: int, text_len: int,
         hidden_dim: int, num_heads: int, joint_depth: int, fused_depth: int, audio_kernel: int = 7,
-        version: int = 1,
+        version: int = 1, guidance_input: bool = False,
     ):  # fmt: skip
         super().__init__()
         width, heads = hidden_dim, num_heads
@@ -214,6 +219,7 @@ class AverageVelocity(nn.Module):
         self.global_cond_mlp = GatedMLP(width)
         self.t_embed = TimestepEmbedder(width, version)
         self.h_embed = TimestepEmbedder(width, version)
+        self.g_embed = TimestepEmbedder(width, version, 3) if guidance_input else None
         self.joint_blocks = nn.ModuleList(
             JointBlock(width, heads, last=i == joint_depth - 1) for i in range(joint_depth)
         )
@@ -251,6 +257,7 @@ class AverageVelocity(nn.Module):
                 fused_depth=depth("fused_blocks."),
                 audio_kernel=shape["audio_input_proj.2.w1.weight"][2],
                 version=2 if "clip_input_proj.2.w1.weight" in shape else 1,
+                guidance_input="g_embed.mlp.0.weight" in shape,
             )
         model.load_state_dict(state_dict, strict=True, assign=True)
         return model
@@ -261,15 +268,28 @@ class AverageVelocity(nn.Module):
         text = self.empty_string_feat.expand(batch_size, -1, -1)
         return fill(self.empty_clip_feat, clip_len), fill(self.empty_sync_feat, sync_len), text
 
-    def encode_conditions(self, clip, sync, text):
-        """Raw features -> what depends on the conditions alone; once a clip."""
+    def encode_conditions(
+        self, clip, sync, text, guidance_scale: float = 1.0, guidance_interval=(0.0, 1.0)
+    ):
+        """Raw features -> what depends on the conditions alone; once a clip.
+
+        Raises:
+          ValueError: a guidance scale for a network that has no input for it.
+        """
+        if self.g_embed is None and guidance_scale != 1:
+            raise ValueError("guidance_scale: this network has its guidance in the weights")
         dtype = self.sync_pos_emb.dtype
         clip, sync, text = clip.to(dtype), sync.to(dtype), text.to(dtype)
         sync = sync + self.sync_pos_emb.expand(1, sync.shape[1] // 8, -1, -1).flatten(1, 2)
         clip, sync = self.clip_input_proj(clip), self.sync_input_proj(sync)
         text = self.text_input_proj(text)
         pooled = self.clip_cond_proj(clip.mean(1)) + self.text_cond_proj(text.mean(1))
-        return clip, sync, text, self.global_cond_mlp(pooled)
+        pooled = self.global_cond_mlp(pooled)
+        if self.g_embed is not None:
+            ones = torch.ones(len(pooled), device=pooled.device)
+            values = (math.log(guidance_scale), *guidance_interval)
+            pooled = pooled + self.g_embed(*(value * ones for value in values))
+        return clip, sync, text, pooled
 
     def velocity(self, x, t, s, encoded):
         """`B N C`, times `B` -> the average velocity from t to s, `B N C`."""
@@ -295,20 +315,22 @@ class AverageVelocity(nn.Module):
         return self.velocity(x, t, s, self.encode_conditions(clip, sync, text))
 
     @torch.no_grad()
-    def sample(self, x, times, clip, sync, text):
+    def sample(self, x, times, clip, sync, text, **guidance):
         """Normalised latents from noise `B N C`: jumps through decreasing times, or n equal ones.
 
-        One network evaluation a jump (SoundVCM, Algorithm 2).
+        One network evaluation a jump (SoundVCM, Algorithm 2). A network with an input for guidance
+        takes guidance_scale and guidance_interval, as `encode_conditions`.
 
         Raises:
-          ValueError: less than one step, or times that do not decrease within [0, 1].
+          ValueError: less than one step, times that do not decrease within [0, 1], or guidance for
+            a network that has no input for it.
         """
         if isinstance(times, int):
             times = [1 - i / max(times, 1) for i in range(times + 1)]
         falling = len(times) > 1 and all(s < t for t, s in zip(times, times[1:]))
         if not falling or times[0] > 1 or times[-1] < 0:
             raise ValueError(f"times must decrease within [0, 1], not {list(times)}")
-        encoded = self.encode_conditions(clip, sync, text)
+        encoded = self.encode_conditions(clip, sync, text, **guidance)
         for t, s in zip(times, times[1:]):
             rows = torch.ones(x.shape[0], device=x.device)
             x = x + (s - t) * self.velocity(x, t * rows, s * rows, encoded)

@@ -42,7 +42,7 @@ def repeat_rows(tree, size: int):
     return jax.tree.map(lambda a: jnp.broadcast_to(a, (size, *a.shape[1:])), tree)
 
 
-def encode_features(net, variables, features):
+def encode_features(net, variables, features, guidance=None):
     """The network as a velocity, and the encoded conditions that it takes.
 
     The empty condition is encoded once for the whole batch.
@@ -51,6 +51,8 @@ def encode_features(net, variables, features):
       net: MMDiT.
       variables: {"params": ..., "stats": ...}.
       features: see the top of this file.
+      guidance: `Guidance`, numbers or arrays `B`, of a network that has an input for it. The empty
+        condition has no guidance.
 
     Returns:
       u(x, t, s, cond), cond and null_cond; the latter two with B rows.
@@ -59,11 +61,11 @@ def encode_features(net, variables, features):
     def u(x, t, s, cond):
         return net.apply(variables, x, t, s, cond, method="velocity")
 
-    def encode(conditions):
-        return net.apply(variables, conditions, method="encode_conditions")
+    def encode(conditions, guidance=None):
+        return net.apply(variables, conditions, guidance, method="encode_conditions")
 
     null = net.apply(variables, 1, method="null_conditions")
-    cond = encode(fill_conditions(features, null))
+    cond = encode(fill_conditions(features, null), guidance)
     size = features["has_text"].shape[0]
     if "negative_text" in features:
         negative = repeat_rows(null, size).replace(text=features["negative_text"])
@@ -91,7 +93,8 @@ def sample_latents(
       sampler: how it is sampled.
       keys: random keys of a restart sampler, one for each row.
     """
-    u, cond, null_cond = encode_features(net, variables, features)
+    guidance = sampler.guidance_input(objective)
+    u, cond, null_cond = encode_features(net, variables, features, guidance)
     x0 = sampler(objective, u, noise, times, cond, null_cond, keys)
     stats = variables["stats"]
     return x0 * stats["latent_std"][None, None] + stats["latent_mean"][None, None]
@@ -106,6 +109,7 @@ def velocity_of_features(net, variables, features, x, t, s, objective, sampler):
       t, s: scalars.
       objective, sampler: as `sample_latents`'s.
     """
-    u, cond, null_cond = encode_features(net, variables, features)
+    guidance = sampler.guidance_input(objective)
+    u, cond, null_cond = encode_features(net, variables, features, guidance)
     rows = lambda time: jnp.full(x.shape[0], time, jnp.promote_types(jnp.float32, x.dtype))
     return sampler.velocity(objective, u, null_cond)(x, rows(t), rows(s), cond)

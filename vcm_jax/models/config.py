@@ -5,7 +5,7 @@ import math
 
 from vcm_jax import settings
 from vcm_jax.records.sequence import SYNC_ROWS, SequenceConfig
-from vcm_jax.settings import choice, integer, number, setting
+from vcm_jax.settings import BOOLEAN, choice, integer, number, setting
 
 _SIZE = integer(1)
 SYNC_ALIGNMENTS = ("index", "time")
@@ -31,6 +31,8 @@ class ModelConfig:
       latent_rate: latent tokens per second; used with "time" alone.
       version: MMAudio's, 1 or 2. Version 2 has SiLU where version 1 has SELU, one more SiLU in the
         projections of clip and text, and other frequencies (`layers.time_frequencies`).
+      guidance_input: whether the guidance scale and its interval are an input, which is added to
+        the global condition. Training sets it to what the objective needs.
 
     Raises:
       ValueError: when the sizes do not fit each other.
@@ -52,6 +54,7 @@ class ModelConfig:
     sync_alignment: str = setting("index", choice(*SYNC_ALIGNMENTS))
     latent_rate: float = setting(31.25, number(above=0))
     version: int = setting(1, integer(1, 2))
+    guidance_input: bool = setting(False, BOOLEAN)
 
     def __post_init__(self):
         settings.check(self, "model")

@@ -35,8 +35,9 @@ def forward_flops(config: ModelConfig) -> dict[str, float]:
     text_projection = dense(text, c.text_dim, width) + mlp(text)
     pooled = dense(2, width, width) + mlp(1)
     time_features = 2 * len(time_frequencies(c.version, width))
+    guidance = (dense(1, 3 * time_features, width) + dense(1, width, width)) * c.guidance_input
     cost = {
-        "conditions": clip_projection + sync_projection + text_projection + pooled,
+        "conditions": guidance + clip_projection + sync_projection + text_projection + pooled,
         "audio": dense(latent, c.latent_dim, width, 7) + mlp(latent, c.audio_kernel),
         "adaln": dense(1, width, 2 * width),
         "projections": 2 * (dense(1, time_features, width) + dense(1, width, width)),

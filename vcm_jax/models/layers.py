@@ -146,20 +146,25 @@ def time_angles(time, frequencies: np.ndarray):
 class TimestepEmbedder(nn.Module):
     """Sinusoidal features of a scalar, cosines first, through a two-layer MLP: `B` -> `B D`.
 
-    The scalar is not rescaled; `version` is that of `ModelConfig`.
+    The scalar is not rescaled; `version` is that of `ModelConfig`. Of several scalars the features
+    are concatenated. With `zero` the weights of the last layer are initialised to zero.
     """
 
     features: int
     version: int = 1
     dtype: jnp.dtype = jnp.float32
+    zero: bool = False
 
     @nn.compact
-    def __call__(self, time):
-        angles = time_angles(at_least_float32(time), time_frequencies(self.version, self.features))
-        x = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], -1)
+    def __call__(self, *scalars):
+        frequencies = time_frequencies(self.version, self.features)
+        angles = [time_angles(at_least_float32(scalar), frequencies) for scalar in scalars]
+        x = jnp.concatenate([wave(a) for a in angles for wave in (jnp.cos, jnp.sin)], -1)
         normal = nn.initializers.normal(0.02)
-        layer = functools.partial(Dense, self.features, kernel_init=normal, dtype=self.dtype)
-        return layer(name="mlp_2")(nn.silu(layer(name="mlp_0")(x)))
+        layer = functools.partial(Dense, self.features, dtype=self.dtype)
+        last = nn.initializers.zeros if self.zero else normal
+        x = nn.silu(layer(kernel_init=normal, name="mlp_0")(x))
+        return layer(kernel_init=last, name="mlp_2")(x)
 
 
 def rope_table(length: int, head_dim: int, stretch: float = 1.0) -> np.ndarray:

@@ -13,6 +13,7 @@ import numpy as np
 from vcm_jax.models import layers
 from vcm_jax.models.config import ModelConfig
 from vcm_jax.objectives.common import identity
+from vcm_jax.objectives.guidance import Guidance
 from vcm_jax.records.sequence import SYNC_ROWS, sync_row_times
 
 
@@ -33,7 +34,7 @@ class Conditions:
 
 @flax.struct.dataclass
 class EncodedConditions:
-    """What the network computes from the conditions alone, without x, t and s.
+    """What the network computes from conditions and guidance alone, without x, t and s.
 
     Attributes:
       clip: `B Tc D` tokens.
@@ -91,6 +92,9 @@ def _products(primitive, *_, **__) -> bool:
 
 # What a block keeps of its activations for the backward pass; it recomputes the rest.
 REMAT = {"none": None, "products": _products, "full": jax.checkpoint_policies.nothing_saveable}
+
+# The parameters that embed guidance; weights without them fit a network that has this input.
+GUIDANCE_INPUT = "g_embed"
 
 
 STACKED = ("joint_blocks", "fused_blocks")  # the names of stacked weights
@@ -167,6 +171,9 @@ class MMDiT(nn.Module):
         self.global_cond_mlp = mlp()
         self.t_embed = layers.TimestepEmbedder(width, c.version, dtype=self.dtype)
         self.h_embed = layers.TimestepEmbedder(width, c.version, dtype=self.dtype)
+        if c.guidance_input:
+            # Zero at first, so that weights of a network without this input start unchanged.
+            self.g_embed = layers.TimestepEmbedder(width, c.version, dtype=self.dtype, zero=True)
 
         sizes = (width, c.num_heads, c.mlp_dim)
         self.joint_blocks = [
@@ -191,9 +198,12 @@ class MMDiT(nn.Module):
         """The activation between the layers of the projections of latents and sync features."""
         return nn.selu(x) if self.config.version == 1 else nn.silu(x)
 
-    def __call__(self, x, t, s, cond: Conditions):
-        """Average velocity from t to s: x `B N C`, t and s `B`, raw features -> `B N C`."""
-        return self.velocity(x, t, s, self.encode_conditions(cond))
+    def __call__(self, x, t, s, cond: Conditions, guidance: Guidance | None = None):
+        """Average velocity from t to s: x `B N C`, t and s `B`, raw features -> `B N C`.
+
+        `guidance` is as in `encode_conditions`.
+        """
+        return self.velocity(x, t, s, self.encode_conditions(cond, guidance))
 
     def null_conditions(self, batch_size: int) -> Conditions:
         """Raw features of the empty condition: learned for video, the text encoder's for ""."""
@@ -208,14 +218,24 @@ class MMDiT(nn.Module):
             text=fill(self.empty_text.value[None], c.text_seq_len),
         )
 
-    def encode_conditions(self, cond: Conditions) -> EncodedConditions:
+    def encode_conditions(
+        self, cond: Conditions, guidance: Guidance | None = None
+    ) -> EncodedConditions:
         """Everything that does not depend on x, t and s; computed once per clip, for any number of
         steps.
 
+        Args:
+          cond: raw features.
+          guidance: with `guidance_input`, the guidance: numbers, or arrays `B`. None is w = 1, no
+            guidance.
+
         Raises:
-          ValueError: when the shape of a feature is not that of the config.
+          ValueError: when the shape of a feature is not that of the config, or when guidance is
+            given to a network that has no input for it.
         """
         c = self.config
+        if guidance is not None and not c.guidance_input:
+            raise ValueError("this network has no input for guidance (guidance_input)")
         for name, length, width in (
             ("clip", c.clip_seq_len, c.clip_dim),
             ("sync", c.sync_seq_len, c.sync_dim),
@@ -239,7 +259,11 @@ class MMDiT(nn.Module):
             return layers.at_least_float32(tokens).mean(1)
 
         pooled = self.clip_cond_proj(mean(clip)) + self.text_cond_proj(mean(text))
-        return EncodedConditions(clip, sync, text, self.global_cond_mlp(pooled))
+        pooled = self.global_cond_mlp(pooled)
+        if c.guidance_input:
+            scale, low, high = (guidance or Guidance()).rows(len(pooled))
+            pooled = pooled + self.g_embed(jnp.log(scale), low, high)
+        return EncodedConditions(clip, sync, text, pooled)
 
     def velocity(self, x, t, s, enc: EncodedConditions):
         """As `__call__`, from encoded conditions: `B N C`, at least float32.

@@ -43,6 +43,10 @@ def make_settings(name: str, **settings) -> Objective:
     if name not in OBJECTIVES:
         raise ValueError(f"objective.name {name!r} is not one of {', '.join(OBJECTIVES)}")
     known = [field.name for field in dataclasses.fields(OBJECTIVES[name])]
+    if settings.get("guidance") == "conditioned" and "guidance" not in known:
+        raise ValueError(
+            f"objective.guidance=conditioned: {name} is guided when it is sampled, not in training"
+        )
     if foreign := sorted(set(settings) - set(known)):
         raise ValueError(
             f"objective {name} has no setting {', '.join(foreign)}; it has {', '.join(known)} "

@@ -4,8 +4,9 @@ import dataclasses
 from collections.abc import Callable
 from typing import ClassVar
 
-from vcm_jax.objectives import common, times
-from vcm_jax.settings import TIME_INTERVAL, check, number, setting
+from vcm_jax.objectives import common, guidance, times
+from vcm_jax.objectives.guidance import Guidance
+from vcm_jax.settings import TIME_INTERVAL, check, choice, number, setting
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +89,19 @@ class Objective:
         t, s = times.sample_times(key, batch_size, num_instant, self.time_mean, self.time_std)
         return t, s, None
 
+    @property
+    def guidance_input(self) -> bool:
+        """Whether the network takes guidance as an input, so that it is chosen when sampling."""
+        return False
+
+    def draw_guidance(self, key, batch_size: int) -> Guidance | None:
+        """The guidance of each row, an input of the network; None where it has no such input.
+
+        The network is then given it with the condition, and `loss` as its argument `guidance`.
+        """
+        del key, batch_size
+        return None
+
     def velocity(self, net: Callable) -> Callable:
         """The average velocity u(x, t, s, cond) that samplers take, from the network.
 
@@ -101,11 +115,83 @@ class Objective:
         return common.noised(x0, x1, t)
 
 
-@dataclasses.dataclass(frozen=True)
-class GuidedObjective(Objective):
-    """Settings that the objectives with guidance inside the training target share.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TargetGuidance(Objective):
+    """An objective with guidance inside the training target.
+
+    A subclass has `guidance_scale` (w) and `guidance_interval`. Its loss takes the argument
+    `guidance`, the `Guidance` of each row, or None for the fixed one of its settings.
 
     Attributes:
+      guidance: "fixed" trains for the one scale and interval of the settings. "conditioned" draws
+        both for each row (`guidance.draw_guidance`) and makes them an input of the network, so that
+        they are chosen when the run is sampled, still at one evaluation a step; the settings then
+        are what sampling takes by default.
+      guidance_max: the largest w that conditioned guidance draws.
+
+    Raises:
+      ValueError: the default guidance is not within the range that is drawn.
+    """
+
+    guidance: str = setting("fixed", choice("fixed", "conditioned"))
+    guidance_max: float = setting(8.0, number(above=1))
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.guidance_input:
+            self.check_guidance(
+                Guidance(self.guidance_scale, *self.guidance_interval), "objective."
+            )
+
+    @property
+    def guidance_input(self) -> bool:
+        return self.guidance == "conditioned"
+
+    def draw_guidance(self, key, batch_size: int) -> Guidance | None:
+        if not self.guidance_input:
+            return None
+        return guidance.draw_guidance(key, batch_size, self.guidance_max)
+
+    def check_guidance(self, given: Guidance, prefix: str = "") -> None:
+        """Raises ValueError for guidance that conditioned training does not draw.
+
+        Args:
+          given: numbers.
+          prefix: comes before the names of the settings in the error.
+        """
+        (low_from, low_to), (high_from, high_to) = guidance.LOW_ENDS, guidance.HIGH_ENDS
+        if not 1 <= given.scale <= self.guidance_max:
+            raise ValueError(
+                f"{prefix}guidance_scale {given.scale:g} is not in [1, {self.guidance_max:g}], the "
+                "range that conditioned guidance is trained in (objective.guidance_max)"
+            )
+        if not (low_from <= given.low <= low_to and high_from <= given.high <= high_to):
+            raise ValueError(
+                f"{prefix}guidance_interval {given.low:g},{given.high:g}: conditioned guidance is "
+                f"trained with a low end in [{low_from:g}, {low_to:g}] and a high end in "
+                f"[{high_from:g}, {high_to:g}]"
+            )
+
+    def interval(self, given: Guidance | None):
+        """The ends of the interval in which guidance applies: two numbers, or two arrays `B`."""
+        return self.guidance_interval if given is None else (given.low, given.high)
+
+    def scale(self, given: Guidance | None):
+        """w: a number, or an array `B`."""
+        return self.guidance_scale if given is None else given.scale
+
+    @property
+    def guides(self) -> bool:
+        """Whether any row has another w than 1."""
+        return self.guidance_input or self.guidance_scale != 1
+
+
+@dataclasses.dataclass(frozen=True)
+class GuidedObjective(TargetGuidance):
+    """Settings that most objectives with guidance inside the training target share.
+
+    Attributes:
+      guidance, guidance_max: see `TargetGuidance`.
       guidance_scale: w of SoundVCM eq. 15; 1 is no guidance.
       mix_ratio: m of SoundVCM eq. 16; 1 does not use the network's own guided velocity.
       guidance_interval: times t, both ends included, at which guidance and mixing apply.
@@ -126,4 +212,4 @@ class GuidedObjective(Objective):
     @property
     def needs_null(self) -> bool:
         """Whether the target needs the network's unconditional velocity."""
-        return self.mix_ratio > 0 and self.guidance_scale != 1
+        return self.mix_ratio > 0 and self.guides

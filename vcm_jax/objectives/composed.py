@@ -27,6 +27,7 @@ def composed_loss(
     num_instant: int,
     constrain,
     end_of,
+    guidance=None,
 ):
     """The loss of an objective whose jump from t to s is trained towards its own two jumps over l.
 
@@ -38,7 +39,8 @@ def composed_loss(
     differentiated pass.
 
     Args:
-      u, x0, x1, t, s, cond, null_cond, is_null, config, num_instant, constrain: as `vcm_loss`'s.
+      u, x0, x1, t, s, cond, null_cond, is_null, config, num_instant, constrain, guidance: as
+        `vcm_loss`'s.
       l: times `B` between s and t.
       end_of: `end_of(t, l)` -> the end time that the network is given for a jump from t to l.
 
@@ -55,13 +57,14 @@ def composed_loss(
     u_ts = u(x_t, t, s, cond)
     target = v[:0]
     if n:
+        guidance = first(guidance)
         target = guided_target(
             u,
             u_ts[:n],
             *first((x_t, v, t, cond, null_cond, is_null)),
-            scale=config.guidance_scale,
+            scale=config.scale(guidance),
             mix_ratio=config.mix_ratio,
-            interval=config.guidance_interval,
+            interval=config.interval(guidance),
             constrain=constrain,
         )
     if n < batch_size:

@@ -1,9 +1,48 @@
 """Guidance: inside the training target (SoundVCM 3.3), and of samples of an instant velocity."""
 
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 
 from vcm_jax.objectives.common import expand, identity, rows, select_rows
+
+
+class Guidance(NamedTuple):
+    """Guidance as an input of the network: numbers, or arrays `B` with one for each row.
+
+    Attributes:
+      scale: w, at least 1; 1 is no guidance.
+      low, high: times t between which guidance applies, both ends included.
+    """
+
+    scale: Any = 1.0
+    low: Any = 0.0
+    high: Any = 1.0
+
+    def rows(self, size: int) -> "Guidance":
+        """The same with arrays `size`, at least float32."""
+        arrays = (jnp.asarray(a, jnp.promote_types(jnp.float32, jnp.result_type(a))) for a in self)
+        return Guidance(*(jnp.broadcast_to(a, (size,)) for a in arrays))
+
+
+# The ranges that the ends of the interval are drawn from (improved MeanFlow, arXiv 2512.02012).
+LOW_ENDS, HIGH_ENDS = (0.0, 0.5), (0.5, 1.0)
+
+
+def draw_guidance(key, batch_size: int, largest: float) -> Guidance:
+    """Guidance for each row, float32 `B`, as improved MeanFlow draws it (arXiv 2512.02012).
+
+    log w is uniform between 0 and the logarithm of the largest w. The low end of the interval is
+    uniform in [0, 1/2], its high end in [1/2, 1].
+    """
+    keys, shape = jax.random.split(key, 3), (batch_size,)
+    scale = jnp.exp(jax.random.uniform(keys[0], shape) * jnp.log(largest))
+    ends = (
+        jax.random.uniform(k, shape, minval=a, maxval=b)
+        for k, (a, b) in zip(keys[1:], (LOW_ENDS, HIGH_ENDS))
+    )
+    return Guidance(scale, *ends)
 
 
 def mix_velocity(v, v_uncond, v_guided, scale, mix_ratio: float):
@@ -18,8 +57,8 @@ def mix_velocity(v, v_uncond, v_guided, scale, mix_ratio: float):
     return mixed
 
 
-def within(t, interval: tuple[float, float]):
-    """Whether guidance applies at t: bool, the ends of the interval included."""
+def within(t, interval):
+    """Whether guidance applies at t: bool, the ends of the interval (numbers or `B`) included."""
     return jnp.logical_and(t >= interval[0], t <= interval[1])
 
 
@@ -35,7 +74,7 @@ def guided_target(
     *,
     scale,
     mix_ratio: float,
-    interval: tuple[float, float] = (0.0, 1.0),
+    interval=(0.0, 1.0),
     constrain=identity,
 ):
     """The velocity that rows are trained towards: v_mix where guidance applies, elsewhere v.
@@ -51,7 +90,8 @@ def guided_target(
       is_null: bool `B`, rows without a condition; they are trained towards v.
       scale: w, a number or one for each row; the number 1 is no guidance.
       mix_ratio: m; 1 does not use the network's own guided velocity.
-      interval: times at which guidance and mixing apply, both ends included.
+      interval: times between which guidance and mixing apply, both ends included; two numbers, or
+        two arrays with one for each row.
       constrain: spreads joined rows over the devices again.
 
     Returns:

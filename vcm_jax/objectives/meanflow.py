@@ -6,19 +6,21 @@ import jax
 import jax.numpy as jnp
 
 from vcm_jax.objectives import common
-from vcm_jax.objectives.base import Objective, Passes
+from vcm_jax.objectives.base import Passes, TargetGuidance
 from vcm_jax.objectives.guidance import guided_target
 from vcm_jax.settings import TIME_INTERVAL, number, setting
 
 
 @dataclasses.dataclass(frozen=True)
-class MeanFlowConfig(Objective):
+class MeanFlowConfig(TargetGuidance):
     """Settings of the objective; the defaults are the paper's on ImageNet.
 
     Attributes:
       omega, kappa: of the guided velocity (eq. 20 of the paper):
         omega v + kappa u(x_t, t, t, c) + (1 - omega - kappa) u(x_t, t, t, null). The effective
-        guidance scale is omega / (1 - kappa), which is 2 by default.
+        guidance scale is omega / (1 - kappa), which is 2 by default; conditioned guidance draws it,
+        and omega is then (1 - kappa) w.
+      guidance, guidance_max: see `TargetGuidance`.
       guidance_interval: times t, both ends included, at which guidance applies.
       p, eps: of the adaptive weight; they act on the squared error *summed* over N and C.
       instant_ratio: the fraction of the rows with s = t.
@@ -46,7 +48,7 @@ class MeanFlowConfig(Objective):
 
     def passes(self) -> Passes:
         later = 1 - self.instant_ratio
-        guidance = (self.guidance_scale != 1) + later * (self.kappa > 0)
+        guidance = self.guides + later * (self.kappa > 0)
         return Passes(at_x_t=guidance, elsewhere=later)
 
 
@@ -64,6 +66,7 @@ def meanflow_loss(
     *,
     num_instant: int,
     constrain=common.identity,
+    guidance=None,
 ):
     """The MeanFlow loss: u is trained towards sg(v_g - (t - s) d/dt u(x_t, t, s)).
 
@@ -103,9 +106,9 @@ def meanflow_loss(
         cond,
         null_cond,
         is_null,
-        scale=config.guidance_scale,
+        scale=config.scale(guidance),
         mix_ratio=1 - config.kappa,
-        interval=config.guidance_interval,
+        interval=config.interval(guidance),
         constrain=constrain,
     )
     if n < batch_size:

@@ -58,6 +58,7 @@ def shortcut_loss(
     *,
     num_instant: int,
     constrain=common.identity,
+    guidance=None,
 ):
     """The shortcut loss: a jump of length 2d is trained towards two jumps of length d.
 
@@ -88,4 +89,5 @@ def shortcut_loss(
         num_instant,
         constrain,
         end_of,
+        guidance,
     )

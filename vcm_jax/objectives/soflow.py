@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from vcm_jax.objectives import common, times
-from vcm_jax.objectives.base import Objective, Passes
+from vcm_jax.objectives.base import Passes, TargetGuidance
 from vcm_jax.objectives.guidance import guided_target, smooth_decay
 from vcm_jax.settings import choice, number, setting
 
 
 @dataclasses.dataclass(frozen=True)
-class SoFlowConfig(Objective):
+class SoFlowConfig(TargetGuidance):
     """Settings of the objective; the defaults are those of SoFlow's code on ImageNet.
 
     Of the settings of its S-16k and L-16k models BiTCAM's page gives the schedule of lambda alone:
@@ -25,6 +25,8 @@ class SoFlowConfig(Objective):
       noising: "linear" has x_t = (1 - t) x0 + t x1; "trigonometric" has
         x_t = cos(pi/2 t) x0 + sin(pi/2 t) x1.
       guidance_scale: w; 1 is no guidance and no mixing.
+      guidance, guidance_max: see `TargetGuidance`. The decay also acts on conditioned guidance,
+        whose interval is all times by default.
       mix_ratio: m, the fraction of the guided velocity that comes from the sample instead of the
         network.
       decay_start, decay_rate: where guidance begins to decay to 0 at t = 1, and kappa, how fast;
@@ -38,6 +40,7 @@ class SoFlowConfig(Objective):
     """
 
     name = "soflow"
+    guidance_interval = (0.0, 1.0)
     parameterisation: str = setting("euler", choice("euler", "trigonometric"))
     noising: str = setting("linear", choice("linear", "trigonometric"))
     guidance_scale: float = setting(3.0, number(0))
@@ -60,9 +63,9 @@ class SoFlowConfig(Objective):
         return soflow_loss(u, *batch, self, **options)
 
     def passes(self) -> Passes:
-        later, guides = 1 - self.instant_ratio, self.guidance_scale != 1
-        mixes = guides and self.mix_ratio < 1
-        return Passes(at_x_t=(guides and self.mix_ratio > 0) + later * mixes, elsewhere=later)
+        later = 1 - self.instant_ratio
+        mixes = self.guides and self.mix_ratio < 1
+        return Passes(at_x_t=(self.guides and self.mix_ratio > 0) + later * mixes, elsewhere=later)
 
     def draw(self, key, batch_size: int, num_instant: int, step, steps: int):
         """t and s `B`, and the scalar lambda of the step, see `soflow_loss`."""
@@ -143,6 +146,7 @@ def soflow_loss(
     *,
     num_instant: int,
     constrain=common.identity,
+    guidance=None,
 ):
     """SoFlow's velocity loss on the s = t rows and its consistency loss on the others.
 
@@ -170,7 +174,7 @@ def soflow_loss(
     x_t, v = noised(x0, x1, t, config.noising), _sample_velocity(x0, x1, t, config.noising)
     cond = common.select_rows(is_null, null_cond, cond)
     out = net(x_t, t, s, cond)
-    unguided = config.guidance_scale == 1
+    unguided = not config.guides
     decay = smooth_decay(t, config.decay_start, config.decay_rate)
 
     def instant(x, t, s, c):
@@ -185,8 +189,9 @@ def soflow_loss(
         cond,
         null_cond,
         is_null,
-        scale=1 if unguided else 1 + decay * (config.guidance_scale - 1),
+        scale=1 if unguided else 1 + decay * (config.scale(guidance) - 1),
         mix_ratio=1.0 if unguided else config.mix_ratio,
+        interval=config.interval(guidance),
         constrain=constrain,
     )
     error, scale = slope * out[:n] - v_g[:n], jnp.full(n, 1 / slope, x_t.dtype)

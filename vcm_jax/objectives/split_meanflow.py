@@ -54,6 +54,7 @@ def split_meanflow_loss(
     *,
     num_instant: int,
     constrain=common.identity,
+    guidance=None,
 ):
     """The SplitMeanFlow loss: a jump is trained towards two jumps that meet at l = t + (s - t) lam.
 
@@ -82,4 +83,5 @@ def split_meanflow_loss(
         num_instant,
         constrain,
         end_of,
+        guidance,
     )

@@ -54,6 +54,7 @@ def vcm_loss(
     *,
     num_instant: int,
     constrain=common.identity,
+    guidance=None,
 ):
     """The VCM loss of one batch (SoundVCM eq. 10, 11, 16; Algorithm 1).
 
@@ -77,6 +78,8 @@ def vcm_loss(
       num_instant: the number of rows with s = t, known at compilation.
       constrain: applied to every pytree of sliced or joined rows and to the target; where the
         batch is sharded, it spreads them over the devices again.
+      guidance: `Guidance` of each row, which `cond` tells the network; None for the fixed guidance
+        of `config`.
 
     Returns:
       loss: scalar.
@@ -104,9 +107,9 @@ def vcm_loss(
         cond,
         null_cond,
         is_null,
-        scale=config.guidance_scale,
+        scale=config.scale(guidance),
         mix_ratio=config.mix_ratio,
-        interval=config.guidance_interval,
+        interval=config.interval(guidance),
         constrain=constrain,
     )
     if n < batch_size:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from vcm_jax.ema import gamma_from_sigma_rel
 from vcm_jax.models import MODELS
 from vcm_jax.models.mmdit import REMAT
-from vcm_jax.settings import TEXT, Range, choice, integer
+from vcm_jax.settings import BOOLEAN, TEXT, Range, choice, integer
 
 _LARGEST = 2**31 - 1  # step numbers and seeds have 32 bits
 _count, _at_least_one = integer(0, _LARGEST), integer(1, _LARGEST)
@@ -43,7 +43,7 @@ _SOURCES = Range("a tuple of 'PATH=WEIGHT' strings", _are_sources)
 # {dotted key: accepted values}. Where 0 is accepted for `..._every`, it means never.
 RANGES = {
     "accumulate": _at_least_one,
-    "allow_config_change": Range("True or False", lambda value: isinstance(value, bool)),
+    "allow_config_change": BOOLEAN,
     "batch_size": _at_least_one,
     "checkpoint_every": _at_least_one,
     "data.dir": TEXT,

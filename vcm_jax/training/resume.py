@@ -3,6 +3,8 @@
 import dataclasses
 from collections.abc import Mapping
 
+from vcm_jax.objectives import OBJECTIVES, Objective
+
 # How the work is done and watched. These do not change what is computed, except for rounding.
 FREE = (
     "accumulate", "allow_config_change", "checkpoint_every", "data.dir", "data.num_workers",
@@ -65,6 +67,18 @@ def describe(config: Mapping, texts, sources) -> dict:
     }
 
 
+def _with_newer_settings(config: Mapping) -> dict:
+    """The config of an older version, with the settings that its objective did not have then.
+
+    Their defaults leave an objective as it was before it had them.
+    """
+    section = config["objective"]
+    known = OBJECTIVES.get(section.get("name"), Objective)
+    newer = {field.name: field.default for field in dataclasses.fields(known)}
+    newer = {key: list(v) if isinstance(v, tuple) else v for key, v in newer.items()}  # as in JSON
+    return {**config, "objective": newer | dict(section)}
+
+
 def check(saved: Mapping, now: Mapping, allow: bool) -> list[str]:
     """Compares the meta of a checkpoint with that of the run that would resume from it.
 
@@ -79,7 +93,7 @@ def check(saved: Mapping, now: Mapping, allow: bool) -> list[str]:
     Raises:
       ResumeError: something differs that must not.
     """
-    config = changes(saved["config"], now["config"])
+    config = changes(_with_newer_settings(saved["config"]), now["config"])
     lines = {key: f"config.{key} {change}" for key, change in config.items()}
     records = changes(saved.get("records", now["records"]), now["records"])
     lines |= {f"records.{key}": f"records' {key} {change}" for key, change in records.items()}

@@ -62,6 +62,13 @@ def model_config(config: ConfigDict, manifest) -> ModelConfig:
     if config.model in WIDTHS_OF_DATA:
         sizes |= widths
     sizes |= {name: value for name, value in config.model_overrides.items() if value is not None}
+    guides = read_section(config.objective)[0].guidance_input
+    if sizes["guidance_input"] not in (False, guides):
+        raise SetupError(
+            "config.model_overrides.guidance_input is for objectives with "
+            "config.objective.guidance=conditioned"
+        )
+    sizes["guidance_input"] = guides
     model = _dataclass_from(ModelConfig, sizes, "model_overrides")
     differing = {name: width for name, width in widths.items() if getattr(model, name) != width}
     if differing:

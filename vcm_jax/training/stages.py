@@ -15,6 +15,7 @@ from vcm_jax import pretrained
 from vcm_jax.claim import hold
 from vcm_jax.codec import load_codec
 from vcm_jax.devices import sharding
+from vcm_jax.models.mmdit import GUIDANCE_INPUT
 from vcm_jax.records import mixture
 from vcm_jax.runs import averages, checkpoint, description
 from vcm_jax.training import monitor, resume, validation
@@ -45,7 +46,10 @@ def read_start(config: ConfigDict, workdir: Path, program: Program):
     else:
         found = averages.restore_weights(config.init_from)
     what = f"init_from {config.init_from}"
-    checkpoint.check_shapes(found["params"], program.abstract.params, what)
+    wanted = dict(program.abstract.params)
+    if GUIDANCE_INPUT not in found["params"]:
+        wanted.pop(GUIDANCE_INPUT, None)  # it starts as one that has no effect
+    checkpoint.check_shapes(found["params"], wanted, what)
     kept = kept_statistics(found["stats"], program.stats, config.init_from)
     return program.stats | kept, found["params"]
 

@@ -10,6 +10,7 @@ import optax
 
 from vcm_jax.models import MMDiT
 from vcm_jax.models.conditioned import zero_inputs
+from vcm_jax.models.mmdit import GUIDANCE_INPUT
 from vcm_jax.settings import Range, check, integer, number, setting
 
 
@@ -101,7 +102,7 @@ def make_init(net: MMDiT, stats, optimizer, sigma_rels):
     """A function (key, params=None) -> TrainState before the first step.
 
     It is meant to be jitted with the state's shardings as `out_shardings`. Given `params` take the
-    place of random ones.
+    place of random ones; they may lack the network's input for guidance.
 
     Args:
       net: the network.
@@ -112,8 +113,10 @@ def make_init(net: MMDiT, stats, optimizer, sigma_rels):
     """
 
     def init(key, params=None):
-        if params is None:
-            params = net.init(key, *zero_inputs(net.config))["params"]
+        lacking = net.config.guidance_input and GUIDANCE_INPUT not in (params or {})
+        if params is None or lacking:
+            fresh = net.init(key, *zero_inputs(net.config))["params"]
+            params = {GUIDANCE_INPUT: fresh[GUIDANCE_INPUT]} | params if params else fresh
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             params=params,

@@ -196,8 +196,9 @@ def draw_rows(stats, batch, key, step, config: StepConfig):
     """All that a step draws, for the rows of a batch in their order.
 
     Returns:
-      (batch, x0, x1, t, s, lam, is_null): the batch with modalities dropped, latents and noise
-      `B N C`, times `B`, lambda of the objective, and bool `B`.
+      (batch, x0, x1, guidance, t, s, lam, is_null): the batch with modalities dropped, latents and
+      noise `B N C`, the guidance of each row or None, times `B`, lambda of the objective, and bool
+      `B`.
     """
     objective, size = config.objective, batch["latent_mean"].shape[0]
     num_instant = config.num_instant(size)
@@ -206,12 +207,13 @@ def draw_rows(stats, batch, key, step, config: StepConfig):
     x1 = jax.random.normal(keys[1], x0.shape)
     is_null = jax.random.bernoulli(keys[3], config.null_prob, (size,))
     batch = drop_modalities(batch, keys[4], config)
+    guidance = objective.draw_guidance(jax.random.fold_in(keys[2], 2), size)
     # Times are drawn with those of s = t rows first; each goes to its row's place.
     t, s, lam = objective.draw(keys[2], size, num_instant, step, config.steps)
     instant = instant_places(size, num_instant)
     places = np.where(instant, np.cumsum(instant) - 1, num_instant + np.cumsum(~instant) - 1)
     t, s, lam = jax.tree.map(lambda a: a[places] if jnp.ndim(a) else a, (t, s, lam))
-    return batch, x0, x1, t, s, lam, is_null
+    return batch, x0, x1, guidance, t, s, lam, is_null
 
 
 def loss_fn(
@@ -248,11 +250,13 @@ def rows_loss(
     teacher: Teacher | None = None,
 ):
     """As `loss_fn`, from what `draw_rows` drew, with the rows of s = t first."""
-    batch, x0, x1, t, s, lam, is_null = rows
+    batch, x0, x1, guidance, t, s, lam, is_null = rows
     if teacher is not None:
         x0 = teacher_data(teacher, teacher_variables, stats, batch, x1, is_null)
-    u, cond, null_cond = encode_features(net, {"params": params, "stats": stats}, batch)
+    u, cond, null_cond = encode_features(net, {"params": params, "stats": stats}, batch, guidance)
     options = dict(num_instant=num_instant, constrain=constrain)
+    if guidance is not None:
+        options["guidance"] = guidance
     loss, aux = config.objective.loss(u, x0, x1, t, s, lam, cond, null_cond, is_null, **options)
     return loss, step_metrics(loss, aux, t, num_instant)
 

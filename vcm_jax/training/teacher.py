@@ -12,7 +12,8 @@ def load_teacher(settings, net, manifest):
 
     Args:
       settings: the objective.
-      net: the student's network; the teacher's must have the same sizes.
+      net: the student's network; the teacher's must have the same sizes, but for an input for
+        guidance.
       manifest: of the student's records, or None where there are no records yet.
 
     Returns:
@@ -31,12 +32,15 @@ def load_teacher(settings, net, manifest):
         described = description.read(workdir)
     except ValueError as error:
         raise ValueError(f"objective.teacher {error}") from None
+    objective, _ = read_section(described.config["objective"])
+    # A teacher may have an input for guidance that the student lacks.
     model = described.model
-    if model != net.config:
+    student = dataclasses.replace(net.config, guidance_input=model.guidance_input)
+    if model != student:
         names = [
             field.name
             for field in dataclasses.fields(model)
-            if getattr(model, field.name) != getattr(net.config, field.name)
+            if getattr(model, field.name) != getattr(student, field.name)
         ]
         raise ValueError(
             f"objective.teacher {workdir} is of another size: "
@@ -48,6 +52,5 @@ def load_teacher(settings, net, manifest):
                 f"objective.teacher {workdir} was trained with other {what} than the records have: "
                 f"{getattr(described, what)}, not {getattr(manifest, what)}"
             )
-    objective, _ = read_section(described.config["objective"])
-    teacher = Teacher(net, objective, settings.teacher_steps)
+    teacher = Teacher(net.clone(config=model), objective, settings.teacher_steps)
     return teacher, averages.restore_weights(workdir)

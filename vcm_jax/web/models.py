@@ -57,6 +57,11 @@ def capabilities(run: Run) -> Capabilities:
             sampling=f"{run.steps} Euler steps with guidance {scale:g}, "
             "two network evaluations in each",
         )
+    jumps = "one jump from noise to sound, one network evaluation; more steps are more jumps"
+    if run.objective.guidance_input:
+        scale, largest = run.objective.guidance_scale, run.objective.guidance_max
+        info = "1: none. An input of this model: one evaluation a step, whatever it is."
+        return Capabilities(run.steps, Guidance(scale, 1, largest, info), False, jumps)
     return Capabilities(
         steps=run.steps,
         guidance=Guidance(
@@ -67,7 +72,7 @@ def capabilities(run: Run) -> Capabilities:
             "this guidance, which need two evaluations each and about 25 steps.",
         ),
         negative_prompt=True,
-        sampling="one jump from noise to sound, one network evaluation; more steps are more jumps",
+        sampling=jumps,
     )
 
 
