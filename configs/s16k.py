@@ -70,8 +70,12 @@ def get_config(objective: str = "vcm") -> ConfigDict:
             eps=1e-6,
             weight_decay=1e-6,
             clip_norm=1.0,
+            moments="float32",  # or "bfloat16", "factored": less memory
+            train_only=(),  # patterns of parameters, see docs/finetuning.md
+            freeze=(),
         )
     )
+    config.adapter = ConfigDict(dict(rank=0, scale=1.0, patterns=("*",)))
     config.ema_sigma_rels = (0.05, 0.10)
 
     config.snapshot_every = 10_000  # EMA snapshots, from which other widths can be made later

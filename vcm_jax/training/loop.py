@@ -59,7 +59,7 @@ def _train(
 
     # The state: a new one, or the latest checkpoint's.
     saver, snapshots = stages.open_checkpoints(config, workdir, stack)
-    meta = stages.describe_run(config, setup)
+    meta = stages.describe_run(config, setup, start)
     state = stages.init_or_restore(config, workdir, program, start, saver, meta)
     first_step = int(state.step)
     if first_step >= config.steps:
@@ -68,7 +68,7 @@ def _train(
     due = functools.partial(_due, steps=config.steps)
     stages.align_snapshots(snapshots, state, due(config.snapshot_every, first_step))
     if stages.is_leader():
-        stages.write_description(config, setup, workdir)
+        stages.write_description(config, setup, start, workdir)
 
     # The step, compiled ahead of the loop; from here on a SIGTERM saves the state.
     run_key, val_key = program.split_key()
@@ -78,7 +78,7 @@ def _train(
 
     # Data, evaluation, logs.
     mixed, batches = stages.open_data(config, setup, program, first_step)
-    evaluation = stages.make_evaluation(config, setup, program, workdir, val_key)
+    evaluation = stages.make_evaluation(config, program, start, workdir, val_key)
     writer = Writer(workdir, first_step, enabled=stages.is_leader())
     stack.enter_context(contextlib.closing(writer))
     profile = stages.open_profile(setup, workdir, first_step, stack)
@@ -117,7 +117,7 @@ def _train(
             if keep:
                 averages.save_snapshot(snapshots, state)
             if save:
-                saver.save(step, state, meta, wait=stop)
+                saver.save(step, state.saved(), meta, wait=stop)
                 writer.flush()
         if stop and step < config.steps:
             raise preemption.Preempted(f"SIGTERM: step {step} is saved in {workdir}")

@@ -12,14 +12,23 @@ FREE = (
 )  # fmt: skip
 # The state, the order of the data and the snapshots depend on these: a change makes another run.
 FIXED = (
+    "adapter",
     "batch_size",
     "ema_sigma_rels",
     "model",
     "model_overrides",
     "objective",
+    "optimizer.freeze",
+    "optimizer.moments",
+    "optimizer.train_only",
     "records",
     "seed",
 )
+# Settings that runs of earlier versions do not have, with the values that they were trained with.
+NEWER = {
+    "adapter": {"rank": 0, "scale": 1.0, "patterns": ["*"]},
+    "optimizer": {"moments": "float32", "train_only": [], "freeze": []},
+}
 
 
 class ResumeError(ValueError):
@@ -42,16 +51,22 @@ def _of(key: str, group: tuple[str, ...]) -> bool:
     return any(key == name or key.startswith(f"{name}.") for name in group)
 
 
-def describe(config: Mapping, texts, sources) -> dict:
+def _with_newer(config: Mapping) -> dict:
+    """A config with the settings that its version of the program did not have."""
+    return {**config, **{name: NEWER[name] | config.get(name, {}) for name in NEWER}}
+
+
+def describe(config: Mapping, texts, sources, base: Mapping | None = None) -> dict:
     """What a checkpoint says about its run, as JSON.
 
     Args:
       config: nested dictionaries.
       texts: the 'PATH=WEIGHT' strings of the data sources.
       sources: the RecordSource of each of them.
+      base: {place, hash} of the weights below what is trained, if some are frozen.
     """
     first = sources[0].manifest
-    return {
+    return ({"base": dict(base)} if base else {}) | {
         "config": dict(config),
         "records": {
             "codec": first.codec,
@@ -63,6 +78,14 @@ def describe(config: Mapping, texts, sources) -> dict:
             for text, source in zip(texts, sources)
         },
     }
+
+
+def _check_base(saved: Mapping | None, now: Mapping | None) -> None:
+    if saved and now and saved["hash"] != now["hash"]:
+        raise ResumeError(
+            f"what this workdir holds was trained on top of {saved['place']} ({saved['hash']}), "
+            f"but config.init_from is {now['place']} ({now['hash']}): its weights are others"
+        )
 
 
 def check(saved: Mapping, now: Mapping, allow: bool) -> list[str]:
@@ -79,7 +102,8 @@ def check(saved: Mapping, now: Mapping, allow: bool) -> list[str]:
     Raises:
       ResumeError: something differs that must not.
     """
-    config = changes(saved["config"], now["config"])
+    _check_base(saved.get("base"), now.get("base"))
+    config = changes(_with_newer(saved["config"]), _with_newer(now["config"]))
     lines = {key: f"config.{key} {change}" for key, change in config.items()}
     records = changes(saved.get("records", now["records"]), now["records"])
     lines |= {f"records.{key}": f"records' {key} {change}" for key, change in records.items()}

@@ -19,6 +19,7 @@ from vcm_jax.objectives import Objective
 from vcm_jax.objectives.common import identity
 from vcm_jax.objectives.vcm import VCMConfig
 from vcm_jax.settings import integer, number, setting
+from vcm_jax.training.selection import ALL, Selection
 
 TIME_BINS = 5
 ONE_DEVICE = Layout()
@@ -300,38 +301,45 @@ def gradients(
     teacher_variables,
     layout: Layout,
     accumulate: int,
+    frozen=None,
+    selection: Selection = ALL,
     **options,
 ):
     """(gradients, metrics) of a batch.
 
     Args:
-      params, stats: of the network.
+      params: what is trained.
+      stats: of the network.
       rows: from `draw_rows`.
       num_instant: how many of them have s = t.
       teacher_variables: None without a teacher.
       layout: of the step; `vcm_jax.devices.layout` explains the two ways.
       accumulate: number of microbatches.
+      frozen: the network's other parameters.
+      selection: which parameters are which.
       options: of `rows_loss`.
     """
     parts = layout.shards * accumulate
     if options["config"].objective.couples_rows or num_instant % parts:
         rows = layout.rows(instant_first(rows, num_instant))
-        compute = jax.grad(
-            functools.partial(rows_loss, constrain=layout.rows, **options), has_aux=True
-        )
+        frozen = layout.gather_frozen(frozen)
+        options["constrain"] = layout.rows
 
-        def compute_all(params, rows):
-            return compute(params, stats, rows, num_instant // accumulate, teacher_variables)
+        def loss(params, rows):
+            params, count = selection.complete(params, frozen), num_instant // accumulate
+            return rows_loss(params, stats, rows, count, teacher_variables, **options)
 
-        grads, metrics = accumulated(compute_all, layout.gather(params), rows, accumulate)
+        compute = jax.grad(loss, has_aux=True)
+        grads, metrics = accumulated(compute, layout.gather(params), rows, accumulate)
         return layout.scatter(grads), metrics
 
     def by_device(params, rows, whole):
         return device_gradients(
-            params, rows, *whole, num_instant // parts, layout, accumulate, **options
+            params, rows, *whole, num_instant // parts, layout, accumulate, selection, **options
         )
 
-    return layout.by_device(by_device, params, rows, (stats, teacher_variables))
+    whole = (stats, teacher_variables, layout.gather_frozen(frozen))
+    return layout.by_device(by_device, params, rows, whole)
 
 
 def device_gradients(
@@ -339,16 +347,20 @@ def device_gradients(
     rows,
     stats,
     teacher_variables,
+    frozen,
     num_instant: int,
     layout,
     accumulate: int,
+    selection: Selection,
     *,
     net,
     **options,
 ):
     """As `gradients`, from this device's rows; `num_instant` counts those of a microbatch."""
     axes, stacked = layout.fsdp_axes(params), ()
-    if net.scan:
+    # With frozen parameters the network stacks its blocks itself, when they are complete.
+    stacks = net.scan and selection.is_whole
+    if stacks:
         stacked = STACKED
         params = stack_blocks(params, net.config)
         axes = stack_blocks(axes, net.config, stack=lambda leaves: leaves[0])
@@ -356,16 +368,18 @@ def device_gradients(
     # Summed at once where each gradient is complete, so that other work hides the communication.
     at_once = ("data", "fsdp") if accumulate == 1 else ("fsdp",)
     use = functools.partial(layout.use, reduce=at_once)
-    net = net.clone(unpack=use)
+    if stacks:
+        net = net.clone(unpack=use)
 
     def loss(params, rows):
         weights = jax.tree.map(Weight, params, whole, axes)
         weights = {k: w if k in stacked else use(w) for k, w in weights.items()}
+        weights = selection.complete(weights, frozen)
         return rows_loss(weights, stats, rows, num_instant, teacher_variables, net=net, **options)
 
     rows = instant_first(rows, num_instant * accumulate)
     grads, metrics = accumulated(jax.grad(loss, has_aux=True), params, rows, accumulate)
-    if net.scan:
+    if stacks:
         grads = unstack_blocks(grads, net.config)
     late = [axis for axis in BATCH_AXES if axis not in at_once]
     grads = layout.sum(jax.tree.map(lambda g: g / layout.shards, grads), late)
@@ -385,6 +399,7 @@ def train_step(
     teacher: Teacher | None = None,
     accumulate: int = 1,
     skip_nonfinite: bool = False,
+    selection: Selection = ALL,
 ):
     """One update of parameters, optimizer and EMA weights.
 
@@ -399,6 +414,7 @@ def train_step(
       accumulate: number of microbatches; it divides the batch and the number of s = t rows.
       skip_nonfinite: whether a step whose loss or gradient is not finite changes nothing but the
         number of the step.
+      selection: what of the network's parameters is trained.
 
     Returns:
       The new state, and a `clu.metrics.Collection` of this step; its `nonfinite` is 1 when the loss
@@ -414,6 +430,8 @@ def train_step(
         teacher_variables,
         layout,
         accumulate,
+        frozen=state.frozen,
+        selection=selection,
         net=net,
         config=config,
         teacher=teacher,

@@ -2,8 +2,9 @@
 
 import dataclasses
 
+from vcm_jax import weights
 from vcm_jax.objectives import read_section
-from vcm_jax.runs import averages, description
+from vcm_jax.runs import description
 from vcm_jax.training.step import Teacher
 
 
@@ -50,4 +51,4 @@ def load_teacher(settings, net, manifest):
             )
     objective, _ = read_section(described.config["objective"])
     teacher = Teacher(net, objective, settings.teacher_steps)
-    return teacher, averages.restore_weights(workdir)
+    return teacher, weights.read_run(workdir)

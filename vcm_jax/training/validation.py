@@ -160,7 +160,7 @@ class Best:
         self.value = value
         meta = meta | {"metric": self.metric, "value": value}
         # Only what generating needs: a run cannot resume from these checkpoints.
-        kept = state.replace(params=None, opt_state=None)
+        kept = state.saved() | {"params": None, "opt_state": None}
         with checkpoint.Saver(checkpoint.open_manager(self.folder)) as saver:
             saver.save(int(state.step), kept, meta, wait=True)
         return True
