@@ -42,6 +42,7 @@ def objective_config(name: str) -> ConfigDict:
             null_prob=0.1,
             video_drop_prob=0.0,
             text_drop_prob=0.0,
+            anneal_steps=0,  # in so many first steps jumps grow to their full length
         )
     )
 

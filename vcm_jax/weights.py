@@ -61,15 +61,12 @@ def read(name_or_folder: str) -> dict:
     return found | {"params": jax.tree.map(wide, found["params"])}
 
 
-def read_run(
-    workdir, step: int | None = None, sigma_rel: float | None = None, base: str = ""
-) -> dict:
+def read_run(workdir, step: int | None = None, sigma_rel: float | None = None) -> dict:
     """The EMA weights of a run, whole: as `averages.restore_weights`, with the base added.
 
     Args:
       workdir: of the run, or a folder of imported weights, which have no base.
       step, sigma_rel: as `averages.restore_weights`'s.
-      base: name or folder of the base, where it is not where it was in training.
 
     Raises:
       CheckpointError: as `averages.restore_weights`; or the base is not there, or is another one.
@@ -78,30 +75,35 @@ def read_run(
     described = description.read(workdir) if description.is_run(workdir) else None
     if described is None or described.base is None:
         return found
-    known = Base(**described.base)
-    trained = read_base(known, workdir, base)
-    scale = described.config.get("adapter", {}).get("scale", 1.0)
-    return found | {"params": adapter.complete(found["params"], trained, scale)}
+    frozen, scale = (
+        _read_base(Base(**described.base), workdir),
+        described.config["adapter"]["scale"],
+    )
+    return found | {"params": adapter.complete(found["params"], frozen, scale)}
 
 
-def read_base(base: Base, workdir, elsewhere: str = "") -> dict:
+def _read_base(base: Base, workdir) -> dict:
     """The parameters of the base of a run, float32.
 
-    Args:
-      base: which one.
-      workdir: of the run, for messages.
-      elsewhere: where it is now, if it was moved.
+    It may have moved to WORKDIR/base, which may be a link.
 
     Raises:
       CheckpointError: it is not there, or it is another one.
     """
-    place = elsewhere or base.place
+    moved = Path(workdir) / "base"
+    place = str(moved) if moved.exists() else base.place
     what = f"{workdir} holds what was trained on top of {place}"
     try:
         params = read(place)["params"]
     except ValueError as error:
-        raise checkpoint.CheckpointError(f"{what}, which cannot be read: {error}") from error
-    check_base(params, base, what)
+        raise checkpoint.CheckpointError(
+            f"{what}, which cannot be read ({error}): link it as {moved}"
+        ) from error
+    if (found := hash_params(params)) != base.hash:
+        raise checkpoint.CheckpointError(
+            f"{what}, but the weights there are others by now: their hash is {found}, that of the "
+            f"base {base.hash}"
+        )
     return params
 
 
@@ -140,15 +142,6 @@ def _sizes(params) -> dict[str, int]:
         "fused_depth": count("fused_blocks_"),
         "version": 2 if "clip_input_proj_2" in params else 1,
     }
-
-
-def check_base(params, base: Base, what: str) -> None:
-    """Raises CheckpointError, beginning with `what`, if parameters are not those of the base."""
-    if (found := hash_params(params)) != base.hash:
-        raise checkpoint.CheckpointError(
-            f"{what}, but the weights there are others by now: their hash is {found}, that of the "
-            f"base {base.hash}"
-        )
 
 
 def model_of(name_or_folder: str) -> ModelConfig:

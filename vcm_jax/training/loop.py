@@ -12,7 +12,7 @@ from vcm_jax.claim import ClaimError
 from vcm_jax.devices import distributed, preemption
 from vcm_jax.records.schema import RecordError
 from vcm_jax.runs import averages, checkpoint
-from vcm_jax.training import monitor, resume, stages
+from vcm_jax.training import monitor, resume, stages, validation
 from vcm_jax.training.dry_run import show
 from vcm_jax.training.monitor import NonFiniteError as NonFiniteError
 from vcm_jax.training.program import make_program
@@ -83,6 +83,7 @@ def _train(
     stack.enter_context(contextlib.closing(writer))
     profile = stages.open_profile(setup, workdir, first_step, stack)
     meter = stages.make_meter(config, mixed, workdir, first_step)
+    overfitting, values = validation.Overfitting(workdir / "metrics.jsonl"), {}
     learning_rate = learning_rate_schedule(setup.optimizer)
 
     batch = next(batches)
@@ -111,7 +112,9 @@ def _train(
                 print(line, flush=True)
         with meter.waiting("pause"):
             if evaluation and due(config.eval_every, step):
-                writer.scalars(step, evaluation.values(state, meta))
+                found = evaluation.values(state, meta)
+                writer.scalars(step, found)
+                stages.report_losses(*overfitting.compare(step, found, values))
             if evaluation and config.sample_clips and due(config.sample_every, step):
                 evaluation.sounds(state, writer)
             if keep:

@@ -27,6 +27,8 @@ FIXED = (
 # Settings that runs of earlier versions do not have, with the values that they were trained with.
 NEWER = {
     "adapter": {"rank": 0, "scale": 1.0, "patterns": ["*"]},
+    "model_overrides": {"blocks_at_s": None},
+    "objective": {"anneal_steps": 0},
     "optimizer": {"moments": "float32", "train_only": [], "freeze": []},
 }
 

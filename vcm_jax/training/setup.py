@@ -208,6 +208,7 @@ def _read_selection(config: ConfigDict, net: MMDiT, dry_run: bool) -> Selection:
         )
     return found
 
+
 def read_setup(config: ConfigDict, without_data: bool) -> Setup:
     """Checks all that can be checked before anything is computed.
 

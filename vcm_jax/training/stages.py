@@ -258,6 +258,14 @@ def make_evaluation(
     )
 
 
+def report_losses(line: str, warning: str) -> None:
+    """Shows what `validation.Overfitting.compare` returns."""
+    if is_leader() and line:
+        print(line, flush=True)
+    if is_leader() and warning:
+        logging.warning("%s", warning)
+
+
 def open_profile(
     setup: Setup, workdir: Path, first_step: int, stack: contextlib.ExitStack
 ) -> monitor.Profile:

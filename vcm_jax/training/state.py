@@ -120,7 +120,9 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     return optax.chain(
         clip,
         # Adafactor without its step sizes relative to the weights: learning rates mean the same.
-        optax.scale_by_factored_rms(decay_rate=0.8, epsilon=config.eps**2),
+        optax.scale_by_factored_rms(
+            decay_rate=0.8, epsilon=config.eps**2, min_dim_size_to_factor=64
+        ),
         optax.clip_by_block_rms(1.0),
         optax.ema(config.b1, debias=True, accumulator_dtype=jnp.bfloat16),
         optax.add_decayed_weights(config.weight_decay),

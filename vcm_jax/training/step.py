@@ -17,6 +17,7 @@ from vcm_jax.models.conditioned import encode_features, sample_latents, zero_inp
 from vcm_jax.models.mmdit import STACKED, stack_blocks, unstack_blocks
 from vcm_jax.objectives import Objective
 from vcm_jax.objectives.common import identity
+from vcm_jax.objectives.times import MIN_GAP
 from vcm_jax.objectives.vcm import VCMConfig
 from vcm_jax.settings import integer, number, setting
 from vcm_jax.training.selection import ALL, Selection
@@ -34,6 +35,8 @@ class StepConfig:
       objective: the objective.
       null_prob: probability that a row's whole condition is dropped.
       video_drop_prob, text_drop_prob: probabilities that one modality is dropped, as in MMAudio.
+      anneal_steps: in so many first steps the jumps grow from none to the length that the objective
+        draws: a network that knows the instantaneous velocity alone learns short jumps first.
 
     Raises:
       ValueError: when a setting is out of its range.
@@ -44,6 +47,7 @@ class StepConfig:
     null_prob: float = setting(0.1, number(0, 1))
     video_drop_prob: float = setting(0.0, number(0, 1))
     text_drop_prob: float = setting(0.0, number(0, 1))
+    anneal_steps: int = setting(0, integer(0))
 
     def __post_init__(self):
         if not isinstance(self.objective, Objective):
@@ -51,6 +55,11 @@ class StepConfig:
         if not integer(1).holds(self.steps):
             raise ValueError(f"steps must be at least 1, not {self.steps}")
         settings.check(self, "objective")
+        if self.anneal_steps and (self.objective.instant_only or self.objective.name == "shortcut"):
+            raise ValueError(
+                f"objective.anneal_steps shortens jumps to any length, which {self.objective.name} "
+                "does not have: it must be 0"
+            )
 
     def num_instant(self, batch_size: int) -> int:
         """How many rows of a batch have s = t."""
@@ -158,6 +167,15 @@ def drop_modalities(batch, key, config: StepConfig):
     }
 
 
+def anneal(t, s, num_instant: int, step, steps: int):
+    """s `B` of the jumps, drawn closer to t: at `step` (from 0) of the first `steps`."""
+    if not steps:
+        return s
+    span = jnp.minimum((jnp.asarray(step, jnp.float32) + 1) / steps, 1.0)
+    closer = jnp.minimum(t - span * (t - s), t - MIN_GAP)
+    return jnp.where(jnp.arange(t.shape[0]) < num_instant, s, closer)
+
+
 def teacher_data(teacher: Teacher, variables, stats, batch, x1, is_null):
     """The teacher's samples from the noise x1 `B N C`, normalised with the student's `stats`.
 
@@ -209,6 +227,7 @@ def draw_rows(stats, batch, key, step, config: StepConfig):
     batch = drop_modalities(batch, keys[4], config)
     # Times are drawn with those of s = t rows first; each goes to its row's place.
     t, s, lam = objective.draw(keys[2], size, num_instant, step, config.steps)
+    s = anneal(t, s, num_instant, step, config.anneal_steps)
     instant = instant_places(size, num_instant)
     places = np.where(instant, np.cumsum(instant) - 1, num_instant + np.cumsum(~instant) - 1)
     t, s, lam = jax.tree.map(lambda a: a[places] if jnp.ndim(a) else a, (t, s, lam))
