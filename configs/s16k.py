@@ -43,6 +43,7 @@ def objective_config(name: str) -> ConfigDict:
             null_prob=0.1,
             video_drop_prob=0.0,
             text_drop_prob=0.0,
+            anneal_steps=0,  # in so many first steps jumps grow to their full length
         )
     )
 
@@ -71,8 +72,12 @@ def get_config(objective: str = "vcm") -> ConfigDict:
             eps=1e-6,
             weight_decay=1e-6,
             clip_norm=1.0,
+            moments="float32",  # or "bfloat16", "factored": less memory
+            train_only=(),  # patterns of parameters, see docs/finetuning.md
+            freeze=(),
         )
     )
+    config.adapter = ConfigDict(dict(rank=0, scale=1.0, patterns=("*",)))
     config.ema_sigma_rels = (0.05, 0.10)
 
     config.snapshot_every = 10_000  # EMA snapshots, from which other widths can be made later

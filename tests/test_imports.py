@@ -20,6 +20,7 @@ FLOORS = [
     {"runs"},
     {"interop"},
     {"features", "pretrained"},
+    {"weights"},
     {"generation", "data"},
     {"evaluation", "training", "interop.export_torch", "interop.import_torch"},
     {"main", "generate", "evaluate", "compare", "search_times", "reconstruct", "web"},

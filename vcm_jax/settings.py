@@ -90,6 +90,19 @@ def choice(*names: str) -> Range:
     return Range(f"one of {', '.join(names)}", lambda value: value in names)
 
 
+def patterns(least: int = 0) -> Range:
+    """A tuple of at least so many strings, none of them empty."""
+
+    def holds(value) -> bool:
+        return (
+            isinstance(value, tuple | list)
+            and len(value) >= least
+            and all(isinstance(text, str) and text for text in value)
+        )
+
+    return Range("a tuple of patterns" + f", at least {least}" * (least > 0), holds)
+
+
 def _is_interval(value) -> bool:
     inside = number(0, 1).holds
     if not isinstance(value, tuple | list) or len(value) != 2 or not all(map(inside, value)):

@@ -1,5 +1,7 @@
 """Metrics during training tell good weights from bad, and the best weights are kept."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from vcm_jax.impacts.scene import simulate
 from vcm_jax.models import MMDiT, ModelConfig
 from vcm_jax.runs import averages
 from vcm_jax.training.state import OptimizerConfig, make_init, make_optimizer
-from vcm_jax.training.validation import Best, sound_metrics
+from vcm_jax.training.validation import Best, Overfitting, sound_metrics
 
 SIZES = ModelConfig(
     latent_dim=20, clip_dim=6, sync_dim=5, text_dim=4, hidden_dim=16, num_heads=2, depth=2,
@@ -137,3 +139,26 @@ def test_the_best_step_is_kept(clips, tmp_path):
     kept = averages.restore_weights(tmp_path / "best")
     jax.tree.map(np.testing.assert_array_equal, kept["params"], at(5).ema["0.05"])
     assert Best(tmp_path, "val/other").value == float("inf")
+
+
+def test_a_validation_loss_that_rises_is_said_once(tmp_path):
+    """Three evaluations above the lowest one; a resumed run goes on from its log."""
+
+    def value(loss):
+        return {"val/mse": 5.0, "val/mse_instant_to_velocity": loss}
+
+    path, train = tmp_path / "metrics.jsonl", {"train/mse_instant_to_velocity": 0.5}
+    said = []
+    losses = [1.0, 0.8, 0.9, 0.801, 0.9, 0.9, 0.9, 0.95, 0.7, 0.8, 0.8, 0.8]
+    for step, loss in enumerate(losses, 1):
+        line, warning = Overfitting(path).compare(step, value(loss), train)
+        assert f"validation loss {loss:g}, training loss 0.5; the lowest" in line
+        said += [(step, warning)] if warning else []
+        with path.open("a") as file:
+            file.write(json.dumps({"step": step, **value(loss)}) + "\n")
+            file.write(json.dumps({"step": step, "train/mse": 0.1}) + "\n")
+    assert [step for step, _ in said] == [7, 12]
+    assert said[0][1].startswith(
+        "the validation loss has risen from 0.8 at step 2 to 0.9 at step 7"
+    )
+    assert Overfitting(path).compare(13, {"val/mse": float("nan")}, {}) == ("", "")

@@ -69,11 +69,13 @@ class Layout:
 
     Attributes:
       mesh: the device mesh.
-      weights: the shardings of the parameters.
+      weights: the shardings of the parameters that are trained.
+      frozen: those of all other parameters; None if there are none.
     """
 
     mesh: Mesh | None = None
     weights: Any = None
+    frozen: Any = None
 
     @property
     def axes(self) -> tuple[str, ...]:
@@ -95,14 +97,21 @@ class Layout:
 
     def gather(self, params):
         """Gathers weights along `fsdp`; they stay split along `tensor`."""
-        if self.mesh is None:
+        return self._gather(params, self.weights)
+
+    def gather_frozen(self, params):
+        """As `gather`, for the parameters that are not trained."""
+        return self._gather(params, self.frozen)
+
+    def _gather(self, params, shardings):
+        if self.mesh is None or params is None:
             return params
 
         def whole(sharding):
             axes = [axis if axis == "tensor" else None for axis in sharding.spec]
             return NamedSharding(self.mesh, PartitionSpec(*axes))
 
-        shardings = jax.tree.map(whole, self.weights)
+        shardings = jax.tree.map(whole, shardings)
         return jax.lax.with_sharding_constraint(params, shardings)
 
     def scatter(self, grads):

@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from vcm_jax import pretrained, sampling
+from vcm_jax import pretrained, sampling, weights
 from vcm_jax.codec import check_codec, load_codec
 from vcm_jax.features.encoders import encoders_from_spec, load_encoders
 from vcm_jax.generation.windows import Windowing
@@ -18,7 +18,7 @@ from vcm_jax.models import MODELS, ModelConfig
 from vcm_jax.objectives import read_section
 from vcm_jax.objectives.flow_matching import FlowMatchingConfig
 from vcm_jax.records.sequence import SequenceConfig
-from vcm_jax.runs import averages, description
+from vcm_jax.runs import description
 
 FLOW_MATCHING_STEPS = 25  # MMAudio's
 
@@ -145,7 +145,7 @@ def load_run(
     except ValueError as error:
         raise ValueError(f"{codec_folder} does not fit the run {workdir}: {error}") from None
     encoders = encoders_from_spec(described.encoders, encoder_folder) if with_encoders else None
-    variables = averages.restore_weights(workdir, step, sigma_rel)
+    variables = weights.read_run(workdir, step, sigma_rel)
     cast = functools.partial(jax.tree.map, lambda a: a.astype(jnp.dtype(dtype)))
     objective = read_section(described.config["objective"])[0]
     return Run(

@@ -3,11 +3,16 @@
     python -m vcm_jax.interop.export_torch --workdir=RUN --out=vcm_s16k.pth
     python -m vcm_jax.interop.export_torch --workdir=RUN --out=vcm_s16k.pth --step=200000
     python -m vcm_jax.interop.export_torch --workdir=RUN --out=fm_s16k.pth --convention=mmaudio
+    python -m vcm_jax.interop.export_torch --workdir=RUN --out=adapter.pth --trained_only
 
 The names are MMAudio's, plus `h_embed.*` for the second time embedder. The latent statistics and
 the features of the empty text are in the file, too. `vcm_jax/interop/torch_model.py` loads it. A
 network that was trained with flow matching, and so knows instantaneous velocities only, can be
 written in MMAudio's own convention (one time, 0 is noise); MMAudio's code then runs it.
+
+An adapter is merged with its base. --trained_only writes it alone, beside the parameters that were
+trained themselves: `NAME.lora_A.weight` (R, in) or (R, in, kernel), `NAME.lora_B.weight` (out, R)
+or (out, R, 1), and the number `lora_scale`. Its layer has the weight W + lora_scale B A.
 """
 
 from pathlib import Path
@@ -15,11 +20,12 @@ from pathlib import Path
 import numpy as np
 from absl import flags
 
+from vcm_jax import weights
 from vcm_jax.atomic import atomic_path
 from vcm_jax.cli import run
 from vcm_jax.interop.import_network import reverse
 from vcm_jax.interop.state_dict import import_torch
-from vcm_jax.interop.weights import variables_to_torch
+from vcm_jax.interop.weights import trained_to_torch, variables_to_torch
 from vcm_jax.objectives import OBJECTIVES, read_section
 from vcm_jax.runs import averages, description
 
@@ -52,6 +58,7 @@ def define_flags() -> None:
         ["vcm", "mmaudio"],
         "vcm: two times, for torch_model.py; mmaudio: one time, for MMAudio's code.",
     )
+    flags.DEFINE_bool("trained_only", False, "Write an adapter, or what was trained, alone.")
 
 
 def _check_objective(workdir, objective, convention: str) -> None:
@@ -70,6 +77,24 @@ def _check_objective(workdir, objective, convention: str) -> None:
         )
 
 
+def _state_dict(args, described) -> dict[str, np.ndarray]:
+    """What the file will hold."""
+    if not args.trained_only:
+        variables = weights.read_run(args.workdir, args.step, args.sigma_rel)
+        state_dict = variables_to_torch(variables, described.model)
+        return to_mmaudio(state_dict) if args.convention == "mmaudio" else state_dict
+    if described.base is None or args.convention == "mmaudio":
+        why = (
+            "its weights are whole"
+            if described.base is None
+            else "--convention=mmaudio is for whole weights"
+        )
+        raise ValueError(f"--trained_only: {args.workdir} cannot be written alone: {why}")
+    found = averages.restore_weights(args.workdir, args.step, args.sigma_rel)
+    scale = described.config["adapter"]["scale"]
+    return trained_to_torch(found["params"]) | {"lora_scale": np.float32(scale)}
+
+
 def main(args) -> None:
     torch = import_torch("export_torch")
     if Path(args.out).is_dir():
@@ -82,10 +107,12 @@ def main(args) -> None:
             f"{args.workdir} has model.sync_alignment {described.model.sync_alignment!r}, but "
             "MMAudio's network and torch_model.py spread sync rows by index"
         )
-    variables = averages.restore_weights(args.workdir, args.step, args.sigma_rel)
-    state_dict = variables_to_torch(variables, described.model)
-    if args.convention == "mmaudio":
-        state_dict = to_mmaudio(state_dict)
+    if described.model.blocks_at_s and args.convention == "vcm":
+        raise ValueError(
+            f"{args.workdir} has model.blocks_at_s {described.model.blocks_at_s}, which "
+            "torch_model.py does not know"
+        )
+    state_dict = _state_dict(args, described)
     tensors = {name: torch.from_numpy(np.array(value)) for name, value in state_dict.items()}
     with atomic_path(args.out) as temporary:
         torch.save(tensors, temporary)

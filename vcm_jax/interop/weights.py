@@ -15,7 +15,7 @@ import numpy as np
 from flax import traverse_util
 
 from vcm_jax.interop.state_dict import check_names, list_few
-from vcm_jax.models import MMDiT, ModelConfig
+from vcm_jax.models import MMDiT, ModelConfig, adapter
 from vcm_jax.models.conditioned import zero_inputs
 
 # What is not a layer: torch name -> (collection, our name, leading axes of size 1 in torch).
@@ -112,3 +112,38 @@ def variables_to_torch(variables: dict, config: ModelConfig) -> dict[str, np.nda
         _torch_name(path): np.ascontiguousarray(_to_torch_layout(path, np.asarray(value)))
         for path, value in flat.items()
     }
+
+
+def trained_to_torch(trained: dict) -> dict[str, np.ndarray]:
+    """What a run with frozen parameters or an adapter has trained, under MMAudio's names.
+
+    An adapter of the layer `NAME.weight` is `NAME.lora_A.weight`, `R I` or for convolutions
+    `R I k`, and `NAME.lora_B.weight`, `O R` or `O R 1`. The weight becomes W + scale B A, where for
+    convolutions B A is the composition of the convolution A with B at each position.
+
+    Args:
+      trained: nested dictionaries, as `averages.restore_weights` returns them.
+    """
+    found = {}
+    for path, value in traverse_util.flatten_dict(dict(trained)).items():
+        path, value = ("params", *path), np.asarray(value)
+        name, leaf = _torch_name(path), path[-1]
+        if leaf not in (adapter.A, adapter.B):
+            found[name] = _to_torch_layout(path, value)
+            continue
+        layer, is_qkv = name.removesuffix("weight"), path[-2] == "qkv"
+        is_conv = np.ndim(_sibling(trained, path[1:-1])) == 3
+        if leaf == adapter.A:
+            found[f"{layer}lora_A.weight"] = value.T
+        elif is_qkv:
+            found[f"{layer}lora_B.weight"] = _to_torch_layout(path, value)
+        else:
+            found[f"{layer}lora_B.weight"] = value.T[..., None] if is_conv else value.T
+    return {name: np.ascontiguousarray(value) for name, value in found.items()}
+
+
+def _sibling(tree: dict, module: tuple[str, ...]):
+    """A of the adapter of a module."""
+    for name in module:
+        tree = tree[name]
+    return tree[adapter.A]

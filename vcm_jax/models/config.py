@@ -33,6 +33,8 @@ class ModelConfig:
         projections of clip and text, and other frequencies (`layers.time_frequencies`).
       guidance_input: whether the guidance scale and its interval are an input, which is added to
         the global condition. Training sets it to what the objective needs.
+      blocks_at_s: how many of the last blocks are conditioned on s in place of t, and with them the
+        final layer (Decoupled MeanFlow, arXiv 2510.24474). u(x, t, t, c) does not depend on it.
 
     Raises:
       ValueError: when the sizes do not fit each other.
@@ -55,6 +57,7 @@ class ModelConfig:
     latent_rate: float = setting(31.25, number(above=0))
     version: int = setting(1, integer(1, 2))
     guidance_input: bool = setting(False, BOOLEAN)
+    blocks_at_s: int = setting(0, integer(0))
 
     def __post_init__(self):
         settings.check(self, "model")
@@ -66,6 +69,11 @@ class ModelConfig:
             raise ValueError(
                 f"depth {self.depth} counts joint and fused blocks: it must be larger than "
                 f"fused_depth {self.fused_depth}"
+            )
+        if not self.blocks_at_s < self.depth:
+            raise ValueError(
+                f"blocks_at_s {self.blocks_at_s} must be less than depth {self.depth}: the first "
+                "block sees t"
             )
         if self.sync_seq_len % SYNC_ROWS:
             raise ValueError(f"sync_seq_len {self.sync_seq_len} must be a multiple of {SYNC_ROWS}")

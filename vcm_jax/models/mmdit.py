@@ -277,11 +277,16 @@ class MMDiT(nn.Module):
                 f"latents have shape {x.shape}, the model takes "
                 f"(B, {c.latent_seq_len}, {c.latent_dim})"
             )
-        global_c = (self.t_embed(t) + self.h_embed(s - t) + enc.pooled)[:, None]
-        # The frame-aligned condition has only Ts distinct rows. Modulations are computed from those
-        # and then spread over the N latent tokens, which saves matrix products.
-        frame_c = nn.silu(global_c + enc.sync)
-        active_c = nn.silu(global_c)
+
+        def conditions(time):
+            """The activated conditions of the latent tokens' and of the other layers."""
+            global_c = (self.t_embed(time) + self.h_embed(s - t) + enc.pooled)[:, None]
+            # The frame-aligned condition has only Ts distinct rows. Modulations are computed from
+            # those and then spread over the N latent tokens, which saves matrix products.
+            return nn.silu(global_c + enc.sync), nn.silu(global_c)
+
+        at_t = conditions(t)
+        at_s = conditions(s) if c.blocks_at_s else at_t
         if c.sync_alignment == "time":
             rows = nearest_time_rows(c.sync_seq_len, c.latent_seq_len, c.latent_rate)
         else:
@@ -300,14 +305,19 @@ class MMDiT(nn.Module):
         def fused(block, latent, frame_c):
             return (block(latent, frame_c, rows, latent_angles),)
 
-        streams = (latent, clip, text)
-        streams = self._blocks("joint_blocks", joint, streams, frame_c, active_c)
-        (latent,) = self._blocks("fused_blocks", fused, streams[:1], frame_c)
-        return layers.at_least_float32(self.final_layer(latent, active_c))
+        streams, late = (latent, clip, text), c.depth - c.blocks_at_s
+        streams = self._blocks("joint_blocks", joint, streams, at_t, at_s, late)
+        late -= c.joint_depth
+        (latent,) = self._blocks("fused_blocks", fused, streams[:1], at_t[:1], at_s[:1], late)
+        return layers.at_least_float32(self.final_layer(latent, at_s[1]))
 
-    def _blocks(self, name: str, call, streams, *conditions):
-        """The streams after the blocks of a kind; `call(block, *streams, *conditions)` is one."""
+    def _blocks(self, name: str, call, streams, at_t, at_s, late: int):
+        """The streams after the blocks of a kind; `call(block, *streams, *conditions)` is one.
+
+        The conditions are `at_s` from the block number `late` on, and `at_t` before.
+        """
         blocks = getattr(self, name)
+        late = max(late, 0)
         policy = REMAT[self.remat]
         stacked = None
         if not self.is_initializing():
@@ -317,19 +327,26 @@ class MMDiT(nn.Module):
             stacked = params.get(name)
         if stacked is not None:
             block = blocks[0].clone(parent=None)
+            count = _scanned(self.config)[name]
+            for conditions, part in ((at_t, slice(0, late)), (at_s, slice(late, count))):
+                if part.start >= min(part.stop, count):
+                    continue
 
-            def body(streams, weights):
-                bound = block.bind({"params": self.unpack(weights)})
-                return call(bound, *streams, *conditions), None
+                def body(streams, weights, conditions=conditions):
+                    bound = block.bind({"params": self.unpack(weights)})
+                    return call(bound, *streams, *conditions), None
 
-            if self.remat != "none":
-                body = jax.checkpoint(body, policy=policy, prevent_cse=False)
-            streams, _ = jax.lax.scan(body, streams, stacked)
-            blocks = blocks[_scanned(self.config)[name] :]
+                if self.remat != "none":
+                    body = jax.checkpoint(body, policy=policy, prevent_cse=False)
+                weights = stacked
+                if late < count:  # both kinds of conditions: some of the blocks each
+                    weights = jax.tree.map(operator.itemgetter(part), stacked)
+                streams, _ = jax.lax.scan(body, streams, weights)
+            blocks, late = blocks[count:], max(late - count, 0)
         if self.remat != "none":
             call = nn.remat(call, policy=policy)
-        for block in blocks:
-            streams = call(block, *streams, *conditions)
+        for i, block in enumerate(blocks):
+            streams = call(block, *streams, *(at_t if i < late else at_s))
         return streams
 
 

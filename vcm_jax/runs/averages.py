@@ -59,7 +59,8 @@ def restore_weights(workdir, step: int | None = None, sigma_rel: float | None = 
         does not keep can be made with `reconstruct`.
 
     Returns:
-      `{"params": ..., "stats": ...}` of numpy arrays.
+      `{"params": ..., "stats": ...}` of numpy arrays. Of a run with frozen parameters or an adapter
+      that is what was trained; `vcm_jax.weights.read_run` adds the rest.
 
     Raises:
       CheckpointError: there is no such checkpoint, it has no EMA of this width, or it is damaged.
@@ -81,6 +82,18 @@ def restore_weights(workdir, step: int | None = None, sigma_rel: float | None = 
                 "(python -m vcm_jax.reconstruct makes others)"
             )
         return _restore_average(manager, step, width)
+
+
+def imported_model(folder) -> str | None:
+    """The name of the network that imported weights belong to; None for anything else.
+
+    Args:
+      folder: of `vcm_jax.interop.import_torch network`.
+    """
+    if not (Path(folder) / "checkpoints").is_dir():
+        return None
+    with open_manager(folder, read_only=True) as manager:
+        return read_meta(manager, existing_step(manager, None)).get("model")
 
 
 def _widths(manager, step: int) -> list[str]:

@@ -22,6 +22,8 @@ class Description:
       sequence: the lengths of the training clips.
       encoders: `Encoders.spec()` of the encoders that made the features.
       codec: {name, fingerprint, latent_dim} of the codec that made the latents.
+      base: {place, hash} of the weights that the run's own weights complete (`vcm_jax.weights`);
+        None if they are whole.
     """
 
     config: dict
@@ -29,6 +31,7 @@ class Description:
     sequence: SequenceConfig
     encoders: dict
     codec: dict
+    base: dict | None = None
 
 
 def is_run(folder) -> bool:
@@ -36,7 +39,9 @@ def is_run(folder) -> bool:
     return (Path(folder) / _FILE).exists()
 
 
-def write(workdir, config: dict, model: ModelConfig, manifest, codec_folder) -> None:
+def write(
+    workdir, config: dict, model: ModelConfig, manifest, codec_folder, base: dict | None = None
+) -> None:
     """Writes run.json and, unless it is there, a copy of the codec.
 
     Args:
@@ -45,10 +50,14 @@ def write(workdir, config: dict, model: ModelConfig, manifest, codec_folder) -> 
       model: the sizes of the network.
       manifest: the `Manifest` of the records that the run trains on.
       codec_folder: the codec of these records.
+      base: see `Description`.
     """
     workdir = Path(workdir)
-    described = Description(config, model, manifest.sequence, manifest.encoders, manifest.codec)
-    write_json(workdir / _FILE, seal(dataclasses.asdict(described)))
+    described = Description(
+        config, model, manifest.sequence, manifest.encoders, manifest.codec, base
+    )
+    fields = {k: v for k, v in dataclasses.asdict(described).items() if v is not None}
+    write_json(workdir / _FILE, seal(fields))
     if not (workdir / _CODEC).exists():
         copy_codec(codec_folder, workdir / _CODEC)
 
@@ -61,7 +70,7 @@ def read(workdir) -> Description:
     """
     path = Path(workdir) / _FILE
     try:
-        names = [field.name for field in dataclasses.fields(Description)]
+        names = [f.name for f in dataclasses.fields(Description) if f.name != "base"]
         found = open_seal(read_json(path, names), path)
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"{workdir} is not the workdir of a run: it has no {_FILE}") from None
@@ -74,4 +83,6 @@ def read(workdir) -> Description:
         raise ValueError(
             f"{path} is damaged, or a newer version of this program wrote it: {error}"
         ) from None
-    return Description(found["config"], model, sequence, found["encoders"], found["codec"])
+    return Description(
+        found["config"], model, sequence, found["encoders"], found["codec"], found.get("base")
+    )

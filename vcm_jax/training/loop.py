@@ -12,7 +12,7 @@ from vcm_jax.claim import ClaimError
 from vcm_jax.devices import distributed, preemption
 from vcm_jax.records.schema import RecordError
 from vcm_jax.runs import averages, checkpoint
-from vcm_jax.training import monitor, resume, stages
+from vcm_jax.training import monitor, resume, stages, validation
 from vcm_jax.training.dry_run import show
 from vcm_jax.training.monitor import NonFiniteError as NonFiniteError
 from vcm_jax.training.program import make_program
@@ -59,7 +59,7 @@ def _train(
 
     # The state: a new one, or the latest checkpoint's.
     saver, snapshots = stages.open_checkpoints(config, workdir, stack)
-    meta = stages.describe_run(config, setup)
+    meta = stages.describe_run(config, setup, start)
     state = stages.init_or_restore(config, workdir, program, start, saver, meta)
     first_step = int(state.step)
     if first_step >= config.steps:
@@ -68,7 +68,7 @@ def _train(
     due = functools.partial(_due, steps=config.steps)
     stages.align_snapshots(snapshots, state, due(config.snapshot_every, first_step))
     if stages.is_leader():
-        stages.write_description(config, setup, workdir)
+        stages.write_description(config, setup, start, workdir)
 
     # The step, compiled ahead of the loop; from here on a SIGTERM saves the state.
     run_key, val_key = program.split_key()
@@ -78,11 +78,12 @@ def _train(
 
     # Data, evaluation, logs.
     mixed, batches = stages.open_data(config, setup, program, first_step)
-    evaluation = stages.make_evaluation(config, setup, program, workdir, val_key)
+    evaluation = stages.make_evaluation(config, program, start, workdir, val_key)
     writer = Writer(workdir, first_step, enabled=stages.is_leader())
     stack.enter_context(contextlib.closing(writer))
     profile = stages.open_profile(setup, workdir, first_step, stack)
     meter = stages.make_meter(config, mixed, workdir, first_step)
+    overfitting, values = validation.Overfitting(workdir / "metrics.jsonl"), {}
     learning_rate = learning_rate_schedule(setup.optimizer)
 
     batch = next(batches)
@@ -111,13 +112,15 @@ def _train(
                 print(line, flush=True)
         with meter.waiting("pause"):
             if evaluation and due(config.eval_every, step):
-                writer.scalars(step, evaluation.values(state, meta))
+                found = evaluation.values(state, meta)
+                writer.scalars(step, found)
+                stages.report_losses(*overfitting.compare(step, found, values))
             if evaluation and config.sample_clips and due(config.sample_every, step):
                 evaluation.sounds(state, writer)
             if keep:
                 averages.save_snapshot(snapshots, state)
             if save:
-                saver.save(step, state, meta, wait=stop)
+                saver.save(step, state.saved(), meta, wait=stop)
                 writer.flush()
         if stop and step < config.steps:
             raise preemption.Preempted(f"SIGTERM: step {step} is saved in {workdir}")

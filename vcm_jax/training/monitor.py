@@ -19,6 +19,7 @@ from vcm_jax.devices import sharding
 from vcm_jax.models import ModelConfig
 from vcm_jax.models.flops import step_flops
 from vcm_jax.training import validation
+from vcm_jax.training.selection import ALL
 from vcm_jax.training.step import StepConfig, loss_fn
 from vcm_jax.training.writer import Writer
 
@@ -195,6 +196,7 @@ class Evaluation:
       codec: decodes latents.
       best: keeps the weights with the best metric; None for no metrics of sounds.
       sample_steps, max_clips: as `steps` and `max_clips` of `validation.sound_metrics`.
+      selection: what of the network's parameters is trained.
     """
 
     HEARD_STEPS = (1, 4, 25)
@@ -202,6 +204,7 @@ class Evaluation:
     def __init__(
         self, net, config: StepConfig, layout, key, *, batches, clips, codec,
         teacher=None, teacher_variables=None, best=None, sample_steps=(), max_clips=0,
+        selection=ALL,
     ):  # fmt: skip
         self._net, self._config, self._key = net, config, key
         self._batches, self._clips, self._codec = batches, clips, codec
@@ -213,10 +216,15 @@ class Evaluation:
             return loss_fn(*args, net=net, config=config, constrain=layout.rows, teacher=teacher)[1]
 
         self._losses = jax.jit(losses, out_shardings=self._whole)
+        self._complete = jax.jit(selection.complete) if not selection.is_whole else lambda p, _: p
+
+    def _params(self, state):
+        """The first of the EMA weights, as all of the network's parameters."""
+        return self._complete(next(iter(state.ema.values())), state.frozen)
 
     def values(self, state, meta: dict) -> dict[str, float]:
         """`val/...`: loss and metrics of generated sounds; the best weights are kept."""
-        params = next(iter(state.ema.values()))
+        params = self._params(state)
         found = []
         for i, batch in enumerate(self._batches()):
             key = jax.random.fold_in(self._key, i)
@@ -243,7 +251,7 @@ class Evaluation:
 
     def sounds(self, state, writer: Writer) -> None:
         """Writes sounds and spectrograms of the clips, the first time also of the true sounds."""
-        params = next(iter(state.ema.values()))
+        params = self._params(state)
         for n in self.HEARD_STEPS:
             pair = validation.generate(
                 params,

@@ -49,6 +49,12 @@ class Program:
     _step: Callable
     _make_init: Callable
 
+    def freeze(self, params):
+        """The parameters that are not trained, on the devices; None if all are."""
+        if self.setup.selection.is_whole:
+            return None
+        return jax.device_put(self.setup.selection.frozen(params), self.shardings.frozen)
+
     def init(self, stats: dict, params=None) -> TrainState:
         """The state before the first step, made directly on the devices.
 
@@ -97,11 +103,15 @@ def make_program(config: ConfigDict, setup: Setup) -> Program:
     mesh, optimizer = setup.mesh, make_optimizer(setup.optimizer)
     key, stats = jax.random.key(config.seed), initial_stats(setup)
     make_init_of = functools.partial(
-        make_init, setup.net, optimizer=optimizer, sigma_rels=config.ema_sigma_rels
+        make_init,
+        setup.net,
+        optimizer=optimizer,
+        sigma_rels=config.ema_sigma_rels,
+        selection=setup.selection,
     )
     abstract = jax.eval_shape(make_init_of(stats=stats), key)
     shardings = sharding.state_shardings(abstract, mesh, setup.model.num_heads)
-    layout = Layout(mesh, shardings.params)
+    layout = Layout(mesh, shardings.params, shardings.frozen)
     rows, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
     step = functools.partial(
         train_step,
@@ -112,6 +122,7 @@ def make_program(config: ConfigDict, setup: Setup) -> Program:
         teacher=setup.teacher,
         accumulate=config.accumulate,
         skip_nonfinite=config.on_nonfinite == "skip",
+        selection=setup.selection,
     )
     step = jax.jit(
         step,

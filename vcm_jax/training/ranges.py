@@ -12,6 +12,7 @@ from vcm_jax.models.mmdit import REMAT
 from vcm_jax.settings import BOOLEAN, TEXT, Range, choice, integer
 
 _LARGEST = 2**31 - 1  # step numbers and seeds have 32 bits
+OF_START = "init_from"  # the model whose sizes are those of the weights that training starts from
 _count, _at_least_one = integer(0, _LARGEST), integer(1, _LARGEST)
 _size = Range("an integer >= 1, or -1", lambda value: value == -1 or integer(1).holds(value))
 
@@ -64,7 +65,7 @@ RANGES = {
     "mesh.data": _size,
     "mesh.fsdp": _size,
     "mesh.tensor": _size,
-    "model": choice(*MODELS),
+    "model": choice(*MODELS, OF_START),
     "on_nonfinite": choice("stop", "skip"),
     "profile": TEXT,
     "remat": choice(*REMAT),
@@ -79,7 +80,7 @@ RANGES = {
     "topology": TEXT,
 }
 # Sections whose settings are checked by the classes that they are read into.
-SECTIONS = ("model_overrides", "objective", "optimizer")
+SECTIONS = ("adapter", "model_overrides", "objective", "optimizer")
 
 
 def _flatten(config: Mapping, prefix: str = ""):

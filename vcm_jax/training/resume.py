@@ -14,14 +14,24 @@ FREE = (
 )  # fmt: skip
 # The state, the order of the data and the snapshots depend on these: a change makes another run.
 FIXED = (
+    "adapter",
     "batch_size",
     "ema_sigma_rels",
     "model",
     "model_overrides",
     "objective",
+    "optimizer.freeze",
+    "optimizer.moments",
+    "optimizer.train_only",
     "records",
     "seed",
 )
+# Settings that runs of earlier versions do not have, with the values that they were trained with.
+NEWER = {
+    "adapter": {"rank": 0, "scale": 1.0, "patterns": ["*"]},
+    "model_overrides": {"blocks_at_s": None},
+    "optimizer": {"moments": "float32", "train_only": [], "freeze": []},
+}
 
 
 class ResumeError(ValueError):
@@ -44,16 +54,29 @@ def _of(key: str, group: tuple[str, ...]) -> bool:
     return any(key == name or key.startswith(f"{name}.") for name in group)
 
 
-def describe(config: Mapping, texts, sources) -> dict:
+def _with_newer(config: Mapping) -> dict:
+    """A config with the settings that its version of the program did not have.
+
+    Their defaults leave an objective as it was before it had them.
+    """
+    known = OBJECTIVES.get(config["objective"].get("name"), Objective)
+    defaults = {field.name: field.default for field in dataclasses.fields(known)}
+    defaults = {key: list(v) if isinstance(v, tuple) else v for key, v in defaults.items()}
+    newer = NEWER | {"objective": defaults | {"anneal_steps": 0}}  # lists, as in JSON
+    return {**config, **{name: newer[name] | dict(config.get(name, {})) for name in newer}}
+
+
+def describe(config: Mapping, texts, sources, base: Mapping | None = None) -> dict:
     """What a checkpoint says about its run, as JSON.
 
     Args:
       config: nested dictionaries.
       texts: the 'PATH=WEIGHT' strings of the data sources.
       sources: the RecordSource of each of them.
+      base: {place, hash} of the weights below what is trained, if some are frozen.
     """
     first = sources[0].manifest
-    return {
+    return ({"base": dict(base)} if base else {}) | {
         "config": dict(config),
         "records": {
             "codec": first.codec,
@@ -67,16 +90,12 @@ def describe(config: Mapping, texts, sources) -> dict:
     }
 
 
-def _with_newer_settings(config: Mapping) -> dict:
-    """The config of an older version, with the settings that its objective did not have then.
-
-    Their defaults leave an objective as it was before it had them.
-    """
-    section = config["objective"]
-    known = OBJECTIVES.get(section.get("name"), Objective)
-    newer = {field.name: field.default for field in dataclasses.fields(known)}
-    newer = {key: list(v) if isinstance(v, tuple) else v for key, v in newer.items()}  # as in JSON
-    return {**config, "objective": newer | dict(section)}
+def _check_base(saved: Mapping | None, now: Mapping | None) -> None:
+    if saved and now and saved["hash"] != now["hash"]:
+        raise ResumeError(
+            f"what this workdir holds was trained on top of {saved['place']} ({saved['hash']}), "
+            f"but config.init_from is {now['place']} ({now['hash']}): its weights are others"
+        )
 
 
 def check(saved: Mapping, now: Mapping, allow: bool) -> list[str]:
@@ -93,7 +112,8 @@ def check(saved: Mapping, now: Mapping, allow: bool) -> list[str]:
     Raises:
       ResumeError: something differs that must not.
     """
-    config = changes(_with_newer_settings(saved["config"]), now["config"])
+    _check_base(saved.get("base"), now.get("base"))
+    config = changes(_with_newer(saved["config"]), _with_newer(now["config"]))
     lines = {key: f"config.{key} {change}" for key, change in config.items()}
     records = changes(saved.get("records", now["records"]), now["records"])
     lines |= {f"records.{key}": f"records' {key} {change}" for key, change in records.items()}

@@ -9,14 +9,17 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
+from vcm_jax import weights as start_weights
 from vcm_jax.devices import sharding
 from vcm_jax.devices.topology import Topology, describe
 from vcm_jax.models import MODELS, MMDiT, ModelConfig
+from vcm_jax.models.adapter import AdapterConfig
 from vcm_jax.models.config import WIDTHS_OF_DATA
 from vcm_jax.objectives import read_section
 from vcm_jax.records import mixture
 from vcm_jax.records.source import RecordSource, locate
 from vcm_jax.training import monitor, ranges
+from vcm_jax.training.selection import Selection, select
 from vcm_jax.training.state import OptimizerConfig
 from vcm_jax.training.step import StepConfig, Teacher, check_network
 from vcm_jax.training.teacher import load_teacher
@@ -47,7 +50,8 @@ def step_config(config: ConfigDict) -> StepConfig:
 def model_config(config: ConfigDict, manifest) -> ModelConfig:
     """The sizes of the network: those of the named model, with the lengths of the data.
 
-    The models in `WIDTHS_OF_DATA` take the widths of the data, too.
+    The models in `WIDTHS_OF_DATA` take the widths of the data, too. The model "init_from" has the
+    sizes of the weights that training starts from.
 
     Args:
       config: of the run.
@@ -56,7 +60,7 @@ def model_config(config: ConfigDict, manifest) -> ModelConfig:
     Raises:
       SetupError: the records have features of other sizes.
     """
-    named = MODELS[config.model]
+    named = _named_model(config)
     sizes = dataclasses.asdict(named.with_lengths(manifest.sequence) if manifest else named)
     widths = _widths(manifest) if manifest else {}
     if config.model in WIDTHS_OF_DATA:
@@ -81,6 +85,17 @@ def model_config(config: ConfigDict, manifest) -> ModelConfig:
             + (f", or extract with {others}" if "latent_dim" not in differing else "")
         )
     return model
+
+
+def _named_model(config: ConfigDict) -> ModelConfig:
+    if config.model != ranges.OF_START:
+        return MODELS[config.model]
+    if not config.init_from:
+        raise SetupError(
+            "config.model is that of the weights to start from: give --config.init_from=NAME or "
+            "DIR, or name a --config.model"
+        )
+    return start_weights.model_of(config.init_from)
 
 
 def _widths(manifest) -> dict[str, int]:
@@ -178,10 +193,27 @@ class Setup:
     teacher: Teacher | None
     teacher_variables: dict | None
     profile: tuple[int, int] | None
+    selection: Selection
 
     def compiler_options(self) -> dict:
         """With which the step is compiled; described devices may need some."""
         return self.topology.compiler_options if self.topology else {}
+
+
+def _read_selection(config: ConfigDict, net: MMDiT, dry_run: bool) -> Selection:
+    """What is trained.
+
+    Raises:
+      ValueError: patterns that match nothing, or frozen parameters of a run without a start.
+    """
+    adapter = _dataclass_from(AdapterConfig, dict(config.adapter), "adapter")
+    found = select(net, config.optimizer.train_only, config.optimizer.freeze, adapter)
+    if not (found.is_whole or config.init_from or dry_run):
+        raise SetupError(
+            "config.init_from is empty: what config.optimizer.train_only, config.optimizer.freeze "
+            "or config.adapter.rank leave frozen would stay random"
+        )
+    return found
 
 
 def read_setup(config: ConfigDict, without_data: bool) -> Setup:
@@ -214,6 +246,7 @@ def read_setup(config: ConfigDict, without_data: bool) -> Setup:
             scan=_scans(config.scan_blocks, mesh),
         )
         check_network(net, settings)
+        selection = _read_selection(config, net, dry_run=without_data)
         manifest = sources[0].manifest if sources else None
         teacher, variables = load_teacher(settings.objective, net, manifest)
         profile = monitor.parse_profile(config.profile)
@@ -230,6 +263,7 @@ def read_setup(config: ConfigDict, without_data: bool) -> Setup:
         teacher=teacher,
         teacher_variables=variables,
         profile=profile,
+        selection=selection,
     )
 
 

@@ -1,6 +1,7 @@
 """The stages of a run before its loop: start or resume, open the data, prepare the evaluation."""
 
 import contextlib
+import dataclasses
 import functools
 import json
 from collections.abc import Iterator
@@ -11,11 +12,10 @@ from absl import logging
 from clu import parameter_overview
 from ml_collections import ConfigDict
 
-from vcm_jax import pretrained
+from vcm_jax import weights
 from vcm_jax.claim import hold
 from vcm_jax.codec import load_codec
 from vcm_jax.devices import sharding
-from vcm_jax.models.mmdit import GUIDANCE_INPUT
 from vcm_jax.records import mixture
 from vcm_jax.runs import averages, checkpoint, description
 from vcm_jax.training import monitor, resume, validation
@@ -29,29 +29,47 @@ def is_leader() -> bool:
     return jax.process_index() == 0
 
 
-def read_start(config: ConfigDict, workdir: Path, program: Program):
-    """(stats, params) that a new run starts from; params are None for random ones.
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """What a run starts from.
 
-    With `config.init_from` both come from a run, from imported or from public weights, unless the
-    workdir holds a checkpoint to resume from.
+    Attributes:
+      stats: the network's collection "stats".
+      params: all of the network's parameters, on the host; None for random ones, or where a
+        checkpoint holds them all.
+      base: where the parameters are from that are not trained; None if all are trained.
+    """
+
+    stats: dict
+    params: dict | None = None
+    base: weights.Base | None = None
+
+    def described_base(self) -> dict | None:
+        """The base as JSON."""
+        return dataclasses.asdict(self.base) if self.base else None
+
+
+def read_start(config: ConfigDict, workdir: Path, program: Program) -> Start:
+    """What a new run starts from, and what a resumed one needs beside its checkpoint.
+
+    With `config.init_from` that comes from a run, from imported or from public weights.
 
     Raises:
       CheckpointError: the weights are not there, or have other shapes than this run's.
       PretrainedError: public weights that cannot be fetched, or are damaged.
     """
-    if not config.init_from or checkpoint.latest_step(workdir) is not None:
-        return program.stats, None
-    if pretrained.is_public(config.init_from):
-        found = pretrained.read_network(pretrained.load_network(config.init_from))
-    else:
-        found = averages.restore_weights(config.init_from)
-    what = f"init_from {config.init_from}"
-    wanted = dict(program.abstract.params)
-    if GUIDANCE_INPUT not in found["params"]:
-        wanted.pop(GUIDANCE_INPUT, None)  # it starts as one that has no effect
-    checkpoint.check_shapes(found["params"], wanted, what)
+    selection, model = program.setup.selection, program.setup.model
+    resumes = checkpoint.latest_step(workdir) is not None
+    if not config.init_from or (resumes and selection.is_whole):
+        return Start(program.stats)
+    found = weights.read(config.init_from)
+    weights.check_sizes(found["params"], model, f"init_from {config.init_from}")
     kept = kept_statistics(found["stats"], program.stats, config.init_from)
-    return program.stats | kept, found["params"]
+    base = None
+    if not selection.is_whole:
+        place = weights.place_of(config.init_from)
+        base = weights.Base(place, weights.hash_params(found["params"]))
+    return Start(program.stats | kept, found["params"], base)
 
 
 def open_checkpoints(
@@ -76,17 +94,17 @@ def open_checkpoints(
     return saver, snapshots
 
 
-def describe_run(config: ConfigDict, setup: Setup) -> dict:
+def describe_run(config: ConfigDict, setup: Setup, start: Start) -> dict:
     """What every checkpoint says about its run; a resumed run is compared with it."""
     settings = json.loads(config.to_json_best_effort())
-    return resume.describe(settings, config.data.sources, setup.sources)
+    return resume.describe(settings, config.data.sources, setup.sources, start.described_base())
 
 
 def init_or_restore(
     config: ConfigDict,
     workdir: Path,
     program: Program,
-    start,
+    start: Start,
     saver: checkpoint.Saver,
     meta: dict,
 ) -> TrainState:
@@ -108,12 +126,12 @@ def init_or_restore(
     """
     steps = sorted(saver.manager.all_steps(), reverse=True)
     if not steps:
-        state = program.init(*start)
+        state = program.init(start.stats, start.params)
         if is_leader():
             overview = parameter_overview.get_parameter_overview(state.params, include_stats=False)
             logging.info("\n%s", overview)
         return state
-    target = sharding.place(program.abstract, program.shardings)
+    target = sharding.place(program.abstract.saved(), program.shardings.saved())
     for place, step in enumerate(steps):
         try:
             saved = checkpoint.read_meta(saver.manager, step)
@@ -129,8 +147,8 @@ def init_or_restore(
             logging.warning("the damaged checkpoint %d is kept as %s", damaged, kept)
         for line in changes:
             logging.warning("changed since the last start: %s", line)
-        logging.info("resuming after step %d", int(state.step))
-        return state
+        logging.info("resuming after step %d", int(state["step"]))
+        return TrainState(**state, frozen=program.freeze(start.params))
     raise checkpoint.CheckpointError(
         f"{saver.manager.directory}: all checkpoints are damaged ({', '.join(map(str, steps))}): "
         "delete this folder to start again from step 0, or give another --workdir"
@@ -148,11 +166,12 @@ def align_snapshots(snapshots: checkpoint.Saver, state: TrainState, due: bool) -
         averages.save_snapshot(snapshots, state)
 
 
-def write_description(config: ConfigDict, setup: Setup, workdir: Path) -> None:
+def write_description(config: ConfigDict, setup: Setup, start: Start, workdir: Path) -> None:
     """Writes run.json and the codec, which generating needs beside the weights."""
     first = setup.sources[0]
     settings = json.loads(config.to_json_best_effort())
-    description.write(workdir, settings, setup.model, first.manifest, first.path / "codec")
+    codec, base = first.path / "codec", start.described_base()
+    description.write(workdir, settings, setup.model, first.manifest, codec, base)
 
 
 def _put(batch, where):
@@ -205,9 +224,10 @@ def open_data(
 
 
 def make_evaluation(
-    config: ConfigDict, setup: Setup, program: Program, workdir: Path, key
+    config: ConfigDict, program: Program, start: Start, workdir: Path, key
 ) -> monitor.Evaluation | None:
     """What is evaluated and listened to while the run trains; None without validation data."""
+    setup = program.setup
     if not setup.val:
         return None
     val = mixture.mix(*setup.val, seed=0)
@@ -220,7 +240,7 @@ def make_evaluation(
         metric = f"val/log_mel_fd_{config.eval_sample_steps[0]}_steps"
         best = validation.Best(workdir, metric)
         if is_leader():
-            write_description(config, setup, best.folder)
+            write_description(config, setup, start, best.folder)
     return monitor.Evaluation(
         setup.net,
         setup.step,
@@ -234,7 +254,16 @@ def make_evaluation(
         best=best,
         sample_steps=config.eval_sample_steps,
         max_clips=min(config.eval_clips, sum(map(len, setup.val[0]))),  # each clip once
+        selection=setup.selection,
     )
+
+
+def report_losses(line: str, warning: str) -> None:
+    """Shows what `validation.Overfitting.compare` returns."""
+    if is_leader() and line:
+        print(line, flush=True)
+    if is_leader() and warning:
+        logging.warning("%s", warning)
 
 
 def open_profile(

@@ -11,7 +11,8 @@ import optax
 from vcm_jax.models import MMDiT
 from vcm_jax.models.conditioned import zero_inputs
 from vcm_jax.models.mmdit import GUIDANCE_INPUT
-from vcm_jax.settings import Range, check, integer, number, setting
+from vcm_jax.settings import Range, check, choice, integer, number, patterns, setting
+from vcm_jax.training.selection import ALL, Selection
 
 
 @flax.struct.dataclass
@@ -24,6 +25,8 @@ class TrainState:
       stats: what the data determine: latent statistics, features of the empty text.
       opt_state: of the optimizer.
       ema: EMA weights by their width ("0.05"), pytrees like `params`.
+      frozen: parameters that are not trained (`selection.py`); None if all are. Checkpoints do not
+        hold them.
     """
 
     step: jax.Array
@@ -31,12 +34,21 @@ class TrainState:
     stats: Any
     opt_state: Any
     ema: dict[str, Any]
+    frozen: Any = None
+
+    def saved(self) -> dict:
+        """What checkpoints hold of the state: everything but `frozen`."""
+        names = (field.name for field in dataclasses.fields(self) if field.name != "frozen")
+        return {name: getattr(self, name) for name in names}
 
 
 def _increase(steps) -> bool:
     if not isinstance(steps, tuple | list) or not all(map(integer(0).holds, steps)):
         return False
     return list(steps) == sorted(set(steps))
+
+
+MOMENTS = ("float32", "bfloat16", "factored")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +63,11 @@ class OptimizerConfig:
       decay_steps: at each of these steps the learning rate is multiplied by `decay_factor`.
       b1, b2, eps, weight_decay: of AdamW.
       clip_norm: gradients are scaled down to at most this global norm.
+      moments: how the optimizer's state is held. "float32"; "bfloat16" halves the first moment; and
+        "factored" has the first moment in bfloat16 and, of each matrix, the means of the second
+        moment over its rows and columns alone (Adafactor, Shazeer and Stern 2018).
+      train_only, freeze: patterns of the parameters that are trained, and of those that are not
+        (`selection.py`); empty tuples train all.
 
     Raises:
       ValueError: when a setting is out of its range.
@@ -67,6 +84,9 @@ class OptimizerConfig:
     eps: float = setting(1e-6, number(above=0))
     weight_decay: float = setting(1e-6, number(0))
     clip_norm: float = setting(1.0, number(above=0))
+    moments: str = setting("float32", choice(*MOMENTS))
+    train_only: tuple[str, ...] = setting((), patterns())
+    freeze: tuple[str, ...] = setting((), patterns())
 
     def __post_init__(self):
         check(self, "optimizer")
@@ -85,20 +105,33 @@ def learning_rate_schedule(config: OptimizerConfig):
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Gradient clipping, then AdamW."""
-    return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
-        optax.adamw(
-            learning_rate_schedule(config),
+    """Gradient clipping, then AdamW, whose state is held as `config.moments` says."""
+    clip, schedule = optax.clip_by_global_norm(config.clip_norm), learning_rate_schedule(config)
+    if config.moments != "factored":
+        mu_dtype = jnp.bfloat16 if config.moments == "bfloat16" else None
+        adamw = optax.adamw(
+            schedule,
             b1=config.b1,
             b2=config.b2,
             eps=config.eps,
             weight_decay=config.weight_decay,
+            mu_dtype=mu_dtype,
+        )
+        return optax.chain(clip, adamw)
+    return optax.chain(
+        clip,
+        # Adafactor without its step sizes relative to the weights: learning rates mean the same.
+        optax.scale_by_factored_rms(
+            decay_rate=0.8, epsilon=config.eps**2, min_dim_size_to_factor=64
         ),
+        optax.clip_by_block_rms(1.0),
+        optax.ema(config.b1, debias=True, accumulator_dtype=jnp.bfloat16),
+        optax.add_decayed_weights(config.weight_decay),
+        optax.scale_by_learning_rate(schedule),
     )
 
 
-def make_init(net: MMDiT, stats, optimizer, sigma_rels):
+def make_init(net: MMDiT, stats, optimizer, sigma_rels, selection: Selection = ALL):
     """A function (key, params=None) -> TrainState before the first step.
 
     It is meant to be jitted with the state's shardings as `out_shardings`. Given `params` take the
@@ -110,6 +143,7 @@ def make_init(net: MMDiT, stats, optimizer, sigma_rels):
       optimizer: of `make_optimizer`.
       sigma_rels: widths of the EMA weights. They start as copies of the parameters, which the
         first update replaces.
+      selection: what is trained.
     """
 
     def init(key, params=None):
@@ -117,12 +151,14 @@ def make_init(net: MMDiT, stats, optimizer, sigma_rels):
         if params is None or lacking:
             fresh = net.init(key, *zero_inputs(net.config))["params"]
             params = {GUIDANCE_INPUT: fresh[GUIDANCE_INPUT]} | params if params else fresh
+        params, frozen = selection.split(params, jax.random.fold_in(key, 3))
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             params=params,
             stats=jax.tree.map(jnp.asarray, stats),
             opt_state=optimizer.init(params),
             ema={f"{sigma_rel:g}": jax.tree.map(jnp.copy, params) for sigma_rel in sigma_rels},
+            frozen=frozen,
         )
 
     return init

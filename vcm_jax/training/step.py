@@ -17,8 +17,10 @@ from vcm_jax.models.conditioned import encode_features, sample_latents, zero_inp
 from vcm_jax.models.mmdit import STACKED, stack_blocks, unstack_blocks
 from vcm_jax.objectives import Objective
 from vcm_jax.objectives.common import identity
+from vcm_jax.objectives.times import MIN_GAP
 from vcm_jax.objectives.vcm import VCMConfig
 from vcm_jax.settings import integer, number, setting
+from vcm_jax.training.selection import ALL, Selection
 
 TIME_BINS = 5
 ONE_DEVICE = Layout()
@@ -33,6 +35,8 @@ class StepConfig:
       objective: the objective.
       null_prob: probability that a row's whole condition is dropped.
       video_drop_prob, text_drop_prob: probabilities that one modality is dropped, as in MMAudio.
+      anneal_steps: in so many first steps the jumps grow from none to the length that the objective
+        draws: a network that knows the instantaneous velocity alone learns short jumps first.
 
     Raises:
       ValueError: when a setting is out of its range.
@@ -43,6 +47,7 @@ class StepConfig:
     null_prob: float = setting(0.1, number(0, 1))
     video_drop_prob: float = setting(0.0, number(0, 1))
     text_drop_prob: float = setting(0.0, number(0, 1))
+    anneal_steps: int = setting(0, integer(0))
 
     def __post_init__(self):
         if not isinstance(self.objective, Objective):
@@ -50,6 +55,11 @@ class StepConfig:
         if not integer(1).holds(self.steps):
             raise ValueError(f"steps must be at least 1, not {self.steps}")
         settings.check(self, "objective")
+        if self.anneal_steps and (self.objective.instant_only or self.objective.name == "shortcut"):
+            raise ValueError(
+                f"objective.anneal_steps shortens jumps to any length, which {self.objective.name} "
+                "does not have: it must be 0"
+            )
 
     def num_instant(self, batch_size: int) -> int:
         """How many rows of a batch have s = t."""
@@ -157,6 +167,15 @@ def drop_modalities(batch, key, config: StepConfig):
     }
 
 
+def anneal(t, s, num_instant: int, step, steps: int):
+    """s `B` of the jumps, drawn closer to t: at `step` (from 0) of the first `steps`."""
+    if not steps:
+        return s
+    span = jnp.minimum((jnp.asarray(step, jnp.float32) + 1) / steps, 1.0)
+    closer = jnp.minimum(t - span * (t - s), t - MIN_GAP)
+    return jnp.where(jnp.arange(t.shape[0]) < num_instant, s, closer)
+
+
 def teacher_data(teacher: Teacher, variables, stats, batch, x1, is_null):
     """The teacher's samples from the noise x1 `B N C`, normalised with the student's `stats`.
 
@@ -210,6 +229,7 @@ def draw_rows(stats, batch, key, step, config: StepConfig):
     guidance = objective.draw_guidance(jax.random.fold_in(keys[2], 2), size)
     # Times are drawn with those of s = t rows first; each goes to its row's place.
     t, s, lam = objective.draw(keys[2], size, num_instant, step, config.steps)
+    s = anneal(t, s, num_instant, step, config.anneal_steps)
     instant = instant_places(size, num_instant)
     places = np.where(instant, np.cumsum(instant) - 1, num_instant + np.cumsum(~instant) - 1)
     t, s, lam = jax.tree.map(lambda a: a[places] if jnp.ndim(a) else a, (t, s, lam))
@@ -304,38 +324,45 @@ def gradients(
     teacher_variables,
     layout: Layout,
     accumulate: int,
+    frozen=None,
+    selection: Selection = ALL,
     **options,
 ):
     """(gradients, metrics) of a batch.
 
     Args:
-      params, stats: of the network.
+      params: what is trained.
+      stats: of the network.
       rows: from `draw_rows`.
       num_instant: how many of them have s = t.
       teacher_variables: None without a teacher.
       layout: of the step; `vcm_jax.devices.layout` explains the two ways.
       accumulate: number of microbatches.
+      frozen: the network's other parameters.
+      selection: which parameters are which.
       options: of `rows_loss`.
     """
     parts = layout.shards * accumulate
     if options["config"].objective.couples_rows or num_instant % parts:
         rows = layout.rows(instant_first(rows, num_instant))
-        compute = jax.grad(
-            functools.partial(rows_loss, constrain=layout.rows, **options), has_aux=True
-        )
+        frozen = layout.gather_frozen(frozen)
+        options["constrain"] = layout.rows
 
-        def compute_all(params, rows):
-            return compute(params, stats, rows, num_instant // accumulate, teacher_variables)
+        def loss(params, rows):
+            params, count = selection.complete(params, frozen), num_instant // accumulate
+            return rows_loss(params, stats, rows, count, teacher_variables, **options)
 
-        grads, metrics = accumulated(compute_all, layout.gather(params), rows, accumulate)
+        compute = jax.grad(loss, has_aux=True)
+        grads, metrics = accumulated(compute, layout.gather(params), rows, accumulate)
         return layout.scatter(grads), metrics
 
     def by_device(params, rows, whole):
         return device_gradients(
-            params, rows, *whole, num_instant // parts, layout, accumulate, **options
+            params, rows, *whole, num_instant // parts, layout, accumulate, selection, **options
         )
 
-    return layout.by_device(by_device, params, rows, (stats, teacher_variables))
+    whole = (stats, teacher_variables, layout.gather_frozen(frozen))
+    return layout.by_device(by_device, params, rows, whole)
 
 
 def device_gradients(
@@ -343,16 +370,20 @@ def device_gradients(
     rows,
     stats,
     teacher_variables,
+    frozen,
     num_instant: int,
     layout,
     accumulate: int,
+    selection: Selection,
     *,
     net,
     **options,
 ):
     """As `gradients`, from this device's rows; `num_instant` counts those of a microbatch."""
     axes, stacked = layout.fsdp_axes(params), ()
-    if net.scan:
+    # With frozen parameters the network stacks its blocks itself, when they are complete.
+    stacks = net.scan and selection.is_whole
+    if stacks:
         stacked = STACKED
         params = stack_blocks(params, net.config)
         axes = stack_blocks(axes, net.config, stack=lambda leaves: leaves[0])
@@ -360,16 +391,18 @@ def device_gradients(
     # Summed at once where each gradient is complete, so that other work hides the communication.
     at_once = ("data", "fsdp") if accumulate == 1 else ("fsdp",)
     use = functools.partial(layout.use, reduce=at_once)
-    net = net.clone(unpack=use)
+    if stacks:
+        net = net.clone(unpack=use)
 
     def loss(params, rows):
         weights = jax.tree.map(Weight, params, whole, axes)
         weights = {k: w if k in stacked else use(w) for k, w in weights.items()}
+        weights = selection.complete(weights, frozen)
         return rows_loss(weights, stats, rows, num_instant, teacher_variables, net=net, **options)
 
     rows = instant_first(rows, num_instant * accumulate)
     grads, metrics = accumulated(jax.grad(loss, has_aux=True), params, rows, accumulate)
-    if net.scan:
+    if stacks:
         grads = unstack_blocks(grads, net.config)
     late = [axis for axis in BATCH_AXES if axis not in at_once]
     grads = layout.sum(jax.tree.map(lambda g: g / layout.shards, grads), late)
@@ -389,6 +422,7 @@ def train_step(
     teacher: Teacher | None = None,
     accumulate: int = 1,
     skip_nonfinite: bool = False,
+    selection: Selection = ALL,
 ):
     """One update of parameters, optimizer and EMA weights.
 
@@ -403,6 +437,7 @@ def train_step(
       accumulate: number of microbatches; it divides the batch and the number of s = t rows.
       skip_nonfinite: whether a step whose loss or gradient is not finite changes nothing but the
         number of the step.
+      selection: what of the network's parameters is trained.
 
     Returns:
       The new state, and a `clu.metrics.Collection` of this step; its `nonfinite` is 1 when the loss
@@ -418,6 +453,8 @@ def train_step(
         teacher_variables,
         layout,
         accumulate,
+        frozen=state.frozen,
+        selection=selection,
         net=net,
         config=config,
         teacher=teacher,

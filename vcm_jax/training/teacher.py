@@ -2,8 +2,11 @@
 
 import dataclasses
 
-from vcm_jax.objectives import read_section
-from vcm_jax.runs import averages, description
+from vcm_jax import pretrained, weights
+from vcm_jax.models import MODELS, ModelConfig
+from vcm_jax.objectives import Objective, read_section
+from vcm_jax.objectives.flow_matching import FlowMatchingConfig
+from vcm_jax.runs import description
 from vcm_jax.training.step import Teacher
 
 
@@ -12,8 +15,8 @@ def load_teacher(settings, net, manifest):
 
     Args:
       settings: the objective.
-      net: the student's network; the teacher's must have the same sizes, but for an input for
-        guidance.
+      net: the student's network; the teacher's must have the same sizes, but for `blocks_at_s` and
+        the input for guidance.
       manifest: of the student's records, or None where there are no records yet.
 
     Returns:
@@ -26,16 +29,14 @@ def load_teacher(settings, net, manifest):
     if not settings.needs_teacher:
         return None, None
     if not settings.teacher:
-        raise ValueError("objective.teacher is empty: name the workdir of a trained run")
+        raise ValueError(
+            "objective.teacher is empty: name the workdir of a trained run, or public weights"
+        )
     workdir = settings.teacher
-    try:
-        described = description.read(workdir)
-    except ValueError as error:
-        raise ValueError(f"objective.teacher {error}") from None
-    objective, _ = read_section(described.config["objective"])
-    # A teacher may have an input for guidance that the student lacks.
-    model = described.model
-    student = dataclasses.replace(net.config, guidance_input=model.guidance_input)
+    model, objective = _read_teacher(workdir, net.config, manifest)
+    # A teacher need not have blocks that see s, or an input for guidance; it may have them alone.
+    own = {name: getattr(model, name) for name in ("blocks_at_s", "guidance_input")}
+    student = dataclasses.replace(net.config, **own)
     if model != student:
         names = [
             field.name
@@ -46,11 +47,32 @@ def load_teacher(settings, net, manifest):
             f"objective.teacher {workdir} is of another size: "
             + ", ".join(f"{n} {getattr(model, n)}, not {getattr(net.config, n)}" for n in names)
         )
+    teacher = Teacher(net.clone(config=model), objective, settings.teacher_steps)
+    variables = weights.read(workdir)
+    if "empty_text" not in variables["stats"]:
+        raise ValueError(f"objective.teacher {workdir} lacks the features of the empty text")
+    return teacher, variables
+
+
+def _read_teacher(workdir, student: ModelConfig, manifest) -> tuple[ModelConfig, Objective]:
+    """The sizes and the objective of a teacher, whose data must be those of the student."""
+    if pretrained.is_public(workdir):
+        public = pretrained.resolve(workdir).public
+        lengths = {
+            field.name: getattr(student, field.name)
+            for field in dataclasses.fields(student)
+            if field.name.endswith("_seq_len") or field.name == "latent_rate"
+        }
+        model = dataclasses.replace(MODELS[public.model], **lengths)
+        return model, FlowMatchingConfig(guidance_scale=public.guidance_scale)
+    try:
+        described = description.read(workdir)
+    except ValueError as error:
+        raise ValueError(f"objective.teacher {error}") from None
     for what in ("codec", "encoders") if manifest else ():
         if getattr(described, what) != getattr(manifest, what):
             raise ValueError(
                 f"objective.teacher {workdir} was trained with other {what} than the records have: "
                 f"{getattr(described, what)}, not {getattr(manifest, what)}"
             )
-    teacher = Teacher(net.clone(config=model), objective, settings.teacher_steps)
-    return teacher, averages.restore_weights(workdir)
+    return described.model, read_section(described.config["objective"])[0]

@@ -1,6 +1,7 @@
 """Metrics of generated validation clips while a run trains; the best weights so far are kept."""
 
 import functools
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -108,6 +109,64 @@ def _compare(latents, true_latents, truth, codec, std) -> dict[str, float]:
     return sounds.values() | {"latent_fd": frechet_distance(*rows)}
 
 
+class Overfitting:
+    """Compares the validation loss with that of training, and says when it has risen for a while.
+
+    The loss is the error of the instantaneous velocity against the data's, which schedules of the
+    objective do not change; of objectives without such rows it is the error against their target.
+
+    Args:
+      metrics: metrics.jsonl of the run: a resumed run goes on from its lines.
+    """
+
+    LOSSES = ("mse_instant_to_velocity", "mse")
+    # So many evaluations in a row must be above the lowest one by this factor: EMA weights and
+    # fixed noise leave less than that to chance.
+    EVALUATIONS, FACTOR = 3, 1.01
+
+    def __init__(self, metrics: Path):
+        self._low, self._low_step, self._above = float("inf"), 0, 0
+        if metrics.exists():
+            for line in map(json.loads, metrics.read_text().splitlines()):
+                self._add(line["step"], self._loss(line, "val"))
+
+    def _loss(self, values: dict, kind: str) -> float | None:
+        names = (f"{kind}/{name}" for name in self.LOSSES)
+        return next((values[name] for name in names if np.isfinite(values.get(name, np.nan))), None)
+
+    def _add(self, step: int, loss: float | None) -> None:
+        if loss is None:
+            return
+        if loss < self._low:
+            self._low, self._low_step, self._above = loss, step, 0
+        else:
+            self._above = self._above + 1 if loss > self.FACTOR * self._low else 0
+
+    def compare(self, step: int, val: dict[str, float], train: dict[str, float]) -> tuple[str, str]:
+        """(a line that compares the losses, a warning that is empty if there is no reason for one).
+
+        Args:
+          step: of the evaluation.
+          val: `val/...`.
+          train: the last `train/...`.
+        """
+        ours, theirs = self._loss(val, "val"), self._loss(train, "train")
+        if ours is None:
+            return "", ""
+        self._add(step, ours)
+        line = f"step {step}: validation loss {ours:.4g}"
+        if theirs is not None:
+            line += f", training loss {theirs:.4g}"
+        line += f"; the lowest validation loss was {self._low:.4g} at step {self._low_step}"
+        if self._above != self.EVALUATIONS:  # it is said once, until there is a new lowest one
+            return line, ""
+        return line, (
+            f"the validation loss has risen from {self._low:.4g} at step {self._low_step} to "
+            f"{ours:.4g} at step {step}: the run may learn its clips by heart. best/ holds the "
+            "weights with the best metric; fewer steps, more clips or an adapter help"
+        )
+
+
 class Best:
     """Keeps the EMA weights of the step with the lowest value of a metric so far.
 
@@ -160,7 +219,7 @@ class Best:
         self.value = value
         meta = meta | {"metric": self.metric, "value": value}
         # Only what generating needs: a run cannot resume from these checkpoints.
-        kept = state.replace(params=None, opt_state=None)
+        kept = state.saved() | {"params": None, "opt_state": None}
         with checkpoint.Saver(checkpoint.open_manager(self.folder)) as saver:
             saver.save(int(state.step), kept, meta, wait=True)
         return True
