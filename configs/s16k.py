@@ -84,6 +84,7 @@ def get_config(objective: str = "vcm") -> ConfigDict:
 
     config.accumulate = 1  # microbatches of a batch, computed one after another
     config.remat = "none"  # or "products", "full": less memory, more computation
+    config.attention = "auto"  # or "xla", or "cudnn" on GPUs
     # Equal blocks as one program that runs several times; by default on GPUs and TPUs alone.
     config.scan_blocks = placeholder(bool)
     config.on_nonfinite = "stop"  # or "skip"

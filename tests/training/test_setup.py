@@ -55,6 +55,8 @@ from vcm_jax.training.teacher import load_teacher
         ({"batch_size": 0}, "config.batch_size must be an integer"),
         ({"accumulate": 3}, "batch_size 8 does not divide into accumulate = 3 microbatches"),
         ({"accumulate": 0}, "config.accumulate must be an integer"),
+        ({"attention": "cudnn"}, "config.attention=cudnn needs NVIDIA GPUs on this machine"),
+        ({"topology": "v5e:4x4"}, "config.topology=v5e:4x4 describes devices that are not there"),
         (
             {"batch_size": 16, "accumulate": 4, "objective.instant_ratio": 0.6},
             "accumulate 4 does not divide the 10 rows",
@@ -310,9 +312,9 @@ def test_conditioned_guidance_from_weights_without_its_input_to_a_run_that_takes
 def test_meanflow_needs_attention_with_a_jvp(data, tmp_path, monkeypatch):
     """Fused kernels have a hand-written backward pass, like this attention."""
     plain = layers.attention
-    fused = jax.custom_vjp(plain)
+    fused = jax.custom_vjp(lambda *qkv: plain(*qkv))
     fused.defvjp(lambda *qkv: (plain(*qkv), qkv), lambda qkv, g: jax.vjp(plain, *qkv)[1](g))
-    monkeypatch.setattr(layers, "attention", fused)
+    monkeypatch.setattr(layers, "attention", lambda q, k, v, implementation: fused(q, k, v))
     with pytest.raises(loop.SetupError, match="meanflow takes a JVP, which this attention"):
         loop.train(tiny(data, "meanflow"), tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -240,9 +240,19 @@ class QKV(nn.Module):
         return RMSNorm(name="q_norm")(q, angles), RMSNorm(name="k_norm")(k, angles), v
 
 
-def attention(q, k, v):
-    """Softmax attention, scale 1/sqrt(dh): `B Lq H dh`, twice `B Lk H dh` -> `B Lq D`."""
-    out = jax.nn.dot_product_attention(q, k, v)
+ATTENTION = ("xla", "cudnn")
+
+
+def attention(q, k, v, implementation: str = "xla"):
+    """Softmax attention, scale 1/sqrt(dh): `B Lq H dh`, twice `B Lk H dh` -> `B Lq D`.
+
+    Args:
+      q, k, v: queries, keys and values.
+      implementation: "xla", matrix products and a softmax on any device; or "cudnn", a fused kernel
+        on NVIDIA's GPUs, which never stores the probabilities. It takes half precision alone and
+        has no JVP.
+    """
+    out = jax.nn.dot_product_attention(q, k, v, implementation=implementation)
     return out.reshape(*out.shape[:2], -1)
 
 
@@ -258,6 +268,7 @@ class StreamBlock(nn.Module):
     mlp_dim: int
     kernel_size: int | None = 3
     pre_only: bool = False
+    attention: str = "xla"
     dtype: jnp.dtype = jnp.float32
 
     def setup(self):
@@ -295,7 +306,8 @@ class FusedBlock(StreamBlock):
 
     def __call__(self, x, c, rows, angles):
         m = self.modulation(c, rows)
-        return self.update(x, attention(*self.qkv(x, m, angles)), m)
+        attended = attention(*self.qkv(x, m, angles), self.attention)
+        return self.update(x, attended, m)
 
 
 class JointBlock(nn.Module):
@@ -309,6 +321,7 @@ class JointBlock(nn.Module):
     num_heads: int
     mlp_dim: int
     last: bool = False
+    attention: str = "xla"
     dtype: jnp.dtype = jnp.float32
 
     def setup(self):
@@ -334,9 +347,10 @@ class JointBlock(nn.Module):
         qkv = [block.qkv(*args) for block, *args in zip(blocks, streams, m, angles)]
         k, v = (jnp.concatenate([stream[i] for stream in qkv], 1) for i in (1, 2))
         if self.last:
-            attended = attention(qkv[0][0], k, v)
+            attended = attention(qkv[0][0], k, v, self.attention)
             return self.latent_block.update(latent, attended, m[0]), clip, text
-        attended = attention(jnp.concatenate([stream[0] for stream in qkv], 1), k, v)
+        q = jnp.concatenate([stream[0] for stream in qkv], 1)
+        attended = attention(q, k, v, self.attention)
         ends = np.cumsum([x.shape[1] for x in streams])[:-1]
         return tuple(
             block.update(*args)

@@ -85,9 +85,14 @@ def nearest_time_rows(source: int, target: int, latent_rate: float) -> np.ndarra
     return distance.argmin(1).astype(np.int32)
 
 
-def _products(primitive, *_, **__) -> bool:
-    """A policy of `jax.checkpoint`: keep the results of matrix products and convolutions."""
-    return primitive in (jax.lax.dot_general_p, jax.lax.conv_general_dilated_p)
+def _products(primitive, *_, **params) -> bool:
+    """A policy of `jax.checkpoint`: keep the results of products with weights.
+
+    Those of attention have batch axes. They are large and cheap, so that they are computed again.
+    """
+    if primitive is jax.lax.dot_general_p:
+        return not params["dimension_numbers"][1][0]
+    return primitive is jax.lax.conv_general_dilated_p
 
 
 # What a block keeps of its activations for the backward pass; it recomputes the rest.
@@ -140,6 +145,7 @@ class MMDiT(nn.Module):
       dtype: dtype of activations and matrix products. Parameters are float32; normalisations,
         softmax and the result are at least float32.
       remat: what a block keeps for the backward pass, a key of `REMAT`.
+      attention: how it is computed, one of `layers.ATTENTION`.
       scan: whether equal blocks are one program that runs several times. That compiles sooner, and
         is as fast on GPUs and TPUs; on CPUs convolutions in it are slow.
       unpack: turns the weights of a scanned block, as `params` have them, into arrays.
@@ -148,6 +154,7 @@ class MMDiT(nn.Module):
     config: ModelConfig
     dtype: jnp.dtype = jnp.float32
     remat: str = "none"
+    attention: str = "xla"
     scan: bool = False
     unpack: Callable = identity
 
@@ -177,11 +184,14 @@ class MMDiT(nn.Module):
 
         sizes = (width, c.num_heads, c.mlp_dim)
         self.joint_blocks = [
-            layers.JointBlock(*sizes, last=i == c.joint_depth - 1, dtype=self.dtype)
+            layers.JointBlock(
+                *sizes, last=i == c.joint_depth - 1, attention=self.attention, dtype=self.dtype
+            )
             for i in range(c.joint_depth)
         ]
         self.fused_blocks = [
-            layers.FusedBlock(*sizes, dtype=self.dtype) for _ in range(c.fused_depth)
+            layers.FusedBlock(*sizes, attention=self.attention, dtype=self.dtype)
+            for _ in range(c.fused_depth)
         ]
         self.final_layer = FinalLayer(c.latent_dim, dtype=self.dtype)
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 from vcm_jax.ema import gamma_from_sigma_rel
 from vcm_jax.models import MODELS
+from vcm_jax.models.layers import ATTENTION
 from vcm_jax.models.mmdit import REMAT
 from vcm_jax.settings import BOOLEAN, TEXT, Range, choice, integer
 
@@ -45,6 +46,7 @@ _SOURCES = Range("a tuple of 'PATH=WEIGHT' strings", _are_sources)
 RANGES = {
     "accumulate": _at_least_one,
     "allow_config_change": BOOLEAN,
+    "attention": choice("auto", *ATTENTION),
     "batch_size": _at_least_one,
     "checkpoint_every": _at_least_one,
     "data.dir": TEXT,

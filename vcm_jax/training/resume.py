@@ -7,10 +7,10 @@ from vcm_jax.objectives import OBJECTIVES, Objective
 
 # How the work is done and watched. These do not change what is computed, except for rounding.
 FREE = (
-    "accumulate", "allow_config_change", "checkpoint_every", "data.dir", "data.num_workers",
-    "data.val_sources", "eval_batches", "eval_clips", "eval_every", "eval_sample_steps",
-    "keep_every", "log_every", "mesh", "on_nonfinite", "profile", "remat", "sample_clips",
-    "sample_every", "scan_blocks", "snapshot_every", "topology",
+    "accumulate", "allow_config_change", "attention", "checkpoint_every", "data.dir",
+    "data.num_workers", "data.val_sources", "eval_batches", "eval_clips", "eval_every",
+    "eval_sample_steps", "keep_every", "log_every", "mesh", "on_nonfinite", "profile", "remat",
+    "sample_clips", "sample_every", "scan_blocks", "snapshot_every", "topology",
 )  # fmt: skip
 # The state, the order of the data and the snapshots depend on these: a change makes another run.
 FIXED = (

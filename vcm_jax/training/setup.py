@@ -196,8 +196,13 @@ class Setup:
     selection: Selection
 
     def compiler_options(self) -> dict:
-        """With which the step is compiled; described devices may need some."""
-        return self.topology.compiler_options if self.topology else {}
+        """With which the step is compiled."""
+        options = dict(self.topology.compiler_options) if self.topology else {}
+        if self.net.attention == "cudnn":
+            # The gradient of cuDNN's kernel adds in any order otherwise, and a run that resumes
+            # would differ in its last bits from one that was never interrupted.
+            options["xla_gpu_exclude_nondeterministic_ops"] = True
+        return options
 
 
 def _read_selection(config: ConfigDict, net: MMDiT, dry_run: bool) -> Selection:
@@ -243,6 +248,7 @@ def read_setup(config: ConfigDict, without_data: bool) -> Setup:
             model,
             dtype=jnp.dtype(config.dtype),
             remat=config.remat,
+            attention=_attention(config, model, settings.objective, mesh, topology),
             scan=_scans(config.scan_blocks, mesh),
         )
         check_network(net, settings)
@@ -265,6 +271,19 @@ def read_setup(config: ConfigDict, without_data: bool) -> Setup:
         profile=profile,
         selection=selection,
     )
+
+
+def _attention(config: ConfigDict, model: ModelConfig, objective, mesh, topology) -> str:
+    """How attention is computed; "auto" takes cuDNN's where it can."""
+    gpu = mesh.devices.flat[0].platform in ("gpu", "cuda") and topology is None
+    if config.attention == "auto":
+        fits = config.dtype == "bfloat16" and model.head_dim % 8 == 0 and model.head_dim <= 128
+        return "cudnn" if gpu and fits and not objective.needs_jvp else "xla"
+    if config.attention == "cudnn" and not gpu:
+        raise SetupError("config.attention=cudnn needs NVIDIA GPUs on this machine")
+    if config.attention == "cudnn" and config.dtype != "bfloat16":
+        raise SetupError(f"config.attention=cudnn takes dtype bfloat16, not {config.dtype}")
+    return config.attention
 
 
 def _scans(setting: bool | None, mesh) -> bool:

@@ -1,0 +1,60 @@
+"""Equal blocks as one program that runs several times: the same function of the same weights."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vcm_jax.models import MODELS, MMDiT
+from vcm_jax.models.conditioned import zero_inputs
+from vcm_jax.models.mmdit import stack_blocks, unstack_blocks
+
+LENGTHS = dict(latent_seq_len=10, clip_seq_len=3, sync_seq_len=8, text_seq_len=2)
+WIDTHS = dict(hidden_dim=16, latent_dim=4, clip_dim=6, sync_dim=5, text_dim=6)
+CONFIG = dataclasses.replace(MODELS["demo"], depth=5, fused_depth=2, **LENGTHS, **WIDTHS)
+
+
+def random_like(tree, seed):
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda a: 0.2 * rng.standard_normal(a.shape, np.float32), tree)
+
+
+@pytest.mark.parametrize("remat", ["none", pytest.param("products", marks=pytest.mark.slow)])
+def test_scanned_blocks_have_the_numbers_of_single_ones(remat):
+    """The velocity and all gradients, float32, within 1e-5 of their largest number."""
+    inputs = random_like(zero_inputs(CONFIG), 0)
+    variables = random_like(jax.eval_shape(MMDiT(CONFIG).init, jax.random.key(0), *inputs), 1)
+
+    def gradient(params, net):
+        def loss(params):
+            u = net.apply(variables | {"params": params}, *inputs)
+            return jnp.square(u).sum(), u
+
+        return jax.grad(loss, has_aux=True)(params)
+
+    def lower(params, **options):
+        return jax.jit(gradient, static_argnums=1).lower(params, MMDiT(CONFIG, **options))
+
+    single = lower(variables["params"]).compile()(variables["params"])
+    scanned = lower(variables["params"], scan=True, remat=remat)
+    # Three joint blocks, of which the last differs, and two fused ones: forward and backward.
+    assert scanned.as_text().count("stablehlo.while") == 4
+    found = scanned.compile()(variables["params"])
+    stacked = stack_blocks(variables["params"], CONFIG)
+    assert "joint_blocks_2" in stacked and stacked.keys() >= {"joint_blocks", "fused_blocks"}
+    assert jax.tree.structure(lower(stacked).out_info[0]) == jax.tree.structure(stacked)
+
+    def close(a, b):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max())
+
+    jax.tree.map(close, found, single)
+
+
+def test_stacking_is_undone():
+    abstract = jax.eval_shape(MMDiT(CONFIG).init, jax.random.key(0), *zero_inputs(CONFIG))
+    params = random_like(abstract["params"], 2)
+    again = unstack_blocks(stack_blocks(params, CONFIG), CONFIG)
+    assert jax.tree.structure(again) == jax.tree.structure(params)
+    jax.tree.map(np.testing.assert_array_equal, again, params)
