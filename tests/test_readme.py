@@ -28,8 +28,14 @@ def test_the_map_names_every_folder():
     assert not missing
 
 
-# Sound for a video with a trained run, and the functions that need none.
-EXAMPLES = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.S)
+# Sound for a video with a trained run; and the functions that need none.
+EXAMPLES = [
+    example
+    for page in (README, ROOT / "docs/objectives.md")
+    for example in re.findall(
+        r"```python\n(import jax\n.*?|from vcm_jax.*?)```", page.read_text(), flags=re.S
+    )
+]
 
 
 def run_example(number: int) -> dict:
