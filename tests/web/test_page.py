@@ -32,8 +32,8 @@ VISITOR = types.SimpleNamespace(session_hash="visitor")
 
 @pytest.mark.parametrize(
     "way, negative",
-    [(Sampler(), ""), (Sampler(3.0, (0.2, 0.9)), "rain"), (Sampler(restart=True), "")],
-    ids=["own", "guided", "restart"],
+    [(Sampler(), ""), (Sampler(3.0, (0.2, 0.9), restart=True), "rain")],
+    ids=["own", "guided and restarted"],
 )
 def test_steps_that_can_be_stopped_give_the_same_samples(model, video, way, negative):
     run = dataclasses.replace(model.run, sampler=way)
