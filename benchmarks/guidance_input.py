@@ -44,7 +44,7 @@ def passes(name: str) -> float:
     """Network evaluations of a training step, in forward passes over the batch."""
     config = load_config(CONFIG)
     config.update_from_flattened_dict(changes(name))
-    return read_section(config.objective)[0].passes().total + 2
+    return read_section(config.objective)[0].passes().forward
 
 
 def train(workdir: Path, name: str, seed: int, samples: int, records: Path) -> None:

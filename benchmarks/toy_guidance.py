@@ -98,9 +98,8 @@ def main(argv):
     lines = [
         "# Guidance as an input, two Gaussian classes",
         "",
-        f"Objective {OBJECTIVE}, {args.steps} steps of {args.batch_size} samples, "
-        f"seed {args.seed}; energy distance of {args.samples} samples in one step to the exact "
-        "flow's.",
+        f"Objective {OBJECTIVE}, {args.steps} steps of {args.batch_size} samples, seed "
+        f"{args.seed}; energy distance of {args.samples} samples in one step to the exact flow's.",
         "",
         "| | " + " | ".join(f"w = {w:g}" for w in SCALES) + " |",
         "|---" * (len(SCALES) + 1) + "|",

@@ -20,11 +20,14 @@ def batch(size=6, num_instant=0, seed=0, dtype=np.float64):
     return [a.astype(dtype) for a in (x0, x1, t, s)]
 
 
-def on_the_flow(x0, x1, t):
-    """Pairs (x0, x1) with the same x_t, whose velocity x1 - x0 is the marginal one at x_t."""
+def on_the_flow(x0, x1, t, velocity=None):
+    """Pairs (x0, x1) with the same x_t, whose velocity x1 - x0 is the marginal one at x_t.
+
+    Another `velocity(x_t, time)` may take its place.
+    """
     time = t[:, None, None]
     x_t = (1 - time) * x0 + time * x1
-    v = np.asarray(FLOW.velocity(x_t, time))
+    v = np.asarray((velocity or FLOW.velocity)(x_t, time))
     return x_t - time * v, x_t + (1 - time) * v
 
 
@@ -117,14 +120,41 @@ def check_exact_identity(name, **settings):
         assert aux["mse"].min() > 1e-9
 
 
-def check_pairs_on_the_flow(name):
+def check_guided_identity(name, scale=3.0, **settings):
+    """With guidance: the exact guided flow leaves no error, the flow without guidance does.
+
+    The guided flow is the Gaussian one. The empty condition, whose value is 1, has another velocity
+    n, so that the velocity v of the pairs follows from w v + (1 - w) n.
+    """
+
+    def free(x):
+        return 0.3 * x - 0.5
+
+    def net(x, t, s, cond):
+        return jnp.where(cond["c"] == 1, free(x), FLOW.average(x, t, s, cond))
+
+    def velocity(x, time):
+        return (FLOW.velocity(x, time) - (1 - scale) * free(x)) / scale
+
+    with jax.enable_x64(True):
+        x0, x1, t, s = batch(num_instant=2)
+        x0, x1 = on_the_flow(x0, x1, t, velocity)
+        args = (name, net, x0, x1, t, s)
+        _, aux = loss_of(*args, num_instant=2, guidance_scale=scale, **settings)
+        assert aux["mse"].max() < 1e-24
+        _, aux = loss_of(*args, num_instant=2, guidance_scale=1.0, **settings)
+        assert aux["mse"][:2].min() > 1e-6
+
+
+def check_pairs_on_the_flow(name, **settings):
     """There is no error where the velocity of every pair is the one that the network gives."""
     with jax.enable_x64(True):
         x0, x1, t, _ = batch()
         x0, x1 = on_the_flow(x0, x1, t)
-        loss, aux = loss_of(name, FLOW.average, x0, x1, t, t, None, num_instant=6)
+        loss, aux = loss_of(name, FLOW.average, x0, x1, t, t, None, num_instant=6, **settings)
         assert loss < 1e-24 and aux["mse"].dtype == np.float64
-        assert loss_of(name, FLOW.average, x0 + 0.1, x1, t, t, None, num_instant=6)[0] > 1e-4
+        moved = loss_of(name, FLOW.average, x0 + 0.1, x1, t, t, None, num_instant=6, **settings)
+        assert moved[0] > 1e-4
 
 
 def check_weight_and_guidance_of_composed_jumps(name):

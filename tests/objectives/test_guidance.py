@@ -30,7 +30,7 @@ def test_drawn_guidance():
 def test_which_objectives_condition_on_guidance():
     assert set(GUIDING) >= {"vcm", "soflow", "meanflow", "split_meanflow", "shortcut"}
     for name in OBJECTIVES:
-        plain = make_settings(name)
+        plain = make_settings(name, **{"guidance": "fixed"} if name in GUIDING else {})
         assert not plain.guidance_input and plain.draw_guidance(jax.random.key(0), 4) is None
     for name in GUIDING:
         drawn = make_settings(name, guidance="conditioned", guidance_max=5.0).draw_guidance(
@@ -43,28 +43,26 @@ def test_which_objectives_condition_on_guidance():
 def test_every_row_has_its_own_guidance(name):
     """Rows with other guidance have the errors of runs whose fixed guidance is theirs."""
     x0, x1, t, s = batch(6, 3, dtype=np.float32)
-    scales, interval = (1.5, 4.0), (0.4, 0.7)
-    mixed = Guidance(np.float32(scales * 3), *np.float32(np.repeat([interval], 6, 0).T))
-    found = loss_of(
-        name, linear_net, x0, x1, t, s, num_instant=3, drawn=mixed, guidance="conditioned"
-    )
+    scales, (low, high) = (1.5, 4.0), (0.4, 0.7)
+    own_interval = name == "soflow"  # whose own one is all times
+
+    def ask(drawn=None, **settings):
+        args = (name, linear_net, x0, x1, t, s, 0.3, 3)
+        return loss_of(*args, drawn=drawn, **settings)[1]["mse"]
+
+    drawn = Guidance(np.float32(scales * 3), np.full(6, low), np.full(6, high))
+    found = ask(drawn, guidance="conditioned")
+    inside = (t >= low) & (t <= high)
+    assert inside[:3].any() and not inside.all()
     for i, scale in enumerate(scales):
-        fixed = {"guidance_scale": scale, "guidance_interval": interval}
-        if name == "meanflow":
-            fixed = {"omega": scale / 2, "guidance_interval": interval}
-        elif name == "soflow":
-            fixed = {"guidance_scale": scale}  # its own interval is all times
-        own = loss_of(name, linear_net, x0, x1, t, s, num_instant=3, **fixed)
-        rows = np.arange(6) % 2 == i
-        if name == "soflow":
-            rows &= (t >= 0.4) & (t <= 0.7)
-        np.testing.assert_allclose(found[1]["mse"][rows], own[1]["mse"][rows], rtol=1e-4)
-    other = (
-        loss_of(name, linear_net, x0, x1, t, s, num_instant=3, guidance_scale=2.0)
-        if (name != "meanflow")
-        else loss_of(name, linear_net, x0, x1, t, s, num_instant=3)
-    )
-    assert not np.isclose(other[1]["mse"][:3], found[1]["mse"][:3], rtol=1e-3).any()
+        fixed = {"omega": scale / 2} if name == "meanflow" else {"guidance_scale": scale}
+        if not own_interval:
+            fixed["guidance_interval"] = (low, high)
+        rows = (np.arange(6) % 2 == i) & (inside | (not own_interval))
+        np.testing.assert_allclose(found[rows], ask(guidance="fixed", **fixed)[rows], rtol=1e-4)
+    unguided = {"omega": 0.5} if name == "meanflow" else {"guidance_scale": 1.0}
+    plain = ask(guidance="fixed", **unguided)[:3]
+    assert not np.isclose(plain[inside[:3]], found[:3][inside[:3]], rtol=1e-3).any()
 
 
 @pytest.mark.parametrize("name", GUIDING)
@@ -72,11 +70,12 @@ def test_the_cost_of_conditioned_guidance_is_that_of_guidance(name):
     """Where a fixed w = 1 costs nothing, conditioned guidance costs v_uncond."""
     unguided = {"omega": 0.5} if name == "meanflow" else {"guidance_scale": 1.0}
     for num_instant in (0, 3, 8):
-        guided = rows_of_passes(name, num_instant)
+        guided = rows_of_passes(name, num_instant, guidance="fixed")
         conditioned = rows_of_passes(name, num_instant, guidance="conditioned", **unguided)
         assert conditioned == guided
         if num_instant:
-            assert sum(rows_of_passes(name, num_instant, **unguided)) < sum(guided)
+            fixed = rows_of_passes(name, num_instant, guidance="fixed", **unguided)
+            assert sum(fixed) < sum(guided)
 
 
 def test_defaults_must_be_within_what_is_drawn():

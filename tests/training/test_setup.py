@@ -193,7 +193,8 @@ def test_every_objective_builds_its_run(name):
     for config in ("s16k", "impacts"):
         settings = setup.step_config(load_config(config, name))
         assert settings.objective.name == name
-    model = dataclasses.replace(MODELS["demo"], **SIZES)
+    guided = settings.objective.guidance_input
+    model = dataclasses.replace(MODELS["demo"], **SIZES, guidance_input=guided)
     net, optimizer = MMDiT(model), make_optimizer(OptimizerConfig())
     stats = {
         "latent_mean": np.zeros(20),

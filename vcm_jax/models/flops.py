@@ -65,6 +65,7 @@ def step_flops(config: ModelConfig, passes: Passes) -> float:
     empty condition once per batch, which is left out. Passes at x_t share its audio projector.
     """
     cost = forward_flops(config)
-    repeated = 3 * cost["conditions"] + (3 + passes.elsewhere) * cost["audio"]
+    trained = 1 + passes.backward
+    repeated = 3 * cost["conditions"] + (trained + passes.elsewhere) * cost["audio"]
     rest = sum(cost.values()) - cost["conditions"] - cost["audio"]
-    return (passes.at_x_t + passes.elsewhere + 3) * rest + repeated
+    return passes.forward * rest + repeated

@@ -6,9 +6,12 @@ To add one, write its file and add its settings class to `OBJECTIVES` (docs/obje
 import dataclasses
 from collections.abc import Mapping
 
+from vcm_jax.objectives.alpha_flow import AlphaFlowConfig
 from vcm_jax.objectives.base import Objective as Objective
 from vcm_jax.objectives.base import Passes as Passes
 from vcm_jax.objectives.flow_matching import FlowMatchingConfig
+from vcm_jax.objectives.improved_meanflow import ImprovedMeanFlowConfig
+from vcm_jax.objectives.lagrangian import LagrangianConfig
 from vcm_jax.objectives.meanflow import MeanFlowConfig
 from vcm_jax.objectives.reflow import ReflowConfig
 from vcm_jax.objectives.shortcut import ShortcutConfig
@@ -29,6 +32,9 @@ OBJECTIVES: dict[str, type[Objective]] = {
         ShortcutConfig,
         ReflowConfig,
         WCFMConfig,
+        AlphaFlowConfig,
+        ImprovedMeanFlowConfig,
+        LagrangianConfig,
     )
 }
 

@@ -18,15 +18,23 @@ class Passes:
     Attributes:
       at_x_t: passes without gradient at the noised samples x_t of the differentiated pass.
       elsewhere: passes without gradient at other points, and tangents of a JVP.
+      backward: the backward pass of the differentiated one counts as two; gradients through a
+        tangent come on top.
     """
 
     at_x_t: float = 0.0
     elsewhere: float = 0.0
+    backward: float = 2.0
 
     @property
     def total(self) -> float:
         """All evaluations, the differentiated pass included."""
         return self.at_x_t + self.elsewhere + 1
+
+    @property
+    def forward(self) -> float:
+        """The cost of the step: all evaluations and the backward pass."""
+        return self.total + self.backward
 
 
 @dataclasses.dataclass(frozen=True)

@@ -107,7 +107,8 @@ def check_network(net, config: StepConfig) -> None:
     except (TypeError, NotImplementedError) as error:
         raise ValueError(
             f"objective {config.objective.name} takes a JVP, which this attention implementation "
-            f"does not have ({str(error).splitlines()[0]}): choose another one"
+            f"does not have ({str(error).splitlines()[0]}): choose another one, or "
+            "config.objective.derivative=central"
         ) from None
 
 
