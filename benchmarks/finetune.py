@@ -44,6 +44,13 @@ LEARNING_RATE = 1e-3
 
 _DECOUPLED = {"model_overrides.blocks_at_s": 1}
 _ANNEALED = {"objective.anneal_steps": "half"}
+# The velocity is known already: most rows are jumps, and long first legs (lambda) carry what the
+# network knows of short jumps to long ones in few steps.
+_JUMPS = {
+    "objective.instant_ratio": 0.25,
+    "objective.lambda_init": 0.5,
+    "objective.lambda_end": 0.02,
+}
 _LORA = {"optimizer.train_only": ("h_embed",), "optimizer.learning_rate": 3e-3}
 # {name: (objective, settings)}; "half" stands for half of the steps.
 WAYS = {
@@ -52,7 +59,9 @@ WAYS = {
     "vcm, decoupled": ("vcm", _DECOUPLED),
     "vcm, annealed": ("vcm", _ANNEALED),
     "vcm, both": ("vcm", _DECOUPLED | _ANNEALED),
-    "vcm, more jumps": ("vcm", {"objective.instant_ratio": 0.25}),
+    "vcm, more jumps": ("vcm", _JUMPS),
+    "vcm, more jumps, decoupled": ("vcm", _JUMPS | _DECOUPLED),
+    "vcm, more jumps, both": ("vcm", _JUMPS | _DECOUPLED | _ANNEALED),
     "meanflow": ("meanflow", {}),
     "meanflow, decoupled": ("meanflow", _DECOUPLED),
     "shortcut": ("shortcut", {}),

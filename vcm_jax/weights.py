@@ -76,10 +76,8 @@ def read_run(workdir, step: int | None = None, sigma_rel: float | None = None) -
     described = description.read(workdir) if description.is_run(workdir) else None
     if described is None or described.base is None:
         return found
-    frozen, scale = (
-        _read_base(Base(**described.base), workdir),
-        described.config["adapter"]["scale"],
-    )
+    frozen = _read_base(Base(**described.base), workdir)
+    scale = described.config["adapter"]["scale"]
     return found | {"params": adapter.complete(found["params"], frozen, scale)}
 
 

@@ -93,6 +93,7 @@ def test_generation_merges_the_adapter(base, adapted):
     jax.tree.map(np.testing.assert_array_equal, found, run.variables["params"])
 
 
+@pytest.mark.slow
 def test_frozen_parameters_on_another_mesh(data, base, tmp_path):
     """The parameters of one block are trained, and no others; meshes differ by rounding."""
     found = {}
@@ -124,7 +125,7 @@ def test_what_does_not_fit_is_one_line(data, base, adapted, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(base, other)
     shutil.rmtree(other / "checkpoints/2")
-    loop.train(config(data, steps=2, seed=1), other)
+    loop.train(config(data, steps=2, seed=1, **{"optimizer.learning_rate": 0.02}), other)
     line = refused(adapted, init_from=str(other))
     assert f"on top of {base}" in line and f"config.init_from is {other}" in line
     line = refused(**{"optimizer.freeze": ("t_embd",)})
@@ -166,7 +167,10 @@ def test_the_settings_for_fine_tuning(data, base):
     setup = read_setup(found, without_data=False)
     assert setup.model.blocks_at_s == 1 and len(setup.selection.adapted) > 20
     found.init_from = "mmaudio_large_44k_v2"
-    with pytest.raises(loop.SetupError, match="the records have latent_dim 20, .* has 40"):
+    with pytest.raises(
+        loop.SetupError,
+        match="the records have latent_dim 20, .*mmaudio_large_44k_v2 has 40.*extract",
+    ):
         read_setup(found, without_data=False)
     # A teacher need not have blocks that see s.
     found = load_config("finetune", "reflow")
@@ -181,7 +185,8 @@ def read_objective(config):
     return read_section(config.objective)[0]
 
 
+@pytest.mark.slow
 def test_the_dry_run_shows_what_is_frozen(data, base):
     found = config(data, init_from=str(base), **ADAPTER)
-    lines = describe(make_program(found, read_setup(found, without_data=False)))
+    lines, _ = describe(make_program(found, read_setup(found, without_data=False)))
     assert "frozen 0.000 GiB" in lines and "lora_a" in lines

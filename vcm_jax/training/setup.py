@@ -78,6 +78,11 @@ def model_config(config: ConfigDict, manifest) -> ModelConfig:
     if differing:
         theirs = ", ".join(f"{name} {width}" for name, width in differing.items())
         ours = ", ".join(f"{getattr(model, name)}" for name in differing)
+        if config.model == ranges.OF_START:
+            raise SetupError(
+                f"the records have {theirs}, {config.init_from} has {ours}: extract them with the "
+                "codec and the encoders of these weights"
+            )
         fixes = " ".join(f"--config.model_overrides.{n}={w}" for n, w in differing.items())
         others = " ".join(f"--{n}={getattr(model, n)}" for n in differing if n != "latent_dim")
         raise SetupError(

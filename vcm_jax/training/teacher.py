@@ -49,8 +49,8 @@ def load_teacher(settings, net, manifest):
         )
     teacher = Teacher(net.clone(config=model), objective, settings.teacher_steps)
     variables = weights.read(workdir)
-    if "empty_text" not in variables["stats"]:
-        raise ValueError(f"objective.teacher {workdir} lacks the features of the empty text")
+    if lacking := {"latent_mean", "latent_std", "empty_text"} - variables["stats"].keys():
+        raise ValueError(f"objective.teacher {workdir} lacks {', '.join(sorted(lacking))}")
     return teacher, variables
 
 
