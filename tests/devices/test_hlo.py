@@ -1,6 +1,7 @@
 """Communication and products of a program, read from its text."""
 
 import collections
+import re
 
 import jax
 import jax.numpy as jnp
@@ -61,6 +62,22 @@ def test_collectives_count_as_often_as_the_loops_around_them_run():
     assert gather.bytes == 448 * 256 * 2 and gather.shapes == ((448, 256),)
     assert found["all-reduce"].axes == found["collective-permute"].axes == ("data",)
     assert found["all-reduce"].bytes == 4096 and found["all-reduce"].runs == 1
+
+
+def test_a_loop_without_an_annotation_runs_as_often_as_its_condition_says():
+    """XLA for TPUs does not write the number."""
+    plain = re.sub(r", backend_config=.*", "", PROGRAM)
+    bound = plain.replace(
+        "%less = pred[] constant(true)",
+        "%less = pred[] compare(%i, %n), direction=LT",
+    ).replace(
+        "  ROOT %less",
+        "  %n = s32[]{:T(128)} constant(7)\n"
+        "  %i = s32[] get-tuple-element(%t), index=0\n"
+        "  ROOT %less",
+    )
+    runs = {c.kind: c.runs for c in hlo.collectives(hlo.parse(bound), MESH)}
+    assert runs["all-gather"] == 7 and runs["all-reduce"] == 1
 
 
 def test_products_are_counted_without_and_with_the_padding_of_tiles():

@@ -132,17 +132,33 @@ def parse(text: str) -> list[Computation]:
         for instruction in found[name].values():
             if instruction.opcode.endswith(("-done", "-update")):
                 continue  # of what has started elsewhere
-            trips = _TRIPS.search(instruction.text)
-            inner = times * int(trips[1]) if trips and instruction.opcode == "while" else times
-            called = _CALLS.findall(instruction.text)
-            for branches in _BRANCHES.findall(instruction.text):
-                called += re.findall(r"%?([\w.-]+)", branches)
-            for computation in called:
-                if computation in found:
-                    visit(computation, inner)
+            inner = times * (_trips(instruction, found) if instruction.opcode == "while" else 1)
+            for computation in _called(instruction, found):
+                visit(computation, inner)
 
     visit(entry, 1)
     return [Computation(found[name], times) for name, times in runs.items()]
+
+
+def _called(instruction: Instruction, computations) -> list[str]:
+    called = _CALLS.findall(instruction.text)
+    for branches in _BRANCHES.findall(instruction.text):
+        called += re.findall(r"%?([\w.-]+)", branches)
+    return [name for name in called if name in computations]
+
+
+def _trips(loop: Instruction, computations) -> int:
+    """How often a loop runs: XLA's annotation, or the bound that a scan's counter, from 0, has."""
+    if known := _TRIPS.search(loop.text):
+        return int(known[1])
+    condition = re.search(r"condition=%?([\w.-]+)", loop.text)
+    names, bounds = [condition[1]], set()
+    while names:
+        for instruction in computations[names.pop()].values():
+            names += _called(instruction, computations)
+            if instruction.opcode == "constant" and instruction.result[0].dtype == "s32":
+                bounds.add(int(re.search(r"constant\((-?\d+)\)", instruction.text)[1]))
+    return bounds.pop() if len(bounds) == 1 else 1
 
 
 @dataclasses.dataclass(frozen=True)
