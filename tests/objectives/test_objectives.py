@@ -129,7 +129,8 @@ def test_every_setting_has_a_range_that_refuses_other_types(name):
 
 
 def test_the_example_of_how_to_add_an_objective_works_as_written(monkeypatch):
-    (code,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    section = PAGE.partition("## How to add an objective")[2]
+    (code,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
     namespace = {"__name__": "example"}
     exec(textwrap.dedent(code), namespace)
     monkeypatch.setitem(OBJECTIVES, "cauchy", namespace["CauchyConfig"])

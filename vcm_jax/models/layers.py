@@ -8,7 +8,8 @@ map them by rule.
 Elementwise functions between two matrix products are wrapped in `jax.checkpoint`: the backward pass
 recomputes them from their inputs, which are kept anyway. So is attention, whose probabilities would
 take more memory than anything else. This reduces the activations of small_16k in bfloat16 from 205
-to 79 MiB a sample. One matrix product is repeated, that of queries and keys: 0.4% of a step's FLOPs.
+to 79 MiB a sample. One matrix product is repeated, that of queries and keys: 0.4% of a step's
+FLOPs.
 """
 
 import functools
