@@ -18,13 +18,14 @@ from vcm_jax.training.program import make_program
 from vcm_jax.training.setup import read_setup
 from vcm_jax.training.teacher import load_teacher
 
+ROWS = {"mesh.data": 8, "mesh.fsdp": 1, "mesh.tensor": 1}  # the mesh that compiles soonest
 ADAPTER = {"adapter.rank": 2, "adapter.scale": 2.0, "optimizer.train_only": ("h_embed",)}
 
 
 def config(data, **changes):
     """A run of flow matching, which has no schedule that depends on the number of steps."""
     defaults = {"eval_every": 0, "checkpoint_every": 2, "steps": 4, "optimizer.warmup_steps": 0}
-    return make_config(data, "flow_matching", **defaults | changes)
+    return make_config(data, "flow_matching", **ROWS | defaults | changes)
 
 
 @pytest.fixture(scope="module")
@@ -97,10 +98,7 @@ def test_generation_merges_the_adapter(base, adapted):
 def test_frozen_parameters_on_another_mesh(data, base, tmp_path):
     """The parameters of one block are trained, and no others; meshes differ by rounding."""
     found = {}
-    for name, mesh in {
-        "split": {},
-        "rows": {"mesh.data": 8, "mesh.fsdp": 1, "mesh.tensor": 1},
-    }.items():
+    for name, mesh in {"split": dict.fromkeys(ROWS, 2), "rows": ROWS}.items():
         options = {"init_from": str(base), "optimizer.freeze": ("[!f]*", "final_layer"), **mesh}
         loop.train(config(data, steps=1, **options), tmp_path / name)
         found[name] = final_state(tmp_path / name)
@@ -137,6 +135,9 @@ def test_what_does_not_fit_is_one_line(data, base, adapted, tmp_path):
     )
     assert refused(**{"adapter.rank": 1.5}).startswith("adapter.rank must be an integer >= 0")
     assert "config.adapter has unknown keys" in refused(**{"adapter": {"ranks": 1}})
+    vcm = make_config(data, init_from=str(base), **{"objective.guidance": "conditioned", **ADAPTER})
+    with pytest.raises(loop.SetupError, match="no input for guidance, .*'g_embed',"):
+        loop.train(vcm, tmp_path / "new")
     assert not (tmp_path / "new").exists()
     # The base of an adapter was trained further.
     described = json.loads((adapted / "run.json").read_text())

@@ -16,6 +16,7 @@ from vcm_jax import weights
 from vcm_jax.claim import hold
 from vcm_jax.codec import load_codec
 from vcm_jax.devices import sharding
+from vcm_jax.models.mmdit import GUIDANCE_INPUT
 from vcm_jax.records import mixture
 from vcm_jax.runs import averages, checkpoint, description
 from vcm_jax.training import monitor, resume, validation
@@ -67,6 +68,11 @@ def read_start(config: ConfigDict, workdir: Path, program: Program) -> Start:
     kept = kept_statistics(found["stats"], program.stats, config.init_from)
     base = None
     if not selection.is_whole:
+        if GUIDANCE_INPUT in program.abstract.frozen and GUIDANCE_INPUT not in found["params"]:
+            raise checkpoint.CheckpointError(
+                f"init_from {config.init_from} has no input for guidance, which must be trained "
+                f"then: give --config.optimizer.train_only=\"('{GUIDANCE_INPUT}',)\""
+            )
         place = weights.place_of(config.init_from)
         base = weights.Base(place, weights.hash_params(found["params"]))
     return Start(program.stats | kept, found["params"], base)
