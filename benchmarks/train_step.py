@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from vcm_jax.devices import sharding
+from vcm_jax.devices.layout import Layout
 from vcm_jax.models import MODELS, MMDiT
 from vcm_jax.models.flops import step_flops
 from vcm_jax.objectives import OBJECTIVES, make_settings
@@ -52,7 +53,7 @@ def prepare(model, batch_size: int, dtype, mesh, config: StepConfig):
         net=net,
         optimizer=optimizer,
         config=config,
-        layout=sharding.Layout(mesh, shardings.params),
+        layout=Layout(mesh, shardings.params),
     )
     step = jax.jit(
         step,
