@@ -37,7 +37,8 @@ class Sampler:
         what it is, and steps stay as they are.
       guidance_interval: times at which that guidance applies, both ends included. None takes the
         objective's interval, or all times if its guidance is in the weights.
-      restart: use BiTCAM's sampler, see `restart_sample`.
+      restart: use BiTCAM's sampler, see `restart_sample`. Objectives that learn jumps to the data
+        alone (`objective.to_data`) prescribe it.
 
     Raises:
       ValueError: when a setting is out of its range.
@@ -73,6 +74,11 @@ class Sampler:
             scale = objective.guidance_scale if objective.instant_only else 1
         return scale != 1
 
+    def restarts(self, objective) -> bool:
+        """Whether every step jumps to time 0, and fresh noise follows."""
+        euler = self.guidance_scale is not None and not objective.guidance_input
+        return self.restart or (objective.to_data and not euler)
+
     def guidance_input(self, objective) -> Guidance | None:
         """The guidance with which the network's conditions are encoded; None without such input."""
         if not objective.guidance_input:
@@ -105,10 +111,12 @@ class Sampler:
         Args:
           objective, net, null_cond: as `velocity`'s.
           x1, times, cond: as `sample`'s.
-          keys: random keys for the noise of the restart sampler, one for each row.
+          keys: random keys for the noise of a restart sampler, one for each row; None takes fixed
+            ones.
         """
         u = self.velocity(objective, net, null_cond)
-        if self.restart:
+        if self.restarts(objective):
+            keys = jax.random.key(0) if keys is None else keys
             return restart_sample(u, x1, times, cond, keys, objective.noised)
         return sample(u, x1, times, cond)
 

@@ -150,6 +150,11 @@ def main(args):
         raise ValueError(f"--steps={args.steps} must be less than --grid={args.grid}")
     loaded = load_run(args.workdir, args.checkpoint, with_encoders=False)
     loaded = dataclasses.replace(loaded, sampler=sampling.Sampler(args.guidance_scale))
+    if loaded.sampler.restarts(loaded.objective):
+        raise ValueError(
+            f"{args.workdir}: {loaded.objective.name} restarts from fresh noise after every step: "
+            "there is no trajectory to search"
+        )
     records = RecordSource(Path(args.records)) if args.records else records_of(args.workdir)
     u, cond = run_velocity(loaded, records, args.clips)
     shape = (args.clips, loaded.model.latent_seq_len, loaded.model.latent_dim)

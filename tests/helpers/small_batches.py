@@ -9,6 +9,8 @@ from flows import TraceableFlow
 from vcm_jax.objectives import make_settings
 
 FLOW = TraceableFlow(0.7, 0.4)
+# Settings with which an objective takes any number of rows.
+ANY_ROWS = {"imm": {"group": 1}}
 
 
 def batch(size=6, num_instant=0, seed=0, dtype=np.float64):
@@ -49,6 +51,7 @@ def loss_of(name, net, x0, x1, t, s, lam=0.3, num_instant=0, is_null=None, drawn
     is_null = np.zeros(size, bool) if is_null is None else is_null
     cond, null_cond = conditions(size), conditions(size, 1.0)
     options = {} if drawn is None else {"guidance": drawn}
+    settings = ANY_ROWS.get(name, {}) | settings
     return make_settings(name, **settings).loss(
         net, x0, x1, t, s, lam, cond, null_cond, is_null, num_instant=num_instant, **options
     )

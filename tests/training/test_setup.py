@@ -212,7 +212,7 @@ def test_every_objective_builds_its_run(name):
         "has_text": (),
     }
     batch = {
-        key: jax.ShapeDtypeStruct((8, *shape), bool if key.startswith("has") else np.float32)
+        key: jax.ShapeDtypeStruct((32, *shape), bool if key.startswith("has") else np.float32)
         for key, shape in shapes.items()
     }
     step = functools.partial(train_step, net=net, optimizer=optimizer, config=settings)

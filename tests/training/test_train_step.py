@@ -284,12 +284,12 @@ def test_the_step_gathers_weights_once_and_no_rows(sizes):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [n for n in OBJECTIVES if n not in ("vcm", "reflow")])
 def test_any_mesh_gives_every_objective_s_numbers_of_one_device(name):
-    """Also in microbatches, except for W-CFM, which normalises its weights over each of them."""
+    """Also in microbatches, except for those whose rows depend on each other."""
     config = dataclasses.replace(CONFIG, objective=make_settings(name))
     net = MMDiT(dataclasses.replace(MODEL, guidance_input=config.objective.guidance_input))
     args = dict(net=net, sharded_init=True)
     state, metrics = run(sharding.make_mesh(1, devices=jax.devices()[:1]), 2, config, **args)
-    accumulate = 1 if name == "wcfm" else 2
+    accumulate = 1 if config.objective.couples_rows else 2
     mesh = sharding.make_mesh(2, 2, 2)
     other, other_metrics = run(mesh, 2, config, accumulate=accumulate, **args)
     np.testing.assert_allclose(other_metrics["loss"], metrics["loss"], rtol=2e-5)

@@ -232,7 +232,7 @@ def _latents_in_windows(
         _noise(seed, item.request.id, (item.windows.length, model.latent_dim)),
         times,
         batch_size,
-        restart=run.sampler.restart,
+        restart=run.sampler.restarts(run.objective),
         noised=run.objective.noised,
         key=_keys(seed, [item.request.id])[0],
         on_step=on_step,

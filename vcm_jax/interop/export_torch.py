@@ -117,6 +117,8 @@ def main(args) -> None:
     with atomic_path(args.out) as temporary:
         torch.save(tensors, temporary)
     print(f"{args.out}: {len(tensors)} tensors")
+    if objective.to_data:
+        print(f"trained with {objective.name}: jumps end at time 0, so sample in one step")
     if objective.guidance_input:
         print(
             "guidance is an input: give `sample` of torch_model.py guidance_scale, from 1 to "

@@ -6,10 +6,13 @@ To add one, write its file and add its settings class to `OBJECTIVES` (docs/obje
 import dataclasses
 from collections.abc import Mapping
 
+from vcm_jax.objectives.align_your_flow import AlignYourFlowConfig
 from vcm_jax.objectives.alpha_flow import AlphaFlowConfig
 from vcm_jax.objectives.base import Objective as Objective
 from vcm_jax.objectives.base import Passes as Passes
+from vcm_jax.objectives.consistency import ConsistencyConfig
 from vcm_jax.objectives.flow_matching import FlowMatchingConfig
+from vcm_jax.objectives.imm import IMMConfig
 from vcm_jax.objectives.improved_meanflow import ImprovedMeanFlowConfig
 from vcm_jax.objectives.lagrangian import LagrangianConfig
 from vcm_jax.objectives.meanflow import MeanFlowConfig
@@ -17,6 +20,7 @@ from vcm_jax.objectives.reflow import ReflowConfig
 from vcm_jax.objectives.shortcut import ShortcutConfig
 from vcm_jax.objectives.soflow import SoFlowConfig
 from vcm_jax.objectives.split_meanflow import SplitMeanFlowConfig
+from vcm_jax.objectives.transition import TransitionConfig
 from vcm_jax.objectives.vcm import VCMConfig
 from vcm_jax.objectives.wcfm import WCFMConfig
 
@@ -35,6 +39,10 @@ OBJECTIVES: dict[str, type[Objective]] = {
         AlphaFlowConfig,
         ImprovedMeanFlowConfig,
         LagrangianConfig,
+        ConsistencyConfig,
+        TransitionConfig,
+        AlignYourFlowConfig,
+        IMMConfig,
     )
 }
 

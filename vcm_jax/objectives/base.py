@@ -51,6 +51,8 @@ class Objective:
         a batch then have s = t, and sampling takes Euler steps with classifier-free guidance, for
         which the settings need `guidance_scale` and `guidance_interval`. Other objectives need
         `instant_ratio`, the fraction of the rows that have s = t.
+      to_data: the network learns jumps to s = 0 alone; several steps of a sampler then restart,
+        see `sampling.restart_sample`.
       needs_jvp: the loss differentiates the network in forward mode.
       needs_teacher: the data x0 come from the sampler of a trained run; the settings need
         `teacher` and `teacher_steps`.
@@ -64,6 +66,7 @@ class Objective:
     name: ClassVar[str]
     instant_only: ClassVar[bool] = False
     needs_jvp: ClassVar[bool] = False
+    to_data: ClassVar[bool] = False
     needs_teacher: ClassVar[bool] = False
     couples_rows: ClassVar[bool] = False
 

@@ -44,7 +44,7 @@ class TimeDerivative:
     @property
     def derivative_passes(self) -> int:
         """Passes of a derivative, besides that of u itself."""
-        return 1 if self.needs_jvp else 2
+        return 1 if self.derivative == "jvp" else 2
 
 
 def along_flow(u, x, t, s, cond, velocity, config: TimeDerivative):
@@ -63,7 +63,7 @@ def along_flow(u, x, t, s, cond, velocity, config: TimeDerivative):
     def at(x, t):
         return u(x, t, s, cond)
 
-    if config.needs_jvp:
+    if config.derivative == "jvp":
         return jax.jvp(at, (x, t), (velocity, jnp.ones_like(t)))
     after = jnp.minimum(t + config.derivative_step, 1)
     before = jnp.maximum(t - config.derivative_step, s)
@@ -81,7 +81,7 @@ def by_end(u, x, t, s, cond, config: TimeDerivative):
     def at(s):
         return u(x, t, s, cond)
 
-    if config.needs_jvp:
+    if config.derivative == "jvp":
         return jax.jvp(at, (s,), (jnp.ones_like(s),))
     after = jnp.minimum(s + config.derivative_step, t)
     before = jnp.maximum(s - config.derivative_step, 0)
@@ -182,7 +182,16 @@ def begin(
     return Begun(u, n, v, v_g, predicted, *later((x_t, t, s, cond)), constrain)
 
 
-def finish(begun: Begun, predicted, target, config, *, total: bool = False, weight=None):
+def finish(
+    begun: Begun,
+    predicted,
+    target,
+    config,
+    *,
+    total: bool = False,
+    weight=None,
+    plain_instant: bool = False,
+):
     """The weighted regression of all rows.
 
     Args:
@@ -193,6 +202,7 @@ def finish(begun: Begun, predicted, target, config, *, total: bool = False, weig
       total: whether that weight and the loss take the squared error summed over N and C, instead of
         its mean.
       weight: a further weight of the s < t rows, `B - n`.
+      plain_instant: whether the s = t rows have no adaptive weight.
 
     Returns:
       As `vcm_loss`.
@@ -207,6 +217,8 @@ def finish(begun: Begun, predicted, target, config, *, total: bool = False, weig
     mse = common.mean_square(predicted - target)
     elements = v[0].size if total else 1
     weights = common.adaptive_weight(elements * mse, config.p, config.eps)
+    if plain_instant:
+        weights = jnp.where(jnp.arange(len(v)) < n, 1.0, weights)
     if weight is not None and begun.has_jumps:
         weights = weights * begun.join(jnp.ones(n, mse.dtype), jax.lax.stop_gradient(weight))
     loss = (weights * elements * mse).mean()

@@ -1,0 +1,68 @@
+"""Align Your Flow: identity, gradients against the paper's expression, warm-up, and passes."""
+
+import jax
+import numpy as np
+import pytest
+from small_batches import (
+    batch,
+    check_exact_identity,
+    linear_net,
+    loss_of,
+    rows_of_passes,
+)
+
+from vcm_jax.objectives import make_settings
+
+NAME = "align_your_flow"
+UNGUIDED = dict(guidance_scale=1.0)
+
+
+@pytest.mark.parametrize("kind", ["emd", "lmd"])
+def test_the_exact_flow_has_no_error(kind):
+    check_exact_identity(NAME, lam=1.0, kind=kind, **UNGUIDED)
+
+
+@pytest.mark.parametrize("kind", ["emd", "lmd"])
+def test_the_gradient_moves_the_jump_s_end_against_its_residual(kind):
+    """By f = x_t + (s - t) u it is 2 (sign) g / (rms(g) + 0.1), as in the paper."""
+    x0, x1, t, s = batch(4, dtype=np.float32)
+    x_t = (1 - t)[:, None, None] * x0 + t[:, None, None] * x1
+    gap, v, zero = (t - s)[:, None, None], x1 - x0, {"c": 0.0}
+    u = 1.3 * linear_net(x_t, t, s, zero)
+    if kind == "emd":  # d/dt f, at r = 0.5
+        g = v - u - 0.5 * gap * 1.3 * (0.5 * v + 2)
+    else:  # d/ds f - u(f, s, s)
+        landed = x_t - gap * u
+        g = u - gap * -1.3 - 1.3 * linear_net(landed, s, s, zero)
+    g = g / (np.sqrt(np.square(g).mean((1, 2), keepdims=True)) + 0.1)
+    sign = 1 if kind == "emd" else -1
+
+    def by_hand(theta):
+        f = x_t - gap * theta * linear_net(x_t, t, s, zero)
+        return 2 * sign * (f * g).mean((1, 2)).mean()
+
+    def loss(theta):
+        net = lambda *args: theta * linear_net(*args)
+        return loss_of(NAME, net, x0, x1, t, s, 0.5, kind=kind, **UNGUIDED)[0]
+
+    np.testing.assert_allclose(jax.grad(loss)(1.3), jax.grad(by_hand)(1.3), rtol=1e-4)
+
+
+def test_warm_up():
+    found = [make_settings(NAME).draw(jax.random.key(0), 4, 2, k, 100)[2] for k in (0, 5, 10, 90)]
+    np.testing.assert_allclose(found, [0, 0.495, 0.99, 0.99], rtol=1e-6)
+
+
+def test_guidance_moves_the_target_of_emd_alone():
+    x0, x1, t, s = batch(4, 1, dtype=np.float32)
+    for kind, moves in (("emd", True), ("lmd", False)):
+        ask = lambda w, kind=kind: loss_of(
+            NAME, linear_net, x0, x1, t, s, 0.5, 1, kind=kind, guidance_scale=w
+        )[1]["target"]
+        assert (np.abs(ask(1.0) - ask(3.0))[1:].max() > 1e-3) == moves
+
+
+def test_passes():
+    assert rows_of_passes(NAME) == [6, 8, 2, 2]
+    assert rows_of_passes(NAME, kind="lmd") == [6, 6, 2, 2, 2]
+    assert rows_of_passes(NAME, kind="lmd", derivative="central", **UNGUIDED) == [6, 2, 2, 2, 2]

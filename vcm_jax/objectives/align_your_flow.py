@@ -1,0 +1,116 @@
+"""Align Your Flow: flow maps by their Eulerian or Lagrangian residual (arXiv 2506.14603, 2025)."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from vcm_jax.objectives import common, flow_maps
+from vcm_jax.objectives.base import GuidedObjective, Passes
+from vcm_jax.settings import TIME_INTERVAL, choice, number, setting
+
+
+@dataclasses.dataclass(frozen=True)
+class AlignYourFlowConfig(flow_maps.TimeDerivative, GuidedObjective):
+    """Settings of the objective; times, normalisation and warm-up are the paper's.
+
+    The paper distils a teacher with autoguidance. Here the velocity is the guided one of the data
+    (EMD), or the network's own where a jump lands (LMD), so that no second network is needed, and
+    the s = t rows are flow matching.
+
+    Attributes:
+      guidance, guidance_max, guidance_scale, mix_ratio, guidance_interval, p, eps, instant_ratio,
+        time_mean, time_std: see `GuidedObjective`; the adaptive weight acts on the s = t rows too.
+      derivative, derivative_step: see `flow_maps.TimeDerivative`.
+      kind: "emd", the Eulerian residual d/dt f, or "lmd", the Lagrangian one d/ds f - u(f, s, s).
+      warmup: fraction of the run over which EMD's derivative grows to its full weight, 0.99.
+      normaliser: c of the residual g / (rms(g) + c). The paper's code takes the norm of g; its root
+        mean square means the same for clips of any length.
+    """
+
+    name = "align_your_flow"
+    guidance_scale: float = setting(2.0, number(0))
+    mix_ratio: float = setting(1.0, number(0, 1))
+    guidance_interval: tuple[float, float] = setting((0.0, 1.0), TIME_INTERVAL)
+    p: float = setting(0.0, number(0))
+    instant_ratio: float = setting(0.5, number(0, 1))
+    time_mean: float = setting(-0.8, number())
+    kind: str = setting("emd", choice("emd", "lmd"))
+    warmup: float = setting(0.1, number(above=0, high=1))
+    normaliser: float = setting(0.1, number(above=0))
+
+    def loss(self, u, *batch, **options):
+        return align_your_flow_loss(u, *batch, self, **options)
+
+    def passes(self) -> Passes:
+        later, emd = 1 - self.instant_ratio, self.kind == "emd"
+        guidance = self.needs_null * (1 if emd else self.instant_ratio)
+        guidance += emd * later * (self.mix_ratio < 1)
+        return Passes(guidance, later * (self.derivative_passes + (not emd)))
+
+    def draw(self, key, batch_size: int, num_instant: int, step, steps: int):
+        """t and s `B`, and the scalar weight of EMD's derivative."""
+        t, s, _ = super().draw(key, batch_size, num_instant, step, steps)
+        part = jnp.asarray(step, jnp.float32) / steps
+        return t, s, 0.99 * jnp.minimum(1.0, part / self.warmup)
+
+
+def align_your_flow_loss(
+    u,
+    x0,
+    x1,
+    t,
+    s,
+    lam,
+    cond,
+    null_cond,
+    is_null,
+    config: AlignYourFlowConfig,
+    *,
+    num_instant: int,
+    constrain=common.identity,
+    guidance=None,
+):
+    """f(x_t, t, s) is moved against its residual g / (rms(g) + c), as a regression on u.
+
+    EMD: g = d/dt f = v_g - u - r (t - s) d/dt u, and f moves along -g. LMD: g = d/ds f - u(f, s, s)
+    with d/ds f = u + (s - t) d/ds u, and f moves along g. With f = x_t + (s - t) u both are
+    (t - s)^2 |u - target|^2, whose gradient by f is that of the paper.
+
+    Network evaluations, in forward passes over the batch with r = num_instant / B: the
+    unconditional velocity of all rows (EMD) or of the s = t rows (LMD), the derivative (1 - r),
+    with LMD u(f, s, s) (1 - r), and the differentiated pass.
+
+    Arguments and results are those of `vcm_loss`; `lam` is the r of EMD.
+    """
+    emd, sg = config.kind == "emd", jax.lax.stop_gradient
+    begun = flow_maps.begin(
+        u,
+        x0,
+        x1,
+        t,
+        s,
+        cond,
+        null_cond,
+        is_null,
+        config,
+        num_instant,
+        constrain,
+        guidance,
+        guide_jumps=emd,
+    )
+    predicted = target = weight = None
+    if begun.has_jumps:
+        x, t, s, c = begun.x, begun.t, begun.s, begun.cond
+        gap = common.expand(t - s, x)
+        if emd:
+            predicted, slope = flow_maps.along_flow(begun.u, x, t, s, c, begun.v_later, config)
+            wrong = sg(predicted) - begun.v_later + lam * gap * sg(slope)
+        else:
+            predicted, slope = flow_maps.by_end(begun.u, x, t, s, c, config)
+            landed = flow_maps.jump(sg(predicted), x, t, s)
+            wrong = sg(predicted) - gap * sg(slope) - sg(begun.u(landed, s, s, c))
+        size = jnp.sqrt(common.mean_square(wrong)) + config.normaliser
+        target = sg(predicted) - wrong / common.expand(size, x) / gap
+        weight = (t - s) ** 2
+    return flow_maps.finish(begun, predicted, target, config, weight=weight)
