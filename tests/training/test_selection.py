@@ -1,4 +1,4 @@
-"""Which parameters a run trains, by patterns of their names."""
+"""Which parameters a run trains, how its optimizer holds them, and jumps that grow."""
 
 import jax
 import jax.numpy as jnp
@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 
 from vcm_jax.models.adapter import AdapterConfig
+from vcm_jax.objectives.flow_matching import FlowMatchingConfig
+from vcm_jax.objectives.shortcut import ShortcutConfig
 from vcm_jax.training.selection import ALL, Selection, matching, select
 from vcm_jax.training.state import OptimizerConfig, make_optimizer
+from vcm_jax.training.step import StepConfig, anneal
 
 NAMES = ["h_embed/mlp_0/kernel", "h_embed/mlp_0/bias", "fused_blocks_0/attn/qkv/kernel"]
 
@@ -106,3 +109,16 @@ def test_the_optimizers_state_takes_less(moments, size):
     for _ in range(5):
         params, state = step(params, state)
     assert jnp.abs(params["kernel"]).max() < 0.6
+
+
+def test_jumps_grow_to_their_full_length():
+    t, s = np.float32([0.5, 0.6, 0.9, 0.2]), np.float32([0.5, 0.1, 0.2, 0.1999])
+    for step, share in ((0, 0.1), (4, 0.5), (9, 1.0), (50, 1.0)):
+        found = anneal(t, s, 1, step, 10)
+        np.testing.assert_allclose(found[:3], (t - share * (t - s))[:3], rtol=1e-6)
+        assert found[3] <= t[3] - 0.99e-4, "a jump has a length"
+    assert anneal(t, s, 1, 0, 0) is s
+    for objective in (FlowMatchingConfig(), ShortcutConfig()):
+        with pytest.raises(ValueError, match=f"anneal_steps .* {objective.name} does not have"):
+            StepConfig(steps=5, objective=objective, anneal_steps=2)
+    assert StepConfig(steps=5, anneal_steps=2).anneal_steps == 2
