@@ -15,6 +15,28 @@ esac
 # Only Linux has this setting.
 export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
 
+# Flags of XLA that overlap communication with computation; XLA_TUNING=off leaves them out. They are
+# described at https://docs.jax.dev/en/latest/xla_flags.html, those for GPUs also at
+# https://docs.nvidia.com/jax-toolbox/performance-profiling/gpu-performance. They have not been timed.
+# Gradients are summed block by block; the thresholds combine the sums of one block.
+GPU_FLAGS='--xla_gpu_enable_latency_hiding_scheduler=true
+ --xla_gpu_enable_pipelined_all_gather=true
+ --xla_gpu_enable_pipelined_reduce_scatter=true
+ --xla_gpu_enable_pipelined_all_reduce=true
+ --xla_gpu_all_reduce_combine_threshold_bytes=134217728
+ --xla_gpu_all_gather_combine_threshold_bytes=134217728
+ --xla_gpu_reduce_scatter_combine_threshold_bytes=134217728'
+# All-gathers in parallel with products, and sums between slices in parallel with the next blocks.
+TPU_FLAGS='--xla_enable_async_all_gather=true
+ --xla_tpu_enable_async_collective_fusion=true
+ --xla_tpu_enable_async_collective_fusion_fuse_all_gather=true
+ --xla_tpu_enable_async_collective_fusion_multiple_steps=true
+ --xla_tpu_overlap_compute_collective_tc=true
+ --xla_tpu_enable_data_parallel_all_reduce_opt=true
+ --xla_tpu_data_parallel_opt_different_sized_ops=true'
+if [ "${XLA_TUNING:-on}" = off ]; then GPU_FLAGS='' TPU_FLAGS=''; fi
+GPU_FLAGS=${GPU_FLAGS//$'\n'/} TPU_FLAGS=${TPU_FLAGS//$'\n'/}
+
 # show COMMAND...: as it can be pasted.
 show() {
   printf +

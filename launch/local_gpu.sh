@@ -9,5 +9,6 @@ if [ "${1:-}" = --dry-run ]; then DRY_RUN=1; shift; fi
 make_environment "${EXTRA:-gpu}"
 
 # The fraction of the GPU memory that JAX takes; the rest is for NCCL and cuDNN.
+export XLA_FLAGS="$GPU_FLAGS ${XLA_FLAGS:-}"
 export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.92}
 until_done python -m vcm_jax.main "$@"

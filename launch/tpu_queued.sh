@@ -48,7 +48,7 @@ start() {
   local flags
   flags=$(printf ' %q' "$@")
   on all "cd vcm_jax && ([ ! -s code ] && kill -0 \$(cat pid 2>/dev/null) 2>/dev/null || \
-(: > code; JAX_COMPILATION_CACHE_DIR=/mnt/vcm/jax_cache nohup sh -c \
+(: > code; JAX_COMPILATION_CACHE_DIR=/mnt/vcm/jax_cache LIBTPU_INIT_ARGS='$TPU_FLAGS' nohup sh -c \
 $(printf '%q' "echo \$\$ > pid; .venv/bin/python -m vcm_jax.main$flags; echo \$? > code") \
 >> log 2>&1 &))"
 }

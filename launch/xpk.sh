@@ -32,7 +32,7 @@ case $command in
     xpk_workload create --workload="$NAME" --tpu-type="$TYPE" --num-slices="$SLICES" \
       --docker-image="$IMAGE" --max-restarts=1000 --restart-on-exit-codes=75,76,137 \
       --termination-grace-period-seconds=120 \
-      --command="JAX_COMPILATION_CACHE_DIR=$STORAGE/jax_cache python -m vcm_jax.main$(printf ' %q' "$@")"
+      --command="JAX_COMPILATION_CACHE_DIR=$STORAGE/jax_cache LIBTPU_INIT_ARGS='$TPU_FLAGS' python -m vcm_jax.main$(printf ' %q' "$@")"
     ;;
   list) xpk_workload list ;;
   delete) xpk_workload delete --workload="$NAME" ;;

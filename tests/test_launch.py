@@ -278,7 +278,7 @@ def test_tpu_watch_against_a_stand_in_for_gcloud(tmp_path, states, codes, wanted
 
 def test_xpk(tmp_path):
     env = {"CLUSTER": "c", "PROJECT": "p", "ZONE": "us-z", "TYPE": "v6e-256", "IMAGE": "image"}
-    call = lambda *arguments: commands("xpk.sh", tmp_path, *arguments, **env)
+    call = lambda *arguments, **more: commands("xpk.sh", tmp_path, *arguments, **env, **more)
     build, push = call("build")
     assert build == ["docker", "build", "--file=launch/Dockerfile", "--tag=image", "."]
     assert push == ["docker", "push", "image"]
@@ -289,7 +289,10 @@ def test_xpk(tmp_path):
         "--docker-image=image",
         "--restart-on-exit-codes=75,76,137",
     } <= set(run)
-    assert shlex.split(remote(run))[1:] == TRAIN
+    words = shlex.split(remote(run))
+    assert words[1].startswith("LIBTPU_INIT_ARGS=--xla") and words[2:] == TRAIN
+    words = shlex.split(remote(*call("run", *FLAGS, XLA_TUNING="off")))
+    assert words[1:] == ["LIBTPU_INIT_ARGS=", *TRAIN]
     assert [c[2] for c in call("list") + call("delete")] == ["list", "delete"]
     copied = [l.split() for l in (ROOT / "launch/Dockerfile").read_text().splitlines()]
     assert ["COPY", "requirements.txt", "."] in copied and ["COPY", ".", "."] in copied

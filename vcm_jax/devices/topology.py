@@ -14,10 +14,18 @@ import jax
 import numpy as np
 
 GIB = 2**30
-# GiB of memory of a device, by the generation of the TPU. A device of v2, v3, v4 and tpu7x is one
-# of the two cores of a chip here. (On a machine, both cores of a v4 chip form one device.)
-TPU_MEMORY = {"v2": 8, "v3": 16, "v4": 16, "v5e": 16, "v5p": 95, "v6e": 32, "tpu7x": 96}
-_RESERVED = 0.25 * GIB  # of a TPU's memory, as XLA's own limit for v5e (15.75 GiB) shows
+# GiB that XLA gives a program on a device, by the generation of the TPU: the limits in its error
+# messages (libtpu 0.0.42). A device of v2, v3, v4 and tpu7x is one of the two cores of a chip here.
+# (On a machine, both cores of a v4 chip form one device.)
+TPU_MEMORY = {
+    "v2": 7.48,
+    "v3": 15.48,
+    "v4": 15.25,
+    "v5e": 15.75,
+    "v5p": 95.74,
+    "v6e": 31.25,
+    "tpu7x": 94.75,
+}
 # The share of a GPU's memory that JAX takes, as in launch/.
 _GPU_SHARE = 0.92
 _GPU_HOST = 8  # GPUs of a machine
@@ -123,7 +131,7 @@ def _tpu(name: str, slices: int, generation: str, shape: str) -> Topology:
     if np.prod([int(n) for n in shape.split("x")]) == 1:
         options["chips_per_host_bounds"] = [1, 1, 1]
     devices = _devices(name, "tpu", topology_name=f"{generation}:{shape}", **options)
-    return Topology(name, "tpu", devices, TPU_MEMORY[generation] * GIB - _RESERVED, {})
+    return Topology(name, "tpu", devices, TPU_MEMORY[generation] * GIB, {})
 
 
 def _gpu(name: str, kind: str, count: int) -> Topology:

@@ -17,8 +17,9 @@ from vcm_jax.training.program import Program, make_program
 from vcm_jax.training.setup import Setup, SetupError, check_batch
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-# XLA for TPUs refuses programs that do not fit: "Used 18.35G of 15.75G hbm".
-_REFUSED = re.compile(r"[Uu]sed ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm")
+# XLA for TPUs refuses programs that do not fit: "the total memory required for HLO temporaries
+# (34.33G) exceeds available HBM (15.75G)", or "Used 18.35G of 15.75G hbm".
+_REFUSED = re.compile(r"([\d.]+)([KMGT])\b\D*?([\d.]+)([KMGT])\b")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +85,7 @@ def compile_step(program: Program) -> Compiled:
         step, flops = program.compile()
     except jax.errors.JaxRuntimeError as error:
         found = _REFUSED.search(str(error))
-        if not found:
+        if not found or "RESOURCE_EXHAUSTED" not in str(error):
             raise
         used, has = (float(found[i]) * _UNITS[found[i + 1]] for i in (1, 3))
         refused = Memory(0, 0, 0, has, used)
@@ -213,17 +214,25 @@ def largest_batch(config: ConfigDict, setup: Setup) -> str:
 
 
 def _unit(config: ConfigDict, setup: Setup) -> int:
-    """The smallest batch that the mesh and the microbatches divide."""
-    shards = int(np.prod([setup.mesh.shape[axis] for axis in sharding.BATCH_AXES]))
-    for count in range(1, 65):
+    """The smallest batch whose rows of both kinds the mesh and the microbatches divide."""
+    parts = _parts(config, setup)
+    fallback = None
+    for size in range(parts, 65 * parts, parts):
         try:
-            check_batch(
-                setup.step, count * shards * config.accumulate, setup.mesh, config.accumulate
-            )
+            check_batch(setup.step, size, setup.mesh, config.accumulate)
         except ValueError:
             continue
-        return count * shards * config.accumulate
-    raise SetupError(f"config.accumulate {config.accumulate} divides no batch")
+        fallback = fallback or size
+        if setup.step.num_instant(size) % parts == 0:
+            return size
+    if fallback is None:
+        raise SetupError(f"config.accumulate {config.accumulate} divides no batch")
+    return fallback
+
+
+def _parts(config: ConfigDict, setup: Setup) -> int:
+    """Into how many parts the devices and the microbatches split a batch."""
+    return config.accumulate * int(np.prod([setup.mesh.shape[a] for a in sharding.BATCH_AXES]))
 
 
 def show(config: ConfigDict, program: Program, fit: bool) -> None:
@@ -234,6 +243,15 @@ def show(config: ConfigDict, program: Program, fit: bool) -> None:
     """
     text, memory = describe(program)
     print(text, flush=True)
+    instant, parts = (
+        program.setup.step.num_instant(config.batch_size),
+        _parts(config, program.setup),
+    )
+    if instant % parts:
+        print(
+            f"the {instant} rows with s = t do not divide into {parts} parts, so that devices "
+            f"exchange rows; they do with multiples of {_unit(config, program.setup)} as batch_size"
+        )
     if fit:
         print(largest_batch(config, program.setup), flush=True)
     if not memory.fits:
