@@ -29,7 +29,7 @@ def time_jax(args) -> list[float]:
 
     from vcm_jax.devices import sharding
     from vcm_jax.models import MODELS, Conditions, MMDiT
-    from vcm_jax.training.step import StepConfig
+    from vcm_jax.training.rows import StepConfig
 
     model, dtype = MODELS[args.model], jnp.dtype(args.dtype)
     mesh, config = sharding.make_mesh(), StepConfig(steps=300_000)

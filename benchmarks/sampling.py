@@ -23,7 +23,7 @@ from vcm_jax.models import MODELS, MMDiT
 from vcm_jax.models.conditioned import sample_latents, zero_inputs
 from vcm_jax.models.flops import forward_flops
 from vcm_jax.objectives.vcm import VCMConfig
-from vcm_jax.training.step import abstract_batch
+from vcm_jax.training.rows import abstract_batch
 
 
 def sampler(net, steps: int, guidance: float | None):

@@ -22,8 +22,9 @@ from vcm_jax.devices.layout import Layout
 from vcm_jax.models import MODELS, MMDiT
 from vcm_jax.models.flops import step_flops
 from vcm_jax.objectives import OBJECTIVES, make_settings
+from vcm_jax.training.rows import StepConfig, abstract_batch
 from vcm_jax.training.state import OptimizerConfig, make_init, make_optimizer
-from vcm_jax.training.step import StepConfig, abstract_batch, train_step
+from vcm_jax.training.step import train_step
 
 # A teacher's passes are not part of the step.
 STUDENTS = [name for name, objective in OBJECTIVES.items() if not objective.needs_teacher]

@@ -7,7 +7,7 @@ import train_step as benchmark
 from vcm_jax.devices import sharding
 from vcm_jax.models import MODELS
 from vcm_jax.objectives import make_settings
-from vcm_jax.training.step import StepConfig
+from vcm_jax.training.rows import StepConfig
 
 
 def test_its_step_can_be_traced():

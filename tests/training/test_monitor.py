@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from vcm_jax.models import MODELS
 from vcm_jax.objectives.reflow import ReflowConfig
 from vcm_jax.training import monitor
-from vcm_jax.training.step import StepConfig, abstract_batch
+from vcm_jax.training.rows import StepConfig, abstract_batch
 from vcm_jax.training.writer import Writer, spectrogram
 
 

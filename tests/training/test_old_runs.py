@@ -20,7 +20,7 @@ from small_runs import final_state, load_config
 from vcm_jax import generate
 from vcm_jax.generation.run import load_run
 from vcm_jax.runs import averages
-from vcm_jax.training import loop, step
+from vcm_jax.training import loop, rows
 
 FIXTURE = Path(__file__).parents[1] / "fixtures/runs/old_run.tar.xz"
 
@@ -62,7 +62,7 @@ def config(folder):
 
 def test_it_resumes(old, caplog, monkeypatch):
     # That version gave s = t to the first rows of a batch; now they are spread over the devices.
-    monkeypatch.setattr(step, "instant_places", lambda size, count: np.arange(size) < count)
+    monkeypatch.setattr(rows, "instant_places", lambda size, count: np.arange(size) < count)
     caplog.set_level("INFO")
     logging.set_verbosity(logging.INFO)
     loop.train(config(old), old / "run")

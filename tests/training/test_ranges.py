@@ -10,8 +10,8 @@ from vcm_jax import settings
 from vcm_jax.models import ModelConfig
 from vcm_jax.objectives import OBJECTIVES
 from vcm_jax.training import ranges
+from vcm_jax.training.rows import StepConfig
 from vcm_jax.training.state import OptimizerConfig
-from vcm_jax.training.step import StepConfig
 
 # Values of every type, inside and outside of the ranges.
 VALUES = [

@@ -19,8 +19,9 @@ from vcm_jax.devices import sharding
 from vcm_jax.models import ModelConfig
 from vcm_jax.models.flops import step_flops
 from vcm_jax.training import validation
+from vcm_jax.training.rows import StepConfig
 from vcm_jax.training.selection import ALL
-from vcm_jax.training.step import StepConfig, loss_fn
+from vcm_jax.training.step import loss_fn
 from vcm_jax.training.writer import Writer
 
 # Dense bfloat16 peaks in TFLOP/s by the beginning of `device_kind` (the makers' data sheets).

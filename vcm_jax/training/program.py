@@ -15,9 +15,10 @@ from vcm_jax import cli
 from vcm_jax.devices import sharding
 from vcm_jax.devices.layout import Layout
 from vcm_jax.training import monitor
+from vcm_jax.training.rows import abstract_batch
 from vcm_jax.training.setup import Setup, initial_stats
 from vcm_jax.training.state import TrainState, make_init, make_optimizer
-from vcm_jax.training.step import abstract_batch, train_step
+from vcm_jax.training.step import train_step
 
 
 @dataclasses.dataclass(frozen=True)
