@@ -24,7 +24,7 @@ from vcm_jax.web import making
 from vcm_jax.web.asked import Limits, check
 from vcm_jax.web.jobs import Desk, Stage
 from vcm_jax.web.making import Take, Variant, make
-from vcm_jax.web.models import capabilities, sampler
+from vcm_jax.web.models import capabilities, resident, sampler
 
 LIMITS = Limits(megabytes=1, seconds=3)  # as those of the fixture `site`
 VISITOR = types.SimpleNamespace(session_hash="visitor")
@@ -98,6 +98,20 @@ def test_a_span_of_a_video_a_picture_and_a_prompt(model, video, tmp_path):
     stages, (take,) = work(model, check(LIMITS, prompt="a ball"), tmp_path)
     assert stages[0] == "Reading the prompt" and take.movie is None
     assert len(take.sound) == round(1.28 * rate)
+
+
+def test_what_is_loaded_in_turn_can_be_kept(model, tmp_path):
+    """Public weights are loaded for each job, or once."""
+    whole, loads = model.run, []
+    names = ("encoders", "variables", "codec")
+    loaders = {n: lambda n=n: loads.append(n) or getattr(whole, n) for n in names}
+    lazy = dataclasses.replace(whole, variables=None, encoders=None, loaders=loaders)
+    asked = check(LIMITS, prompt="a ball")
+    _, (take,) = work(dataclasses.replace(model, run=lazy), asked, tmp_path)
+    assert loads == list(names)
+    kept = dataclasses.replace(model, run=resident(lazy))
+    _, (other,) = work(kept, asked, tmp_path)
+    assert loads == list(names) * 2 and (take.sound == other.sound).all()
 
 
 def test_what_a_model_can_do_follows_from_its_objective(model):
@@ -349,6 +363,27 @@ def test_two_visitors_at_once_wait_for_each_other(site, monkeypatch):
     for thread in threads:
         thread.join(60)
     assert ends == ["complete"] * 3 and most == [1] * 3
+
+
+def test_with_a_password_nothing_is_given_out_without_it(site):
+    page, _ = site
+    from vcm_jax.web.serve import start
+
+    blocks, address = start(page, "127.0.0.1", None, ("me", "secret"))
+    try:
+        clip = f"gradio_api/file={page.examples[0][0]}"
+        session = requests.Session()
+        for expected in (401, 200):
+            for path in ("config", "gradio_api/info", clip):
+                assert session.get(f"{address}{path}", timeout=60).status_code == expected, path
+            url = f"{address}gradio_api/upload"
+            sent = session.post(url, files={"files": ("a.mp4", b"x")}, timeout=60)
+            assert sent.status_code == expected
+            wrong = {"username": "me", "password": "wrong"}
+            assert requests.post(f"{address}login", data=wrong, timeout=60).status_code == 400
+            session.post(f"{address}login", data=wrong | {"password": "secret"}, timeout=60)
+    finally:
+        blocks.close(verbose=False)
 
 
 def test_the_example_of_the_documentation(site, video, capsys):
