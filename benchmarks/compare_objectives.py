@@ -10,9 +10,15 @@ standard deviation over seeds. Data and records are those of `launch/demo.sh`. `
 budget of training time. Measured step times, kept in OUT/steps.json, turn it into a number of steps
 (the configs take turns, and the fastest time counts). `--samples` gives all runs the same number of
 steps instead. If interrupted, rerun the command: it resumes. `--config`, given several times,
-compares other runs: --config=configs/ablations.py:base=impacts,r=0.
+compares other runs: --config=configs/ablations.py:base=impacts,r=0. Settings may follow, as in
+--config="configs/impacts.py:vcm optimizer.learning_rate=7e-4".
+
+`--shard=i/n` trains and scores every n-th run from the i-th on, so that several machines or nights
+share the work: they need the same OUT, with a steps.json that `--stage=measure` made, or --samples.
+`--stage=report` then writes the page of what is scored.
 """
 
+import ast
 import dataclasses
 import functools
 import importlib.util
@@ -59,11 +65,29 @@ NOTE = (
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """A run to be compared: its config string, its seed, and the folder of the comparison."""
+    """A run to be compared: its config string, its seed, and the folder of the comparison.
+
+    The config string is FILE.py:ARGUMENT, then KEY=VALUE of settings that differ, after spaces.
+    """
 
     config: str
     seed: int
     out: Path
+
+    @property
+    def file(self) -> str:
+        """The config file and its argument."""
+        return self.config.split()[0]
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """The settings that differ from the config's, as they are written."""
+        return dict(text.split("=", 1) for text in self.config.split()[1:])
+
+    @property
+    def learns_from_teacher(self) -> bool:
+        """Whether it starts from the flow-matching run of its seed."""
+        return self.file.endswith(":reflow")
 
     @property
     def name(self) -> str:
@@ -73,7 +97,7 @@ class Entry:
 
     @property
     def workdir(self) -> Path:
-        return self.out / f"{self.name.replace('/', '_')}-{self.seed}"
+        return self.out / f"{self.name.replace('/', '_').replace(' ', '_')}-{self.seed}"
 
 
 def load_config(text: str):
@@ -151,9 +175,12 @@ def measure(entries, out: Path, turns: int = 5, calls: int = 2) -> dict:
 
 def entry_config(entry: Entry):
     """The config of a run."""
-    config = load_config(entry.config)
+    config = load_config(entry.file)
     for key, value in overrides(entry).items():
         config.update_from_flattened_dict({key: value})
+    for key, text in entry.settings.items():
+        kind = config.get_type(key)
+        config.update_from_flattened_dict({key: text if kind is str else ast.literal_eval(text)})
     return config
 
 
@@ -163,7 +190,7 @@ def overrides(entry: Entry) -> dict:
     Reflow learns from, and starts as, the flow-matching run of its seed.
     """
     changed = {"seed": entry.seed, "data.dir": str(Path(flags.FLAGS.records).absolute())}
-    if entry.name == "reflow":
+    if entry.learns_from_teacher:
         teacher = dataclasses.replace(entry, config="configs/impacts.py:flow_matching").workdir
         changed |= {"objective.teacher": str(teacher), "objective.teacher_steps": 8}
         changed |= {"init_from": str(teacher)}
@@ -177,15 +204,27 @@ def num_steps(entry: Entry, measured: dict, minutes: float, samples: int) -> int
       ValueError: when its step was not measured.
     """
     if samples:
-        return max(1, round(samples / load_config(entry.config).batch_size))
+        return max(1, round(samples / load_config(entry.file).batch_size))
     if entry.name not in measured:
         raise ValueError(f"{entry.out}/steps.json has no {entry.name}: --stage=measure comes first")
     return max(1, round(60 * minutes / measured[entry.name]["seconds"]))
 
 
+def shard(entries: list[Entry], text: str) -> list[Entry]:
+    """Every n-th entry from the i-th on, for "i/n".
+
+    Raises:
+      ValueError: it is not i/n with 0 <= i < n.
+    """
+    index, _, count = text.partition("/")
+    if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+        raise ValueError(f"--shard={text}: must be i/n with 0 <= i < n")
+    return entries[int(index) :: int(count)]
+
+
 def train_run(entry: Entry, steps: int) -> None:
     """Trains a run with the command `vcm_jax.main`, which leaves a finished run as it is."""
-    config = load_config(entry.config)
+    config = load_config(entry.file)
     share = steps / config.steps
     changed = overrides(entry) | {
         "steps": steps,
@@ -196,7 +235,8 @@ def train_run(entry: Entry, steps: int) -> None:
         "eval_every": 0,
         "log_every": max(1, steps // 20),
     }
-    command = [sys.executable, "-m", "vcm_jax.main", f"--config={entry.config}"]
+    changed |= entry.settings
+    command = [sys.executable, "-m", "vcm_jax.main", f"--config={entry.file}"]
     command += [f"--workdir={entry.workdir}", *(f"--config.{k}={v}" for k, v in changed.items())]
     print("+", " ".join(command), flush=True)
     started = time.perf_counter()
@@ -228,7 +268,7 @@ class Scorer:
             ]
         found = {}
         ways = {str(n): (n, sampling.OWN_SAMPLER) for n in STEPS}
-        if entry.name == "flow_matching":
+        if entry.file.endswith(":flow_matching"):
             ways[REFERENCE] = (1, sampling.Sampler(guidance_scale=1.0))
         for label, (n, sampler) in ways.items():
             sampled, times = dataclasses.replace(run, sampler=sampler), sampling.uniform_times(n)
@@ -278,6 +318,7 @@ def _define_flags():
         "train_clips", 400, "Number of training clips for the material classifier."
     )
     flags.DEFINE_bool("overlapping", False, "Score with the features of `sync_layout.py`.")
+    flags.DEFINE_string("shard", "0/1", "i/n: train and score every n-th run from the i-th on.")
     flags.DEFINE_multi_enum("stage", STAGES, STAGES, "Stages to run; all by default.")
 
 
@@ -290,10 +331,11 @@ def main(argv):
     try:
         entries = [Entry(c, int(seed), out) for seed in args.seeds for c in args.config]
         # A teacher comes before its student.
-        entries.sort(key=lambda entry: entry.name == "reflow")
+        entries.sort(key=lambda entry: entry.learns_from_teacher)
         out.mkdir(parents=True, exist_ok=True)
-        students = [entry for entry in entries if entry.name == "reflow"]
-        others = [entry for entry in entries if entry not in students]
+        mine = shard(entries, args.shard)
+        students = [entry for entry in mine if entry.learns_from_teacher]
+        others = [entry for entry in mine if entry not in students]
         for group in (others, students):
             if group and "measure" in args.stage:
                 measure(group, out)
@@ -302,7 +344,7 @@ def main(argv):
                 for entry in group:
                     train_run(entry, num_steps(entry, measured, args.minutes, args.samples))
         if "score" in args.stage:
-            score(entries, Path(args.data), out, args.clips, args.train_clips)
+            score(mine, Path(args.data), out, args.clips, args.train_clips)
         if "report" in args.stage:
             print(write_report(entries, out, NOTE))
     except (ValueError, FileNotFoundError, subprocess.CalledProcessError) as error:

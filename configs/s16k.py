@@ -4,8 +4,8 @@
         --config.data.sources="('records/vggsound/train=1', 'records/audio_text=1')"
 
 --config=configs/s16k.py:OBJECTIVE trains with another objective: flow_matching (MMAudio's), soflow
-(BiTCAM's S-16k), meanflow, split_meanflow, shortcut, wcfm, or reflow. reflow also needs a trained
-run, --config.objective.teacher=WORKDIR. All of them drop the whole condition of a row at once
+(BiTCAM's S-16k), meanflow, or any other of docs/objectives.md. reflow also needs a trained run,
+--config.objective.teacher=WORKDIR. All of them drop the whole condition of a row at once
 (objective.null_prob), so that they can be compared; video_drop_prob and text_drop_prob drop one
 modality alone.
 

@@ -62,6 +62,14 @@ def test_names_and_the_report_of_what_is_scored(tmp_path):
     entries = [compare.Entry(config, seed, tmp_path) for seed in (0, 1) for config in configs]
     assert [entry.name for entry in entries[:3]] == ["vcm", "flow_matching", "lambda_end=1/250"]
     assert entries[2].workdir == tmp_path / "lambda_end=1_250-0"
+    shards = [compare.shard(entries, f"{i}/4") for i in range(4)]
+    assert sorted(map(entries.index, sum(shards, []))) == list(range(6))
+    with pytest.raises(ValueError, match="--shard=4/4: must be i/n"):
+        compare.shard(entries, "4/4")
+    tuned = compare.Entry("configs/impacts.py:reflow optimizer.learning_rate=7e-4", 1, tmp_path)
+    assert tuned.file == "configs/impacts.py:reflow" and tuned.learns_from_teacher
+    assert tuned.settings == {"optimizer.learning_rate": "7e-4"}
+    assert tuned.workdir.name == "reflow_optimizer.learning_rate=7e-4-1"
     with pytest.raises(ValueError, match="no run is scored yet"):
         compare.write_report(entries, tmp_path, "note")
 
