@@ -8,9 +8,10 @@ import pytest
 from vcm_jax.models.adapter import AdapterConfig
 from vcm_jax.objectives.flow_matching import FlowMatchingConfig
 from vcm_jax.objectives.shortcut import ShortcutConfig
+from vcm_jax.training.rows import anneal
 from vcm_jax.training.selection import ALL, Selection, matching, select
 from vcm_jax.training.state import OptimizerConfig, make_optimizer
-from vcm_jax.training.step import StepConfig, anneal
+from vcm_jax.training.step import StepConfig
 
 NAMES = ["h_embed/mlp_0/kernel", "h_embed/mlp_0/bias", "fused_blocks_0/attn/qkv/kernel"]
 

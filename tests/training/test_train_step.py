@@ -16,21 +16,20 @@ from vcm_jax.models import Conditions, MMDiT, ModelConfig
 from vcm_jax.models.conditioned import fill_conditions
 from vcm_jax.objectives import OBJECTIVES, make_settings
 from vcm_jax.objectives.vcm import VCMConfig
+from vcm_jax.training.rows import (
+    draw_latents,
+    draw_rows,
+    drop_modalities,
+    instant_first,
+    instant_places,
+)
 from vcm_jax.training.state import (
     OptimizerConfig,
     learning_rate_schedule,
     make_init,
     make_optimizer,
 )
-from vcm_jax.training.step import (
-    StepConfig,
-    draw_latents,
-    draw_rows,
-    drop_modalities,
-    instant_first,
-    instant_places,
-    train_step,
-)
+from vcm_jax.training.step import StepConfig, train_step
 
 MODEL = ModelConfig(
     latent_dim=4,
