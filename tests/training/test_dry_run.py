@@ -58,6 +58,20 @@ def test_the_largest_batch_is_found_within_a_sixteenth(data, monkeypatch, capaci
         dry_run.largest_batch(config, found)
 
 
+def test_a_setting_of_remat_that_fits_is_found(data, monkeypatch):
+    config = make_config(data, **{"data.sources": ()})
+    found = setup.read_setup(config, without_data=True)
+    taken = {"products": 1.5 * GIB, "full": 0.5 * GIB}
+    monkeypatch.setattr(dry_run, "make_program", lambda config, setup: setup.net.remat)
+    monkeypatch.setattr(
+        dry_run, "compile_step", lambda remat: SimpleNamespace(memory=memory(taken[remat]))
+    )
+    line = dry_run.fitting_remat(config, found)
+    assert line.startswith("batch_size 8 fits with --config.remat=full: 0.500 GiB of 1.000 GiB")
+    taken["full"] = 2 * GIB
+    assert dry_run.fitting_remat(config, found) == "batch_size 8 fits with no setting of remat"
+
+
 def test_the_largest_batch_needs_the_memory_of_the_devices(data):
     config = make_config(data, **{"data.sources": ()})
     with pytest.raises(setup.SetupError, match="--fit needs .*config.topology"):

@@ -278,7 +278,8 @@ def test_the_step_gathers_weights_once_and_no_rows(sizes):
     sums = [c for c in found if c.kind != "all-gather"]
     assert {dtype for c in sums for dtype in c.dtypes} <= {"f32", "s32"}
     summed = sum(np.prod(shape) for c in sums if "data" in c.axes for shape in c.shapes)
-    assert summed >= sum(leaf.size for leaf in jax.tree.leaves(state.params)) / sizes[1]
+    # The last joint block has a few weights without effect, whose gradients XLA knows to be 0.
+    assert summed >= 0.999 * sum(leaf.size for leaf in jax.tree.leaves(state.params)) / sizes[1]
 
 
 @pytest.mark.slow

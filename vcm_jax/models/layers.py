@@ -256,6 +256,16 @@ class QKV(nn.Module):
 ATTENTION = ("xla", "cudnn")
 
 
+def _with_even_lengths(attend, q, k, v):
+    """Attention by cuDNN. JAX refuses its gradient for odd lengths: they get one masked row."""
+    lengths = q.shape[1], k.shape[1]
+    if lengths[0] % 2 == 0 and lengths[1] % 2 == 0:
+        return attend(q, k, v)
+    q, k, v = (jnp.pad(a, ((0, 0), (0, a.shape[1] % 2), (0, 0), (0, 0))) for a in (q, k, v))
+    queries, keys = (jnp.full(q.shape[0], length, jnp.int32) for length in lengths)
+    return attend(q, k, v, query_seq_lengths=queries, key_value_seq_lengths=keys)[:, : lengths[0]]
+
+
 def attention(q, k, v, implementation: str = "xla"):
     """Softmax attention, scale 1/sqrt(dh): `B Lq H dh`, twice `B Lk H dh` -> `B Lq D`.
 
@@ -266,9 +276,10 @@ def attention(q, k, v, implementation: str = "xla"):
         has no JVP.
     """
     attend = functools.partial(jax.nn.dot_product_attention, implementation=implementation)
-    if implementation == "xla":
-        attend = jax.checkpoint(attend)
-    out = attend(q, k, v)
+    if implementation == "cudnn":
+        out = _with_even_lengths(attend, q, k, v)
+    else:
+        out = jax.checkpoint(attend)(q, k, v)
     return out.reshape(*out.shape[:2], -1)
 
 

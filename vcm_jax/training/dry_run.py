@@ -12,6 +12,7 @@ from clu import parameter_overview
 from ml_collections import ConfigDict
 
 from vcm_jax.devices import hlo, sharding
+from vcm_jax.models.mmdit import REMAT
 from vcm_jax.training import monitor
 from vcm_jax.training.program import Program, make_program
 from vcm_jax.training.setup import Setup, SetupError, check_batch
@@ -213,6 +214,17 @@ def largest_batch(config: ConfigDict, setup: Setup) -> str:
     )
 
 
+def fitting_remat(config: ConfigDict, setup: Setup) -> str:
+    """A line with the first setting of `remat`, from less computation to more, that fits."""
+    names = list(REMAT)
+    for name in names[names.index(setup.net.remat) + 1 :]:
+        other = dataclasses.replace(setup, net=setup.net.clone(remat=name))
+        memory = compile_step(make_program(config, other)).memory
+        if memory.fits:
+            return f"batch_size {config.batch_size} fits with --config.remat={name}: {memory}"
+    return f"batch_size {config.batch_size} fits with no setting of remat"
+
+
 def _unit(config: ConfigDict, setup: Setup) -> int:
     """The smallest batch whose rows of both kinds the mesh and the microbatches divide."""
     parts = _parts(config, setup)
@@ -252,6 +264,8 @@ def show(config: ConfigDict, program: Program, fit: bool) -> None:
             f"the {instant} rows with s = t do not divide into {parts} parts, so that devices "
             f"exchange rows; they do with multiples of {_unit(config, program.setup)} as batch_size"
         )
+    if fit and not memory.fits:
+        print(fitting_remat(config, program.setup), flush=True)
     if fit:
         print(largest_batch(config, program.setup), flush=True)
     if not memory.fits:
