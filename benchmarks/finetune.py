@@ -144,11 +144,12 @@ class Scores:
 
 def score(runs, args) -> None:
     """Scores the checkpoints that have no scores yet, into WORKDIR/scores.json."""
-    scores, counts = None, {}
-    wanted = [(Path(args.teacher), None, (25,)), (Path(args.reference), None, tuple(TIMES))]
+    scores = None
+    wanted = []
     for way, seed in runs:
         folder = workdir(Path(args.out), way, seed)
-        wanted += [(folder, step, tuple(TIMES)) for step in checkpoints(args.steps)]
+        wanted += [(folder, step, tuple(TIMES)) for step in reversed(checkpoints(args.steps))]
+    wanted += [(Path(args.reference), None, tuple(TIMES)), (Path(args.teacher), None, (25,))]
     for folder, step, counts in wanted:
         path = Path(args.out) / f"scores/{folder.name}.json"
         known = json.loads(path.read_text()) if path.exists() else {}
