@@ -154,7 +154,8 @@ def score(runs, args) -> None:
         path = Path(args.out) / f"scores/{folder.name}.json"
         known = json.loads(path.read_text()) if path.exists() else {}
         key = str(step or "last")
-        if key in known or not (folder / "run.json").exists():
+        saved = folder / "checkpoints" / (str(step) if step else "")
+        if key in known or not saved.is_dir():
             continue
         run = load_run(folder, step, with_encoders=scores is None)
         if scores is None:
