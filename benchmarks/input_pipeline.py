@@ -1,6 +1,6 @@
 """The rate at which batches are read from the page cache, in samples/s and MB/s: one JSON line.
 
-    python benchmarks/input_pipeline.py --dir=/tmp/input_pipeline
+    python benchmarks/input_pipeline.py --dir=runs/pipeline
 
 It writes records of full size (8 s at 16 kHz: 609 KiB of features) into --dir and reads them
 through `vcm_jax.records.mixture`, with threads and with 1, 2, ... worker processes. It compares

@@ -177,6 +177,16 @@ def test_encode_and_decode(monkeypatch):
             codec.decode(np.zeros((5, 7)))
 
 
+def test_where_convolutions_take_fewer_products(monkeypatch):
+    """In what decodes, in float32 on CPUs. Latents, which records keep, are as before."""
+    exact = tiny_codec(monkeypatch)
+    short = neural.NeuralCodec("16k", exact.arrays, exact.fingerprint, jnp.bfloat16)
+    monkeypatch.setattr(neural.conv, "for_cpus", lambda params: {"replaced": params})
+    assert "replaced" in exact._decoder and "replaced" in exact._vocoder
+    assert "replaced" not in exact._encoder
+    assert "replaced" not in short._decoder and "replaced" not in short._vocoder
+
+
 def test_bfloat16_products(monkeypatch):
     exact = tiny_codec(monkeypatch)
     short = neural.NeuralCodec("16k", exact.arrays, exact.fingerprint, jnp.bfloat16)

@@ -93,7 +93,7 @@ def test_a_span_of_a_video_a_picture_and_a_prompt(model, video, tmp_path):
 
     Image.fromarray(np.full((33, 41, 3), 90, np.uint8)).save(image)
     stages, (take,) = work(model, check(LIMITS, image=image, seconds=1), tmp_path)
-    assert stages[0] == "Reading the picture" and take.change is None
+    assert stages[0] == "Seeing" and take.change is None
     assert len(read_audio(take.movie, rate)) == rate
     stages, (take,) = work(model, check(LIMITS, prompt="a ball"), tmp_path)
     assert stages[0] == "Reading the prompt" and take.movie is None

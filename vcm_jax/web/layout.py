@@ -133,13 +133,12 @@ def _more(limits, can) -> dict:
         found["seed"] = gr.Number(0, label="Seed", precision=0, min_width=100)
     guidance = can.guidance
     found["guidance"] = gr.Slider(
-        min(guidance.default, guidance.lowest) if guidance else 0,
-        guidance.highest if guidance else 0,
-        guidance.default if guidance else 0,
+        min(guidance.default, guidance.lowest),
+        guidance.highest,
+        guidance.default,
         step=0.5,
         label="Guidance",
-        info=guidance.info if guidance else None,
-        visible=guidance is not None,
+        info=guidance.info,
         elem_id="guidance",
     )
     found["negative"] = gr.Textbox(

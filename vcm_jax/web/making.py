@@ -5,22 +5,23 @@ import secrets
 from collections.abc import Sequence
 from pathlib import Path
 
-import av
 import numpy as np
 
 from vcm_jax import sampling
-from vcm_jax.generation.clips import Features, Request, decode, encode_request, generate_latents
-from vcm_jax.generation.finish import Finish
+from vcm_jax.generation.clips import (
+    Features,
+    Request,
+    decode,
+    encode_request,
+    generate_latents,
+    write,
+)
 from vcm_jax.media.drawing import motion
-from vcm_jax.media.read import read_image
 from vcm_jax.media.streams import MediaError
-from vcm_jax.media.write import cut_video, write_mp4
+from vcm_jax.media.write import cut_video
 from vcm_jax.web.asked import Asked
 from vcm_jax.web.jobs import Job, Stage
 from vcm_jax.web.models import Model, sampler
-
-_STILL_FPS = 10  # of a picture that is shown for as long as its sound
-_STILL_SIDE = 1280  # pixels, at most
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +118,7 @@ class _Maker:
 
     def __init__(self, asked: Asked, folder: Path, job: Job, count: int):
         self.asked, self.folder, self.job, self.count = asked, folder, job, count
-        self.video, self.change, self.still = asked.video, None, None
+        self.video, self.change = asked.video, None
         self.features: dict[str, Features] = {}
         self.made = 0
 
@@ -135,9 +136,6 @@ class _Maker:
                 self.video = self.folder / f"{secrets.token_hex(8)}.mp4"
                 cut_video(asked.video, self.video, asked.start, asked.seconds)
             self.change = motion(self.video)
-        elif asked.image is not None:
-            self.say("Reading the picture", -1)
-            self.still = _even(read_image(asked.image))
 
     def encode(self, model: Model) -> Features:
         """What the model's encoders see, and read in the prompts."""
@@ -176,26 +174,10 @@ class _Maker:
 
     def _write(self, variant: Variant, item: Features, sound: np.ndarray, rate: int) -> None:
         stem = self.folder / secrets.token_hex(8)  # which take it is cannot be told from the name
-        finish, wav, movie = Finish(), stem.with_suffix(".wav"), stem.with_suffix(".mp4")
-        finish.write_sound(wav, sound, rate)
-        if self.video is not None:
-            finish.mux(self.video, sound, rate, movie, item.seconds)
-        elif self.still is not None:
-            silent = stem.with_suffix(".silent.mp4")
-            frames = (self.still for _ in range(max(1, round(item.seconds * _STILL_FPS))))
-            write_mp4(silent, frames, _STILL_FPS)
-            finish.mux(silent, sound, rate, movie, item.seconds)
-            silent.unlink()
-        else:
-            movie = None
+        wav, movie = stem.with_suffix(".wav"), None
+        write(item, sound, rate, wav)
+        if self.video is not None or self.asked.image is not None:
+            movie = stem.with_suffix(".mp4")
+            write(item, sound, rate, movie)
         self.made += 1
         self.job.say(Take(variant, movie, wav, sound, rate, self.change))
-
-
-def _even(picture: np.ndarray) -> np.ndarray:
-    """A picture (H, W, 3) uint8 in a size that every player shows: even, and not too large."""
-    height, width = picture.shape[:2]
-    scale = min(1, _STILL_SIDE / max(height, width))
-    width, height = (max(2, int(side * scale) // 2 * 2) for side in (width, height))
-    frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
-    return frame.reformat(width, height).to_ndarray(format="rgb24")

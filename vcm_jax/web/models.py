@@ -32,13 +32,13 @@ class Capabilities:
 
     Attributes:
       steps: how many steps its sampler takes unless something else is asked for.
-      guidance: what can be chosen; None if nothing can.
+      guidance: what can be chosen.
       negative_prompt: whether there is a sampler that leads away from a prompt.
       sampling: how it is sampled by default, a sentence.
     """
 
     steps: int
-    guidance: Guidance | None
+    guidance: Guidance
     negative_prompt: bool
     sampling: str
 
@@ -80,13 +80,11 @@ def sampler(run: Run, guidance: float) -> Sampler:
     """The sampler for a guidance scale; 0 is the model's own way.
 
     Raises:
-      ValueError: the model has no such guidance.
+      ValueError: the scale is out of the range that the page offers.
     """
     offered = capabilities(run).guidance
-    if not guidance or (offered and guidance == offered.default):
+    if guidance in (0, offered.default):
         return Sampler()
-    if offered is None:
-        raise ValueError("this model's guidance is in its weights: leave it at 0")
     if not offered.lowest <= guidance <= offered.highest:
         raise ValueError(f"guidance must be from {offered.lowest:g} to {offered.highest:g}")
     return Sampler(float(guidance))
