@@ -10,7 +10,7 @@ makes the data and runs everything. The training alone is
 --config=configs/impacts.py:soflow trains with another objective, see `configs/s16k.py`.
 
 Cost: 9 minutes on two CPU cores (110 samples/s).
-Expected on 200 test clips: onset F1 0.92 in one step and 0.93 in four, material 72 to 75%. The
+Expected on 200 test clips: onset F1 0.92 in one step and 0.93 in four, material 72 to 77%. The
 true sound scores 0.99 and 97%, and sound for another clip's video 0.26 and 22%.
 """
 
