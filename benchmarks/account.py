@@ -24,7 +24,8 @@ import optax
 from vcm_jax import ema
 from vcm_jax.interop.weights import abstract_variables
 from vcm_jax.models import MODELS
-from vcm_jax.models.layers import attention, conv1d
+from vcm_jax.models.convolution import conv1d
+from vcm_jax.models.layers import attention
 from vcm_jax.objectives.vcm import VCMConfig
 from vcm_jax.training.state import OptimizerConfig, make_optimizer
 

@@ -12,7 +12,7 @@ from flax import traverse_util
 from vcm_jax.models import MMDiT, ModelConfig, adapter
 from vcm_jax.models.adapter import AdapterConfig
 from vcm_jax.models.conditioned import zero_inputs
-from vcm_jax.models.layers import conv1d
+from vcm_jax.models.convolution import conv1d
 from vcm_jax.training.selection import select
 
 MODEL = ModelConfig(

@@ -151,3 +151,17 @@ def test_a_sampler_gives_the_network_its_guidance():
         expected = (noise - velocity) * stats["latent_std"][None, None]
         expected = expected + stats["latent_mean"][None, None]
         np.testing.assert_allclose(ask(*sampler), expected, rtol=1e-5, atol=1e-4)
+
+
+def test_the_empty_condition_as_one_more_row_is_the_same():
+    config = dataclasses.replace(CONFIG, guidance_input=True)
+    net = MMDiT(config)
+    shapes = jax.eval_shape(net.init, jax.random.key(0), *zero_inputs(config))
+    rng = np.random.default_rng(1)
+    variables = jax.tree.map(lambda a: 0.2 * rng.standard_normal(a.shape, np.float32), shapes)
+    features = example()[1]
+    guidance = Guidance(np.array([1, 2, 3, 4], np.float32), 0.1, 0.9)
+    together = encode_features(net, variables, features, guidance, together=True)
+    apart = encode_features(net, variables, features, guidance)
+    for found, expected in zip(jax.tree.leaves(together[1:]), jax.tree.leaves(apart[1:])):
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)

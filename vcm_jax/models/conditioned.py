@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from vcm_jax import sampling
 from vcm_jax.models.config import ModelConfig
 from vcm_jax.models.mmdit import Conditions
-from vcm_jax.objectives.common import select_rows
+from vcm_jax.objectives.common import rows, select_rows
+from vcm_jax.objectives.guidance import Guidance
 
 
 def zero_inputs(config: ModelConfig):
@@ -42,7 +43,7 @@ def repeat_rows(tree, size: int):
     return jax.tree.map(lambda a: jnp.broadcast_to(a, (size, *a.shape[1:])), tree)
 
 
-def encode_features(net, variables, features, guidance=None):
+def encode_features(net, variables, features, guidance=None, together: bool = False):
     """The network as a velocity, and the encoded conditions that it takes.
 
     The empty condition is encoded once for the whole batch.
@@ -53,6 +54,8 @@ def encode_features(net, variables, features, guidance=None):
       features: see the top of this file.
       guidance: `Guidance`, numbers or arrays `B`, of a network that has an input for it. The empty
         condition has no guidance.
+      together: whether the empty condition is one more row of the same pass, which compiles to
+        half the code. A batch that XLA splits over devices cannot have one more row.
 
     Returns:
       u(x, t, s, cond), cond and null_cond; the latter two with B rows.
@@ -65,12 +68,22 @@ def encode_features(net, variables, features, guidance=None):
         return net.apply(variables, conditions, guidance, method="encode_conditions")
 
     null = net.apply(variables, 1, method="null_conditions")
-    cond = encode(fill_conditions(features, null), guidance)
-    size = features["has_text"].shape[0]
+    cond, size = fill_conditions(features, null), features["has_text"].shape[0]
     if "negative_text" in features:
         negative = repeat_rows(null, size).replace(text=features["negative_text"])
-        return u, cond, encode(negative)
-    return u, cond, repeat_rows(encode(null), size)
+        return u, encode(cond, guidance), encode(negative)
+    if not together:
+        return u, encode(cond, guidance), repeat_rows(encode(null), size)
+    if guidance is not None:
+        guidance = _join(guidance.rows(size), Guidance().rows(1))
+    both = encode(_join(cond, null), guidance)
+    first, last = rows(0, size)(both), rows(size, None)(both)
+    return u, first, repeat_rows(last, size)
+
+
+def _join(a, b):
+    """The rows of two pytrees, one after the other."""
+    return jax.tree.map(lambda x, y: jnp.concatenate([x, y.astype(x.dtype)]), a, b)
 
 
 def sample_latents(

@@ -18,6 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vcm_jax.models.convolution import conv1d
+
 FLOAT32_EPS = float(np.finfo(np.float32).eps)
 
 
@@ -34,16 +36,6 @@ def _torch_uniform(fan_in: int):
 def at_least_float32(x):
     """`x`, cast to float32 if it is narrower."""
     return x.astype(jnp.promote_types(jnp.float32, x.dtype))
-
-
-def conv1d(x, kernel):
-    """Cross-correlation over the length with zero padding: `B L I`, `k I O` -> `B L O`.
-
-    All convolutions of the network go through this function: a faster one has one place to go.
-    """
-    return jax.lax.conv_general_dilated(
-        x, kernel, window_strides=(1,), padding="SAME", dimension_numbers=("NWC", "WIO", "NWC")
-    )
 
 
 class Dense(nn.Module):
@@ -192,12 +184,29 @@ def rotate(x, angles):
     `B L H dh`, angles `L dh/2` -> `B L H dh`.
     """
     dtype = jnp.promote_types(jnp.float32, x.dtype)
-    cos = jnp.asarray(np.cos(angles), dtype)[None, :, None]
-    sin = jnp.asarray(np.sin(angles), dtype)[None, :, None]
-    pairs = x.astype(dtype).reshape(*x.shape[:-1], -1, 2)
+    cos, sin = (np.asarray(wave(angles), dtype)[None, :, None] for wave in (np.cos, np.sin))
+    return jax.lax.platform_dependent(x, cos, sin, tpu=rotate_by_product, default=rotate_pairs)
+
+
+def rotate_pairs(x, cos, sin):
+    """`rotate` from the two channels of each pair; cos and sin are `1 L 1 dh/2`."""
+    pairs = x.astype(cos.dtype).reshape(*x.shape[:-1], -1, 2)
     a, b = pairs[..., 0], pairs[..., 1]
     rotated = jnp.stack([a * cos - b * sin, a * sin + b * cos], -1)
     return rotated.reshape(x.shape).astype(x.dtype)
+
+
+def rotate_by_product(x, cos, sin):
+    """`rotate` with a matrix product that exchanges the channels of each pair: the same numbers.
+
+    TPUs hold the last axis in rows of 128, so that an axis of two wastes most of a row. XLA for a
+    v5e counts 182 instead of 460 MB of memory traffic for the layer that makes queries, keys and
+    values of 32 clips.
+    """
+    exchange = np.kron(np.eye(x.shape[-1] // 2), np.array([[0, 1], [-1, 0]]))
+    other = jnp.matmul(x, jnp.asarray(exchange, x.dtype), precision="highest").astype(cos.dtype)
+    cos, sin = jnp.repeat(cos, 2, -1), jnp.repeat(sin, 2, -1)
+    return (x.astype(cos.dtype) * cos + other * sin).astype(x.dtype)
 
 
 class RMSNorm(nn.Module):

@@ -146,7 +146,8 @@ class MMDiT(nn.Module):
         softmax and the result are at least float32.
       remat: what a block keeps for the backward pass, a key of `REMAT`.
       attention: how it is computed, one of `layers.ATTENTION`.
-      joined: whether the gated MLPs join two products, see `layers.GatedMLP`.
+      joined: whether products of the same rows, or with the same weights, are joined where that
+        compiles to less code: in gated MLPs (`layers.GatedMLP`), and for the empty condition.
       scan: whether equal blocks are one program that runs several times. That compiles sooner, and
         is as fast on GPUs and TPUs; on CPUs convolutions in it are slow.
       unpack: turns the weights of a scanned block, as `params` have them, into arrays.

@@ -129,7 +129,9 @@ def rows_loss(
     batch, x0, x1, guidance, t, s, lam, is_null = rows
     if teacher is not None:
         x0 = teacher_data(teacher, teacher_variables, stats, batch, x1, is_null)
-    u, cond, null_cond = encode_features(net, {"params": params, "stats": stats}, batch, guidance)
+    variables = {"params": params, "stats": stats}
+    together = net.joined and constrain is identity
+    u, cond, null_cond = encode_features(net, variables, batch, guidance, together)
     options = dict(num_instant=num_instant, constrain=constrain)
     if guidance is not None:
         options["guidance"] = guidance
