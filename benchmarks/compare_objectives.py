@@ -46,7 +46,7 @@ from vcm_jax.impacts import scores
 from vcm_jax.models import MMDiT
 from vcm_jax.objectives import OBJECTIVES
 from vcm_jax.records import mixture
-from vcm_jax.training import setup
+from vcm_jax.training import configs, setup
 from vcm_jax.training.state import OptimizerConfig, make_init, make_optimizer
 from vcm_jax.training.step import train_step
 from vcm_jax.training.teacher import load_teacher
@@ -103,6 +103,7 @@ class Entry:
 def load_config(text: str):
     """The ConfigDict of 'FILE.py' or 'FILE.py:ARGUMENT'."""
     path, _, argument = text.partition(":")
+    configs.resolve([f"--config={ROOT / path}"])  # so that the file can import other configs
     spec = importlib.util.spec_from_file_location("compared", ROOT / path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -98,3 +99,15 @@ def test_names_and_the_report_of_what_is_scored(tmp_path):
     assert "a &lt;note&gt;" in page and "<td>0.700 ± 0.141</td>" in page
     assert json.loads((tmp_path / "steps.json").read_text()) == steps
     assert (tmp_path / "comparison.png").stat().st_size > 1000
+
+
+def test_configs_that_import_others_load_in_a_script(tmp_path):
+    """`python benchmarks/X.py` has the folder of the script on its path, not that of the configs."""
+    code = f"import sys; sys.path.insert(0, {str(Path(compare.__file__).parent)!r})\n"
+    code += f"sys.path.insert(1, {str(compare.ROOT / 'tests')!r})\n"
+    code += "import compare_objectives\n"
+    code += "print(compare_objectives.load_config('configs/impacts.py:vcm').model)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.stdout.strip() == "demo", done.stderr
