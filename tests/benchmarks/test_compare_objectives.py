@@ -102,7 +102,7 @@ def test_names_and_the_report_of_what_is_scored(tmp_path):
 
 
 def test_configs_that_import_others_load_in_a_script(tmp_path):
-    """`python benchmarks/X.py` has the folder of the script on its path, not that of the configs."""
+    """A script has its own folder on the path, not that of the configs."""
     code = f"import sys; sys.path.insert(0, {str(Path(compare.__file__).parent)!r})\n"
     code += f"sys.path.insert(1, {str(compare.ROOT / 'tests')!r})\n"
     code += "import compare_objectives\n"
