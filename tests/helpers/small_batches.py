@@ -45,12 +45,13 @@ def linear_net(x, t, s, cond):
 def loss_of(name, net, x0, x1, t, s, lam=0.3, num_instant=0, is_null=None, drawn=None, **settings):
     """(loss, aux) of an objective; the empty condition is 1, the condition of every row 0.
 
-    `drawn` is the guidance of each row, of an objective whose guidance is conditioned.
+    `drawn` is the guidance of each row, of an objective whose guidance is conditioned, or a dict of
+    options of the loss.
     """
     size = len(x0)
     is_null = np.zeros(size, bool) if is_null is None else is_null
     cond, null_cond = conditions(size), conditions(size, 1.0)
-    options = {} if drawn is None else {"guidance": drawn}
+    options = drawn if isinstance(drawn, dict) else {} if drawn is None else {"guidance": drawn}
     settings = ANY_ROWS.get(name, {}) | settings
     return make_settings(name, **settings).loss(
         net, x0, x1, t, s, lam, cond, null_cond, is_null, num_instant=num_instant, **options
@@ -78,8 +79,10 @@ def rows_of_passes(name, num_instant=6, **settings):
         rows.append(primals[0].shape[0])
         return net(*primals), jax.jvp(linear_net, primals, tangents)[1]
 
-    drawn = objective.draw_guidance(jax.random.key(0), 8)
-    loss_of(name, net, x0, x1, t, s, 0.1, num_instant, drawn=drawn, **settings)
+    options = {"target_u": net} if objective.target_ema else {}
+    if objective.guidance_input:
+        options["guidance"] = objective.draw_guidance(jax.random.key(0), 8)
+    loss_of(name, net, x0, x1, t, s, 0.1, num_instant, drawn=options, **settings)
     if not objective.instant_only:
         objective = make_settings(name, **settings | {"instant_ratio": num_instant / 8})
     assert sum(rows) == 8 * objective.passes().total

@@ -124,17 +124,45 @@ def rows_loss(
     config: StepConfig,
     constrain=identity,
     teacher: Teacher | None = None,
+    target=None,
+    target_net=None,
 ):
-    """As `loss_fn`, from what `draw_rows` drew, with the rows of s = t first."""
+    """As `loss_fn`, from what `draw_rows` drew, with the rows of s = t first.
+
+    `target` are the parameters of the objective's targets, which `target_net` takes (`net` if it is
+    None); None for `params`.
+    """
     batch, x0, x1, guidance, t, s, lam, is_null = rows
     if teacher is not None:
         x0 = teacher_data(teacher, teacher_variables, stats, batch, x1, is_null)
-    u, cond, null_cond = encode_features(net, {"params": params, "stats": stats}, batch, guidance)
     options = dict(num_instant=num_instant, constrain=constrain)
     if guidance is not None:
         options["guidance"] = guidance
+    networks = [encode_features(net, {"params": params, "stats": stats}, batch, guidance)]
+    if target is not None:
+        variables = {"params": target, "stats": stats}
+        networks.append(encode_features(target_net or net, variables, batch, guidance))
+    (u, *others), cond, null_cond = _side_by_side(networks)
+    options |= dict(zip(["target_u"] * (target is not None), others))
     loss, aux = config.objective.loss(u, x0, x1, t, s, lam, cond, null_cond, is_null, **options)
     return loss, step_metrics(loss, aux, t, num_instant)
+
+
+def _side_by_side(networks):
+    """Several networks on one pair of conditions, which holds what each has encoded by itself.
+
+    Args:
+      networks: (u, cond, null_cond) of each.
+
+    Returns:
+      The functions u, cond and null_cond: objectives take all of them with the same conditions.
+    """
+    functions, *conditions = zip(*networks)
+
+    def of(u, place):
+        return lambda x, t, s, cond: u(x, t, s, cond[place])
+
+    return [of(u, place) for place, u in enumerate(functions)], *conditions
 
 
 def step_metrics(loss, aux, t, num_instant: int):
@@ -181,6 +209,7 @@ def gradients(
     layout: Layout,
     accumulate: int,
     frozen=None,
+    target=None,
     selection: Selection = ALL,
     **options,
 ):
@@ -195,6 +224,7 @@ def gradients(
       layout: of the step; `vcm_jax.devices.layout` explains the two ways.
       accumulate: number of microbatches.
       frozen: the network's other parameters.
+      target: the parameters of the objective's targets, like `params`; None for `params`.
       selection: which parameters are which.
       options: of `rows_loss`.
     """
@@ -203,6 +233,8 @@ def gradients(
         rows = layout.rows(instant_first(rows, num_instant))
         frozen = layout.gather_frozen(frozen)
         options["constrain"] = layout.rows
+        if target is not None:
+            options["target"] = selection.complete(layout.gather(target), frozen)
 
         def loss(params, rows):
             params, count = selection.complete(params, frozen), num_instant // accumulate
@@ -212,17 +244,17 @@ def gradients(
         grads, metrics = accumulated(compute, layout.gather(params), rows, accumulate)
         return layout.scatter(grads), metrics
 
-    def by_device(params, rows, whole):
-        return device_gradients(
-            params, rows, *whole, num_instant // parts, layout, accumulate, selection, **options
-        )
+    def by_device(params, target, rows, whole):
+        args = (num_instant // parts, layout, accumulate, selection)
+        return device_gradients(params, target, rows, *whole, *args, **options)
 
     whole = (stats, teacher_variables, layout.gather_frozen(frozen))
-    return layout.by_device(by_device, params, rows, whole)
+    return layout.by_device(by_device, params, target, rows, whole)
 
 
 def device_gradients(
     params,
+    target,
     rows,
     stats,
     teacher_variables,
@@ -236,14 +268,18 @@ def device_gradients(
     **options,
 ):
     """As `gradients`, from this device's rows; `num_instant` counts those of a microbatch."""
-    axes, stacked = layout.fsdp_axes(params), ()
+    axes, stacked, target_net = layout.fsdp_axes(params), (), net
     # With frozen parameters the network stacks its blocks itself, when they are complete.
     stacks = net.scan and selection.is_whole
     if stacks:
         stacked = STACKED
         params = stack_blocks(params, net.config)
+        target = None if target is None else stack_blocks(target, net.config)
         axes = stack_blocks(axes, net.config, stack=lambda leaves: leaves[0])
     whole = layout.gather_by_device(params, axes, net.dtype, stacked)
+    if target is not None:
+        target = layout.gather_by_device(target, axes, net.dtype, stacked)
+        target = selection.complete(target, frozen)
     # Summed at once where each gradient is complete, so that other work hides the communication.
     at_once = ("data", "fsdp") if accumulate == 1 else ("fsdp",)
     use = functools.partial(layout.use, reduce=at_once)
@@ -254,7 +290,10 @@ def device_gradients(
         weights = jax.tree.map(Weight, params, whole, axes)
         weights = {k: w if k in stacked else use(w) for k, w in weights.items()}
         weights = selection.complete(weights, frozen)
-        return rows_loss(weights, stats, rows, num_instant, teacher_variables, net=net, **options)
+        targets = dict(target=target, target_net=target_net)
+        return rows_loss(
+            weights, stats, rows, num_instant, teacher_variables, net=net, **targets, **options
+        )
 
     rows = instant_first(rows, num_instant * accumulate)
     grads, metrics = accumulated(jax.grad(loss, has_aux=True), params, rows, accumulate)
@@ -310,6 +349,7 @@ def train_step(
         layout,
         accumulate,
         frozen=state.frozen,
+        target=state.target,
         selection=selection,
         net=net,
         config=config,
@@ -323,6 +363,9 @@ def train_step(
         width: ema.update(weights, params, step, ema.gamma_from_sigma_rel(float(width)))
         for width, weights in state.ema.items()
     }
+    target = state.target
+    if target is not None:
+        target = ema.follow(target, params, step, config.objective.target_ema)
     finite = jnp.isfinite(metrics["loss"].total) & jnp.isfinite(grad_norm)
     average = clu_metrics.Average.from_model_output
     metrics |= {
@@ -330,7 +373,7 @@ def train_step(
         "update_norm": average(optax.tree.norm(updates)),
         "nonfinite": average(1.0 - finite),
     }
-    changed = state.replace(params=params, opt_state=opt_state, ema=ema_weights)
+    changed = state.replace(params=params, opt_state=opt_state, ema=ema_weights, target=target)
     if skip_nonfinite:
         changed = jax.tree.map(lambda new, old: jnp.where(finite, new, old), changed, state)
     return changed.replace(step=step), clu_metrics.Collection.create_collection(**metrics)
