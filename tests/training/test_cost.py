@@ -12,9 +12,10 @@ from vcm_jax.models import MODELS, Conditions, MMDiT
 from vcm_jax.models.flops import forward_flops, step_flops
 from vcm_jax.objectives import OBJECTIVES, make_settings
 from vcm_jax.objectives.vcm import VCMConfig
+from vcm_jax.training.loss import loss_fn
 from vcm_jax.training.rows import StepConfig, abstract_batch
 from vcm_jax.training.state import OptimizerConfig, make_init, make_optimizer
-from vcm_jax.training.step import loss_fn, train_step
+from vcm_jax.training.step import train_step
 
 VCM = VCMConfig()
 SMALL = MODELS["small_16k"]

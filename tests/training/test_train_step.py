@@ -299,11 +299,13 @@ def test_any_mesh_gives_every_objective_s_numbers_of_one_device(name):
 def test_any_mesh_gives_the_same_options_of_any_objective(name):
     """Device by device, and as one program of the whole batch."""
     options = {"target_ema": 0.5} if name == "vcm" else {}
-    config = dataclasses.replace(CONFIG, objective=make_settings(name, **options))
+    config = dataclasses.replace(CONFIG, objective=make_settings(name, **options), dispersive=30.0)
     one = sharding.make_mesh(1, devices=jax.devices()[:1])
     state, metrics = run(one, 3, config, sharded_init=True)
     other, other_metrics = run(sharding.make_mesh(2, 2, 2), 3, config, sharded_init=True)
-    np.testing.assert_allclose(other_metrics["loss"], metrics["loss"], rtol=2e-5)
+    np.testing.assert_allclose(other_metrics["loss"], metrics["loss"], rtol=1e-4)
+    assert metrics["dispersive"] < -5e-5  # activations of this network are small at first
+    np.testing.assert_allclose(other_metrics["dispersive"], metrics["dispersive"], atol=2e-6)
     close = functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-5)
     jax.tree.map(close, other.params, state.params)
     jax.tree.map(close, other.target, state.target)

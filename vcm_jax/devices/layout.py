@@ -165,6 +165,10 @@ class Layout:
         axes = tuple(axis for axis in axes if axis in self.axes)
         return jax.lax.psum(tree, axes) if axes else tree
 
+    def gather_rows(self, rows):
+        """The rows of all devices, within `by_device`: an array with a leading axis `B`."""
+        return jax.lax.all_gather(rows, self.axes, tiled=True) if self.axes else rows
+
     def gather_by_device(self, shards, axes, dtype, stacked: tuple[str, ...] = ()):
         """The whole weights, within `by_device`; kernels are cast before they are gathered.
 

@@ -74,12 +74,13 @@ def read_section(section: Mapping) -> tuple[Objective, dict]:
     """Reads the section `objective` of a config: `name`, settings, and what steps take from it.
 
     Returns:
-      The settings of the objective; and `anneal_steps` and the entries whose names end in "_prob".
+      The settings of the objective; and `anneal_steps`, `dispersive` and the entries whose names
+      end in "_prob".
 
     Raises:
       ValueError: as `make_settings`.
     """
-    of_step = lambda key: key == "anneal_steps" or key.endswith("_prob")
+    of_step = lambda key: key in ("anneal_steps", "dispersive") or key.endswith("_prob")
     rest = {key: value for key, value in section.items() if of_step(key)}
     settings = {key: value for key, value in section.items() if key not in rest}
     return make_settings(**settings), rest

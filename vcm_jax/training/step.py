@@ -1,6 +1,5 @@
 """One training step: a pure function of (state, batch, key)."""
 
-import dataclasses
 import functools
 
 import jax
@@ -8,179 +7,15 @@ import jax.numpy as jnp
 import optax
 from clu import metrics as clu_metrics
 
-from vcm_jax import ema, sampling
+from vcm_jax import ema
 from vcm_jax.devices.layout import Layout, Weight
 from vcm_jax.devices.sharding import BATCH_AXES
-from vcm_jax.models import MMDiT
-from vcm_jax.models.conditioned import encode_features, sample_latents, zero_inputs
 from vcm_jax.models.mmdit import STACKED, stack_blocks, unstack_blocks
-from vcm_jax.objectives import Objective
-from vcm_jax.objectives.common import identity
-from vcm_jax.training.rows import (
-    StepConfig,
-    draw_rows,
-    instant_first,
-    normalised,
-    take_microbatch,
-)
+from vcm_jax.training.loss import Teacher, rows_loss
+from vcm_jax.training.rows import StepConfig, draw_rows, instant_first, take_microbatch
 from vcm_jax.training.selection import ALL, Selection
 
-TIME_BINS = 5
 ONE_DEVICE = Layout()
-
-
-@dataclasses.dataclass(frozen=True)
-class Teacher:
-    """A trained network that turns noise into data, for reflow; everything here is static.
-
-    Attributes:
-      net: the network; its variables are an argument of the step.
-      objective: the objective that it was trained with.
-      steps: steps of its sampler.
-    """
-
-    net: MMDiT
-    objective: Objective
-    steps: int
-
-
-def check_network(net, config: StepConfig) -> None:
-    """Checks, before anything is compiled, that the objective can use the network.
-
-    Some objectives take a JVP, which fused attention kernels do not have.
-
-    Raises:
-      ValueError: when it cannot.
-    """
-    if not config.objective.needs_jvp:
-        return
-    x, t, s, cond = zero_inputs(net.config)
-
-    def derivative(key):
-        variables = net.init(key, x, t, s, cond)
-
-        def apply(x):
-            return net.apply(variables, x, t, s, cond)
-
-        # Under a gradient, as in the loss: alone, some kernels fail only when they are run.
-        return jax.grad(lambda x: jax.jvp(apply, (x,), (x,))[0].sum())(x)
-
-    try:
-        jax.eval_shape(derivative, jax.random.key(0))
-    except (TypeError, NotImplementedError) as error:
-        raise ValueError(
-            f"objective {config.objective.name} takes a JVP, which this attention implementation "
-            f"does not have ({str(error).splitlines()[0]}): choose another one, or "
-            "config.objective.derivative=central"
-        ) from None
-
-
-def teacher_data(teacher: Teacher, variables, stats, batch, x1, is_null):
-    """The teacher's samples from the noise x1 `B N C`, normalised with the student's `stats`.
-
-    Args:
-      teacher: the teacher.
-      variables: its variables.
-      stats: the student's, whose normalisation the result has.
-      batch: as `train_step`'s; its conditions are the teacher's too.
-      x1: noise `B N C`.
-      is_null: bool `B`, rows whose whole condition is dropped.
-    """
-    present = {name: batch[name] & ~is_null for name in ("has_video", "has_text")}
-    times = sampling.uniform_times(teacher.steps)
-    latents = sample_latents(teacher.net, variables, batch | present, x1, times, teacher.objective)
-    return jax.lax.stop_gradient(normalised(latents, stats))
-
-
-def loss_fn(
-    params,
-    stats,
-    batch,
-    key,
-    step,
-    teacher_variables=None,
-    *,
-    net,
-    config: StepConfig,
-    constrain=identity,
-    teacher: Teacher | None = None,
-):
-    """The loss of one batch, a scalar, and its metrics, a dict of `clu.metrics`."""
-    rows = draw_rows(stats, batch, key, step, config)
-    num_instant = config.num_instant(batch["latent_mean"].shape[0])
-    rows = instant_first(rows, num_instant)
-    options = dict(net=net, config=config, teacher=teacher, constrain=constrain)
-    return rows_loss(params, stats, rows, num_instant, teacher_variables, **options)
-
-
-def rows_loss(
-    params,
-    stats,
-    rows,
-    num_instant: int,
-    teacher_variables=None,
-    *,
-    net,
-    config: StepConfig,
-    constrain=identity,
-    teacher: Teacher | None = None,
-    target=None,
-    target_net=None,
-):
-    """As `loss_fn`, from what `draw_rows` drew, with the rows of s = t first.
-
-    `target` are the parameters of the objective's targets, which `target_net` takes (`net` if it is
-    None); None for `params`.
-    """
-    batch, x0, x1, guidance, t, s, lam, is_null = rows
-    if teacher is not None:
-        x0 = teacher_data(teacher, teacher_variables, stats, batch, x1, is_null)
-    options = dict(num_instant=num_instant, constrain=constrain)
-    if guidance is not None:
-        options["guidance"] = guidance
-    networks = [encode_features(net, {"params": params, "stats": stats}, batch, guidance)]
-    if target is not None:
-        variables = {"params": target, "stats": stats}
-        networks.append(encode_features(target_net or net, variables, batch, guidance))
-    (u, *others), cond, null_cond = _side_by_side(networks)
-    options |= dict(zip(["target_u"] * (target is not None), others))
-    loss, aux = config.objective.loss(u, x0, x1, t, s, lam, cond, null_cond, is_null, **options)
-    return loss, step_metrics(loss, aux, t, num_instant)
-
-
-def _side_by_side(networks):
-    """Several networks on one pair of conditions, which holds what each has encoded by itself.
-
-    Args:
-      networks: (u, cond, null_cond) of each.
-
-    Returns:
-      The functions u, cond and null_cond: objectives take all of them with the same conditions.
-    """
-    functions, *conditions = zip(*networks)
-
-    def of(u, place):
-        return lambda x, t, s, cond: u(x, t, s, cond[place])
-
-    return [of(u, place) for place, u in enumerate(functions)], *conditions
-
-
-def step_metrics(loss, aux, t, num_instant: int):
-    """Metrics to log: the loss, and the unweighted mse by kind of row and by t.
-
-    With p = 1 the weighted loss stays near 1 throughout training; the mse shows the progress.
-    """
-    average = clu_metrics.Average.from_model_output
-    instant = jnp.arange(t.shape[0]) < num_instant
-    bins = jnp.minimum((t * TIME_BINS).astype(jnp.int32), TIME_BINS - 1)
-    metrics = {"loss": average(loss), "mse": average(aux["mse"])}
-    for kind, rows in (("instant", instant), ("jump", ~instant)):
-        metrics[f"mse_{kind}"] = average(aux["mse"], rows)
-        for i in range(TIME_BINS):
-            metrics[f"mse_{kind}_t{i}"] = average(aux["mse"], rows & (bins == i))
-    if num_instant:
-        metrics["mse_instant_to_velocity"] = average(aux["velocity_mse"])
-    return metrics
 
 
 def accumulated(compute, params, rows, accumulate: int):
@@ -290,7 +125,7 @@ def device_gradients(
         weights = jax.tree.map(Weight, params, whole, axes)
         weights = {k: w if k in stacked else use(w) for k, w in weights.items()}
         weights = selection.complete(weights, frozen)
-        targets = dict(target=target, target_net=target_net)
+        targets = dict(target=target, target_net=target_net, gather=layout.gather_rows)
         return rows_loss(
             weights, stats, rows, num_instant, teacher_variables, net=net, **targets, **options
         )

@@ -7,7 +7,7 @@ from vcm_jax.models import MODELS, ModelConfig
 from vcm_jax.objectives import Objective, read_section
 from vcm_jax.objectives.flow_matching import FlowMatchingConfig
 from vcm_jax.runs import description
-from vcm_jax.training.step import Teacher
+from vcm_jax.training.loss import Teacher
 
 
 def load_teacher(settings, net, manifest):
