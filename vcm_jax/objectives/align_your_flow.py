@@ -7,16 +7,17 @@ import jax.numpy as jnp
 
 from vcm_jax.objectives import common, flow_maps
 from vcm_jax.objectives.base import GuidedObjective, Passes
-from vcm_jax.settings import TIME_INTERVAL, choice, number, setting
+from vcm_jax.settings import TEXT, TIME_INTERVAL, choice, number, setting
 
 
 @dataclasses.dataclass(frozen=True)
 class AlignYourFlowConfig(flow_maps.TimeDerivative, GuidedObjective):
     """Settings of the objective; times, normalisation and warm-up are the paper's.
 
-    The paper distils a teacher with autoguidance. Here the velocity is the guided one of the data
-    (EMD), or the network's own where a jump lands (LMD), so that no second network is needed, and
-    the s = t rows are flow matching.
+    The paper distils a teacher. With `teacher` the velocity is that of a trained run, with
+    classifier-free guidance in place of the paper's autoguidance, which needs a weaker teacher,
+    too. Without, it is the guided one of the data (EMD), or the network's own where a jump lands
+    (LMD), so that no second network is needed. The s = t rows learn the velocity itself.
 
     Attributes:
       guidance, guidance_max, target_ema, guidance_scale, mix_ratio, guidance_interval, p, eps,
@@ -25,6 +26,8 @@ class AlignYourFlowConfig(flow_maps.TimeDerivative, GuidedObjective):
       derivative, derivative_step: see `flow_maps.TimeDerivative`.
       kind: "emd", the Eulerian residual d/dt f, or "lmd", the Lagrangian one d/ds f - u(f, s, s).
       warmup: fraction of the run over which EMD's derivative grows to its full weight, 0.99.
+      teacher: workdir of the trained run, or public weights; "" for none. It is guided with
+        `guidance_scale`, so that this is 1 for a run that has guidance in its weights.
       normaliser: c of the residual g / (rms(g) + c). The paper's code takes the norm of g; its root
         mean square means the same for clips of any length.
     """
@@ -39,12 +42,32 @@ class AlignYourFlowConfig(flow_maps.TimeDerivative, GuidedObjective):
     kind: str = setting("emd", choice("emd", "lmd"))
     warmup: float = setting(0.1, number(above=0, high=1))
     normaliser: float = setting(0.1, number(above=0))
+    teacher: str = setting("", TEXT)
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name, value in (("mix_ratio", 1), ("target_ema", 0)):
+            if self.teacher and getattr(self, name) != value:
+                raise ValueError(
+                    f"objective.{name} must be {value} with objective.teacher, whose velocity the "
+                    f"targets take, not {getattr(self, name):g}"
+                )
+
+    @property
+    def needs_teacher(self) -> bool:
+        return bool(self.teacher)
+
+    @property
+    def teacher_velocity(self) -> str:
+        return "plain" if self.teacher else ""
 
     def loss(self, u, *batch, **options):
         return align_your_flow_loss(u, batch, self, **options)
 
     def passes(self) -> Passes:
         later, emd = 1 - self.instant_ratio, self.kind == "emd"
+        if self.teacher:
+            return Passes(elsewhere=later * self.derivative_passes)
         guidance = self.guided_passes(self.instant_ratio, later * emd)
         return Passes(guidance, later * (self.derivative_passes + (not emd)))
 
@@ -64,7 +87,9 @@ def align_your_flow_loss(u, batch, config: AlignYourFlowConfig, **options):
 
     Network evaluations, in forward passes over the batch with r = num_instant / B: the
     unconditional velocity of all rows (EMD) or of the s = t rows (LMD), the derivative (1 - r),
-    with LMD u(f, s, s) (1 - r), and the differentiated pass.
+    with LMD u(f, s, s) (1 - r), and the differentiated pass. With a teacher those without gradient
+    are the teacher's: V_c and V_null (none for w = 1) at x_t in all rows (EMD), or at x_t in the
+    s = t rows and at f in the others (LMD).
 
     `batch` and `options` are the arguments of `vcm_loss`, and results are as its own; `lam` is the
     r of EMD.

@@ -54,8 +54,11 @@ class Objective:
       to_data: the network learns jumps to s = 0 alone; several steps of a sampler then restart,
         see `sampling.restart_sample`.
       needs_jvp: the loss differentiates the network in forward mode.
-      needs_teacher: the data x0 come from the sampler of a trained run; the settings need
-        `teacher` and `teacher_steps`.
+      needs_teacher: the objective learns from a trained run, whose workdir is its setting
+        `teacher`. With `teacher_steps` the data x0 come from the sampler of that run.
+      teacher_velocity: which velocity of the teacher the loss takes, as its argument `teacher_u`:
+        "plain", its instantaneous velocity u(x, t, t, c) without guidance; "guided", the one that
+        its sampler takes; "" for none.
       couples_rows: the loss of a row depends on the other rows of the batch, so that devices cannot
         compute the losses of their own rows by themselves.
       target_ema: decay of the EMA parameters that targets are evaluated with; 0 for none.
@@ -69,6 +72,7 @@ class Objective:
     needs_jvp: ClassVar[bool] = False
     to_data: ClassVar[bool] = False
     needs_teacher: ClassVar[bool] = False
+    teacher_velocity: ClassVar[str] = ""
     couples_rows: ClassVar[bool] = False
     target_ema = 0.0
 

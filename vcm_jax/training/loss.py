@@ -132,6 +132,10 @@ def rows_loss(
     if target is not None:
         slow = {"params": target, "stats": stats}
         networks["target_u"] = encode_features(target_net or net, slow, batch, guidance)
+    if teacher is not None and config.objective.teacher_velocity:
+        networks["teacher_u"] = _teacher_velocity(
+            teacher, teacher_variables, batch, config.objective.teacher_velocity
+        )
     functions, cond, null_cond = _side_by_side(networks)
     options |= functions
     loss, aux = config.objective.loss(
@@ -145,6 +149,21 @@ def rows_loss(
         extra = {"dispersive": dispersive_loss(gather(z))}
         loss = loss + config.dispersive * extra["dispersive"]
     return loss, step_metrics(loss, aux, t, num_instant, extra)
+
+
+def _teacher_velocity(teacher: Teacher, variables, batch, kind: str):
+    """A teacher's `Objective.teacher_velocity`, as `encode_features` returns a network."""
+    objective, guided = teacher.objective, kind == "guided"
+    guidance = sampling.OWN_SAMPLER.guidance_input(objective) if guided else None
+    net, cond, null_cond = encode_features(teacher.net, variables, batch, guidance)
+    if not guided:
+        return objective.velocity(net), cond, null_cond
+
+    def velocity(x, t, s, cond):
+        cond, null_cond = cond
+        return sampling.OWN_SAMPLER.velocity(objective, net, null_cond)(x, t, s, cond)
+
+    return velocity, (cond, null_cond), (null_cond, null_cond)
 
 
 def _side_by_side(networks):

@@ -47,11 +47,24 @@ def load_teacher(settings, net, manifest):
             f"objective.teacher {workdir} is of another size: "
             + ", ".join(f"{n} {getattr(model, n)}, not {getattr(net.config, n)}" for n in names)
         )
-    teacher = Teacher(net.clone(config=model), objective, settings.teacher_steps)
+    if settings.teacher_velocity == "plain" and settings.guides and _is_guided(objective):
+        raise ValueError(
+            f"objective.teacher {workdir} has guidance in its weights: it takes "
+            "objective.guidance_scale=1"
+        )
+    steps = getattr(settings, "teacher_steps", 0)
+    teacher = Teacher(net.clone(config=model), objective, steps)
     variables = weights.read(workdir)
     if lacking := {"latent_mean", "latent_std", "empty_text"} - variables["stats"].keys():
         raise ValueError(f"objective.teacher {workdir} lacks {', '.join(sorted(lacking))}")
     return teacher, variables
+
+
+def _is_guided(objective: Objective) -> bool:
+    """Whether the network of an objective is guided without further evaluations."""
+    if objective.instant_only or objective.guidance_input:
+        return False
+    return objective.guidance_scale != 1
 
 
 def _read_teacher(workdir, student: ModelConfig, manifest) -> tuple[ModelConfig, Objective]:
