@@ -101,7 +101,7 @@ def test_settings_that_a_teacher_does_not_have():
         with pytest.raises(ValueError, match=f"objective.{name} must be .* with objective.teach"):
             make_settings(NAME, teacher="run", **{name: value})
     ours = make_settings(NAME, teacher="run")
-    assert ours.needs_teacher and not make_settings(NAME).needs_teacher
+    assert ours.has_teacher and not make_settings(NAME).has_teacher
     assert ours.passes().forward == 3.5
 
 

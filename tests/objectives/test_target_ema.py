@@ -8,6 +8,7 @@ from small_batches import batch, conditions, linear_net, loss_of, rows_of_passes
 from vcm_jax.objectives import OBJECTIVES, make_settings
 from vcm_jax.objectives.base import TargetGuidance
 
+AYF = "align_your_flow"
 WITH_TARGETS = [name for name, cls in OBJECTIVES.items() if issubclass(cls, TargetGuidance)]
 
 
@@ -46,6 +47,22 @@ def test_the_target_changes_and_is_not_trained(name):
     for mine, plain in zip(jax.tree.leaves(loss(1.3, 1.3)), jax.tree.leaves(loss(1.3))):
         np.testing.assert_allclose(mine, plain, rtol=1e-6)
     assert (np.abs(loss(1.3, 0.7)[1]["mse"] / loss(1.3)[1]["mse"] - 1) > 1e-3).any()
+
+
+@pytest.mark.parametrize(
+    "name, kind", [*((n, None) for n in WITH_TARGETS), ("consistency", "ect"), (AYF, "lmd")]
+)
+def test_the_trained_network_makes_no_target(name, kind):
+    """It makes the trained passes and derivatives alone, and TwinFlow's own samples and flows."""
+    x0, x1, t, s = batch(4, 1, dtype=np.float32)
+    rows, settings = [], {"kind": kind} if kind else {}
+
+    def net(*args):
+        rows.append(len(args[0]))
+        return linear_net(*args)
+
+    loss_of(name, net, x0, x1, t, s, 0.2, 1, drawn={"target_u": linear_net}, **settings)
+    assert sum(rows) == 4 + {"transition": 6, "twinflow": 3}.get(name, 0)
 
 
 @pytest.mark.parametrize("name", WITH_TARGETS)

@@ -21,6 +21,7 @@ from vcm_jax.objectives.shortcut import ShortcutConfig
 from vcm_jax.objectives.soflow import SoFlowConfig
 from vcm_jax.objectives.split_meanflow import SplitMeanFlowConfig
 from vcm_jax.objectives.transition import TransitionConfig
+from vcm_jax.objectives.twinflow import TwinFlowConfig
 from vcm_jax.objectives.vcm import VCMConfig
 from vcm_jax.objectives.wcfm import WCFMConfig
 
@@ -43,6 +44,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
         TransitionConfig,
         AlignYourFlowConfig,
         IMMConfig,
+        TwinFlowConfig,
     )
 }
 

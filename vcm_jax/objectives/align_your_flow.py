@@ -54,10 +54,6 @@ class AlignYourFlowConfig(flow_maps.TimeDerivative, GuidedObjective):
                 )
 
     @property
-    def needs_teacher(self) -> bool:
-        return bool(self.teacher)
-
-    @property
     def teacher_velocity(self) -> str:
         return "plain" if self.teacher else ""
 

@@ -54,7 +54,7 @@ class Objective:
       to_data: the network learns jumps to s = 0 alone; several steps of a sampler then restart,
         see `sampling.restart_sample`.
       needs_jvp: the loss differentiates the network in forward mode.
-      needs_teacher: the objective learns from a trained run, whose workdir is its setting
+      needs_teacher: the objective always learns from a trained run, whose workdir is its setting
         `teacher`. With `teacher_steps` the data x0 come from the sampler of that run.
       teacher_velocity: which velocity of the teacher the loss takes, as its argument `teacher_u`:
         "plain", its instantaneous velocity u(x, t, t, c) without guidance; "guided", the one that
@@ -105,6 +105,11 @@ class Objective:
         del step, steps
         t, s = times.sample_times(key, batch_size, num_instant, self.time_mean, self.time_std)
         return t, s, None
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether a trained run teaches with these settings."""
+        return self.needs_teacher or bool(self.teacher_velocity)
 
     @property
     def guidance_input(self) -> bool:

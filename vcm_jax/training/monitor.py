@@ -164,7 +164,7 @@ def model_flops(model: ModelConfig, config: StepConfig, step, batch, devices: in
     is relative to the same number. Where a teacher's passes come on top it is XLA's count of the
     compiled step for so many devices, which also includes what is computed twice.
     """
-    if not config.objective.needs_teacher:
+    if not config.objective.has_teacher:
         passes = config.objective.passes()
         return step_flops(model, passes, config.dispersive > 0), "counted by hand"
     return xla_flops(step, devices) / len(batch["latent_mean"]), "XLA's count"

@@ -26,7 +26,7 @@ def load_teacher(settings, net, manifest):
       ValueError: when there is no teacher, or its sizes, features or latents differ from those of
         the student.
     """
-    if not settings.needs_teacher:
+    if not settings.has_teacher:
         return None, None
     if not settings.teacher:
         raise ValueError(
