@@ -90,7 +90,11 @@ def rows_of_passes(name, num_instant=6, **settings):
     options = {"target_u": net} if objective.target_ema else {}
     if objective.guidance_input:
         options["guidance"] = objective.draw_guidance(jax.random.key(0), size)
-    loss_of(name, net, x0, x1, t, s, 0.1, num_instant, drawn=options, **settings)
+
+    def loss():
+        return loss_of(name, net, x0, x1, t, s, 0.1, num_instant, drawn=options, **settings)[0]
+
+    jax.eval_shape(loss)  # nothing is computed: every operation would compile for each shape
     if not objective.instant_only:
         objective = make_settings(name, **settings | {"instant_ratio": num_instant / size})
     np.testing.assert_allclose(sum(rows), size * objective.passes().total, rtol=1e-9)
