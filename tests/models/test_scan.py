@@ -63,6 +63,17 @@ def test_stacking_is_undone():
     jax.tree.map(np.testing.assert_array_equal, again, params)
 
 
+def test_stacked_weights_of_a_network_with_one_joint_block():
+    """There is nothing to stack among the joint blocks, as in `demo` and `laptop`."""
+    config = dataclasses.replace(CONFIG, depth=3)
+    net, inputs = MMDiT(config, scan=True), random_like(zero_inputs(config), 0)
+    variables = random_like(jax.eval_shape(net.init, jax.random.key(0), *inputs), 1)
+    stacked = variables | {"params": stack_blocks(variables["params"], config)}
+    assert "joint_blocks_0" in stacked["params"] and "fused_blocks" in stacked["params"]
+    found = jax.eval_shape(net.apply, stacked, *inputs)
+    assert found.shape == inputs[0].shape
+
+
 def test_features_are_those_after_the_first_quarter_of_the_blocks():
     """The mean of the latent tokens, the same in a network that scans its blocks."""
     config = dataclasses.replace(CONFIG, depth=8, fused_depth=5)  # two of three joint blocks

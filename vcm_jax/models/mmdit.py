@@ -347,7 +347,7 @@ class MMDiT(nn.Module):
         stacked = None
         if not self.is_initializing():
             params = self.variables["params"]
-            if self.scan and name not in params:
+            if self.scan and name in _scanned(self.config) and name not in params:
                 params = stack_blocks(params, self.config)
             stacked = params.get(name)
         if stacked is not None:
