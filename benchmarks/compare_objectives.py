@@ -122,9 +122,9 @@ def make_step(config):
     mesh = sharding.make_mesh(-1, 1, 1)
     rows, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
     stats = setup.mixed_statistics(sources, weights) | {"empty_text": sources[0].empty_text}
-    state = jax.jit(make_init(net, stats, optimizer, config.ema_sigma_rels), out_shardings=whole)(
-        jax.random.key(0)
-    )
+    has_target = settings.objective.target_ema > 0
+    init = make_init(net, stats, optimizer, config.ema_sigma_rels, has_target=has_target)
+    state = jax.jit(init, out_shardings=whole)(jax.random.key(0))
     teacher, variables = load_teacher(settings.objective, net, sources[0].manifest)
     shapes = mixture.Shapes(
         clip=(model.clip_seq_len, model.clip_dim), sync=(model.sync_seq_len, model.sync_dim)

@@ -26,6 +26,7 @@ import optax
 from absl import app, flags
 from scipy.spatial.distance import cdist
 
+from vcm_jax import ema
 from vcm_jax.atomic import atomic_path
 from vcm_jax.objectives import make_settings
 from vcm_jax.objectives.guidance import Guidance
@@ -56,6 +57,7 @@ SETTINGS = {
     "transition": _EVERYWHERE | dict(along="guided"),
     "align_your_flow": _EVERYWHERE,
     "imm": _EVERYWHERE,
+    "twinflow": _EVERYWHERE,
 }
 UNGUIDED = dict(guidance_scale=1.0)
 
@@ -188,7 +190,7 @@ def train(name, problem, seed: int, steps: int, batch_size: int, teacher=None, *
     params = init_params(np.random.default_rng(seed), null.shape[1])
 
     def step(state, k):
-        params, average, opt_state = state
+        params, average, target, opt_state = state
         keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), k), 4)
         x0, label = problem.draw(keys[0], batch_size)
         guidance = objective.draw_guidance(jax.random.fold_in(keys[2], 2), batch_size)
@@ -197,6 +199,8 @@ def train(name, problem, seed: int, steps: int, batch_size: int, teacher=None, *
         x1 = jax.random.normal(keys[1], x0.shape)
         t, s, lam = objective.draw(keys[2], batch_size, n, k, steps)
         is_null = jax.random.bernoulli(keys[3], 0.1 * guided, (batch_size,))
+        if objective.target_ema:
+            options["target_u"] = functools.partial(network, target)
         if teacher is not None:
             seen = jnp.where(is_null[:, None], null, cond)
             x0 = sample(teacher, x1, uniform_times(objective.teacher_steps), seen)
@@ -209,12 +213,13 @@ def train(name, problem, seed: int, steps: int, batch_size: int, teacher=None, *
         updates, opt_state = optimizer.update(jax.grad(loss)(params), opt_state)
         params = optax.apply_updates(params, updates)
         average = jax.tree.map(lambda a, p: a + (p - a) * 0.005, average, params)
-        return (params, average, opt_state), None
+        target = ema.follow(target, params, k + 1, objective.target_ema)
+        return (params, average, target, opt_state), None
 
     run = jax.jit(
         lambda state, first: jax.lax.scan(step, state, first + jnp.arange(steps // 10))[0]
     )
-    state = (params, params, optimizer.init(params))
+    state = (params, params, params, optimizer.init(params))
     seconds = []
     for tenth in range(10):
         started = time.perf_counter()

@@ -45,7 +45,8 @@ def prepare(model, batch_size: int, dtype, mesh, config: StepConfig):
         "latent_std": jnp.ones(model.latent_dim),
         "empty_text": jnp.zeros((model.text_seq_len, model.text_dim)),
     }
-    init = make_init(net, stats, optimizer, (0.05, 0.10))
+    has_target = config.objective.target_ema > 0
+    init = make_init(net, stats, optimizer, (0.05, 0.10), has_target=has_target)
     abstract = jax.eval_shape(init, jax.random.key(0))
     shardings = sharding.state_shardings(abstract, mesh, model.num_heads)
     rows, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)

@@ -44,6 +44,7 @@ def objective_config(name: str) -> ConfigDict:
             video_drop_prob=0.0,
             text_drop_prob=0.0,
             anneal_steps=0,  # in so many first steps jumps grow to their full length
+            dispersive=0.0,  # weight of a loss that moves activations of a batch apart
         )
     )
 

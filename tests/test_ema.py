@@ -20,6 +20,16 @@ def test_exponents():
         ema.gamma_from_sigma_rel(0.3)
 
 
+def test_constant_decay_starts_as_a_plain_average():
+    """Up to step 1 / (1 - decay), and the initial value has no influence."""
+    average, seen = np.float64(1e9), []
+    with jax.enable_x64(True):
+        for step, value in enumerate([1.0, 3.0, 8.0, 4.0, 0.0, 10.0], 1):
+            average = ema.follow(average, np.float64(value), step, 0.75)
+            seen.append(float(average))
+    np.testing.assert_allclose(seen, [1, 2, 4, 4, 3, 4.75])
+
+
 def test_tracking_and_reconstruction():
     info, arrays = golden.load(PHEMA, "phema")
     total, every, size = info["T"], info["every"], info["D"]

@@ -5,6 +5,7 @@ T are the parameters averaged with the profile (gamma + 1) t^gamma / T^(gamma + 
 """
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 
@@ -34,7 +35,19 @@ def update(average, params, step, gamma: float):
       step: number of the step; the first is 1.
       gamma: exponent of the profile.
     """
-    beta = (1 - 1 / step) ** (gamma + 1)
+    return _blend(average, params, (1 - 1 / step) ** (gamma + 1))
+
+
+def follow(average, params, step, decay: float):
+    """EMA weights of constant decay, those of an objective's targets; arguments as `update`'s.
+
+    average <- beta average + (1 - beta) params, beta = min(decay, 1 - 1 / step): a plain average of
+    the first 1 / (1 - decay) steps, in which the initial value has no influence.
+    """
+    return _blend(average, params, jnp.minimum(decay, 1 - 1 / step))
+
+
+def _blend(average, params, beta):
     return jax.tree.map(lambda a, p: (beta * a + (1 - beta) * p).astype(a.dtype), average, params)
 
 

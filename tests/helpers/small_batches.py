@@ -11,6 +11,8 @@ from vcm_jax.objectives import make_settings
 FLOW = TraceableFlow(0.7, 0.4)
 # Settings with which an objective takes any number of rows.
 ANY_ROWS = {"imm": {"group": 1}}
+# Objectives whose lam is what they draw.
+DRAWN = ("twinflow",)
 
 
 def batch(size=6, num_instant=0, seed=0, dtype=np.float64):
@@ -45,13 +47,16 @@ def linear_net(x, t, s, cond):
 def loss_of(name, net, x0, x1, t, s, lam=0.3, num_instant=0, is_null=None, drawn=None, **settings):
     """(loss, aux) of an objective; the empty condition is 1, the condition of every row 0.
 
-    `drawn` is the guidance of each row, of an objective whose guidance is conditioned.
+    `drawn` is the guidance of each row, of an objective whose guidance is conditioned, or a dict of
+    options of the loss.
     """
     size = len(x0)
     is_null = np.zeros(size, bool) if is_null is None else is_null
     cond, null_cond = conditions(size), conditions(size, 1.0)
-    options = {} if drawn is None else {"guidance": drawn}
+    options = drawn if isinstance(drawn, dict) else {} if drawn is None else {"guidance": drawn}
     settings = ANY_ROWS.get(name, {}) | settings
+    if name in DRAWN and isinstance(lam, float):
+        lam = make_settings(name).draw(jax.random.key(0), size, num_instant, 0, 1)[2]
     return make_settings(name, **settings).loss(
         net, x0, x1, t, s, lam, cond, null_cond, is_null, num_instant=num_instant, **options
     )
@@ -60,11 +65,15 @@ def loss_of(name, net, x0, x1, t, s, lam=0.3, num_instant=0, is_null=None, drawn
 def rows_of_passes(name, num_instant=6, **settings):
     """The number of rows in every pass of the network, of a batch of 8, in their order.
 
+    (Of 24 for TwinFlow, whose s < t rows divide into three kinds, and `num_instant` counts thirds.)
+
     The tangent of a JVP is a pass of its own. Checks that `passes` counts the same rows.
     """
     objective = make_settings(name, **settings)
     num_instant = 8 if objective.instant_only else num_instant
-    x0, x1, t, s = batch(8, num_instant)
+    times = 3 if name == "twinflow" else 1
+    size, num_instant = 8 * times, num_instant * times
+    x0, x1, t, s = batch(size, num_instant)
     rows = []
 
     @jax.custom_jvp
@@ -78,11 +87,17 @@ def rows_of_passes(name, num_instant=6, **settings):
         rows.append(primals[0].shape[0])
         return net(*primals), jax.jvp(linear_net, primals, tangents)[1]
 
-    drawn = objective.draw_guidance(jax.random.key(0), 8)
-    loss_of(name, net, x0, x1, t, s, 0.1, num_instant, drawn=drawn, **settings)
+    options = {"target_u": net} if objective.target_ema else {}
+    if objective.guidance_input:
+        options["guidance"] = objective.draw_guidance(jax.random.key(0), size)
+
+    def loss():
+        return loss_of(name, net, x0, x1, t, s, 0.1, num_instant, drawn=options, **settings)[0]
+
+    jax.eval_shape(loss)  # nothing is computed: every operation would compile for each shape
     if not objective.instant_only:
-        objective = make_settings(name, **settings | {"instant_ratio": num_instant / 8})
-    assert sum(rows) == 8 * objective.passes().total
+        objective = make_settings(name, **settings | {"instant_ratio": num_instant / size})
+    np.testing.assert_allclose(sum(rows), size * objective.passes().total, rtol=1e-9)
     return rows
 
 

@@ -61,3 +61,36 @@ def test_stacking_is_undone():
     again = unstack_blocks(stack_blocks(params, CONFIG), CONFIG)
     assert jax.tree.structure(again) == jax.tree.structure(params)
     jax.tree.map(np.testing.assert_array_equal, again, params)
+
+
+def test_stacked_weights_of_a_network_with_one_joint_block():
+    """There is nothing to stack among the joint blocks, as in `demo` and `laptop`."""
+    config = dataclasses.replace(CONFIG, depth=3)
+    net, inputs = MMDiT(config, scan=True), random_like(zero_inputs(config), 0)
+    variables = random_like(jax.eval_shape(net.init, jax.random.key(0), *inputs), 1)
+    stacked = variables | {"params": stack_blocks(variables["params"], config)}
+    assert "joint_blocks_0" in stacked["params"] and "fused_blocks" in stacked["params"]
+    found = jax.eval_shape(net.apply, stacked, *inputs)
+    assert found.shape == inputs[0].shape
+
+
+def test_features_are_those_after_the_first_quarter_of_the_blocks():
+    """The mean of the latent tokens, the same in a network that scans its blocks."""
+    config = dataclasses.replace(CONFIG, depth=8, fused_depth=5)  # two of three joint blocks
+    inputs = random_like(zero_inputs(config), 0)
+    variables = random_like(jax.eval_shape(MMDiT(config).init, jax.random.key(0), *inputs), 1)
+
+    def features(net, x, t, s, cond):
+        return net.features(x, t, s, net.encode_conditions(cond))
+
+    def seen(module, _):
+        return module.name == "joint_blocks_1"
+
+    found, kept = MMDiT(config).apply(
+        variables, *inputs, method=features, capture_intermediates=seen, mutable="intermediates"
+    )
+    (streams,) = kept["intermediates"]["joint_blocks_1"]["__call__"]
+    np.testing.assert_allclose(found, streams[0].mean(1), rtol=1e-5, atol=1e-6)
+    scanned = MMDiT(config, scan=True).apply(variables, *inputs, method=features)
+    np.testing.assert_allclose(scanned, found, rtol=1e-4, atol=1e-5)
+    assert config.feature_depth == 2

@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 from small_batches import (
+    FLOW,
     batch,
     check_exact_identity,
     linear_net,
@@ -46,6 +47,62 @@ def test_the_gradient_moves_the_jump_s_end_against_its_residual(kind):
         return loss_of(NAME, net, x0, x1, t, s, 0.5, kind=kind, **UNGUIDED)[0]
 
     np.testing.assert_allclose(jax.grad(loss)(1.3), jax.grad(by_hand)(1.3), rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["emd", "lmd"])
+def test_a_teacher_s_velocity_takes_the_place_of_the_data_s(kind):
+    """On any pairs the exact guided flow leaves no error; rows without condition learn V_null."""
+    free = lambda x: 0.3 * x - 0.5
+
+    def teacher(x, t, s, cond):
+        plain = (FLOW.velocity(x, t[:, None, None]) + 2 * free(x)) / 3  # 3 V_c - 2 V_null = V
+        return np.where(cond["c"] == 1, free(x), plain)
+
+    is_null = np.array([False, True, False, False, False, True])
+    with jax.enable_x64(True):
+        x0, x1, t, s = batch(num_instant=2)
+
+        def ask(net, **settings):
+            return loss_of(
+                NAME, net, x0, x1, t, s, 1.0, 2, is_null, drawn={"teacher_u": teacher},
+                kind=kind, teacher="run", **{"guidance_scale": 3.0} | settings,
+            )[1]  # fmt: skip
+
+        aux = ask(FLOW.average)
+        assert aux["mse"][~is_null].max() < 1e-24 and aux["mse"][is_null].min() > 1e-4
+        assert ask(FLOW.average, guidance_scale=1.0)["mse"][0] > 1e-4
+        x_t = (1 - t)[:, None, None] * x0 + t[:, None, None] * x1
+        np.testing.assert_allclose(aux["target"][1], free(x_t[1]))
+
+
+def test_the_gradient_of_emd_with_a_teacher():
+    """The teacher's velocity is the residual's, and the direction of the derivative."""
+    x0, x1, t, s = batch(4, dtype=np.float32)
+    x_t = (1 - t)[:, None, None] * x0 + t[:, None, None] * x1
+    gap, zero = (t - s)[:, None, None], {"c": 0.0}
+    field = 0.7 * linear_net(x_t, t, t, zero)
+    u = 1.3 * linear_net(x_t, t, s, zero)
+    g = field - u - 0.5 * gap * 1.3 * (0.5 * field + 2)
+    g = g / (np.sqrt(np.square(g).mean((1, 2), keepdims=True)) + 0.1)
+
+    def loss(theta, phi):
+        net, teacher = (lambda *args, f=f: f * linear_net(*args) for f in (theta, phi))
+        options = {"teacher_u": teacher}
+        return loss_of(NAME, net, x0, x1, t, s, 0.5, drawn=options, teacher="run", **UNGUIDED)[0]
+
+    by_hand = lambda theta: -2 * gap * theta * linear_net(x_t, t, s, zero) * g
+    found = jax.grad(loss, (0, 1))(1.3, 0.7)
+    expected = jax.grad(lambda theta: by_hand(theta).mean())(1.3)
+    np.testing.assert_allclose(found, [expected, 0], rtol=1e-4)
+
+
+def test_settings_that_a_teacher_does_not_have():
+    for name, value in (("mix_ratio", 0.5), ("target_ema", 0.9)):
+        with pytest.raises(ValueError, match=f"objective.{name} must be .* with objective.teach"):
+            make_settings(NAME, teacher="run", **{name: value})
+    ours = make_settings(NAME, teacher="run")
+    assert ours.has_teacher and not make_settings(NAME).has_teacher
+    assert ours.passes().forward == 3.5
 
 
 def test_warm_up():

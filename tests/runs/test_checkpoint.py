@@ -6,6 +6,7 @@ import resource
 import shutil
 import time
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -50,6 +51,20 @@ def test_a_full_disk_stops_the_run_and_earlier_checkpoints_are_whole(tmp_path):
             saver.save(2, STATE, {}, wait=True)
         assert "\n" not in str(error.value)
     assert_saved(tmp_path, [1])
+
+
+@pytest.mark.parametrize("target", [None, {"w": np.float32([3.0, 4.0])}])
+def test_the_parameters_of_the_targets_are_saved_where_there_are_any(tmp_path, target):
+    weights = {"w": np.float32([1.0, 2.0])}
+    state = TrainState(np.int32(1), weights, {}, {}, {"0.05": weights}, {"v": weights}, target)
+    saved = {"step", "params", "stats", "opt_state", "ema"} | ({"target"} if target else set())
+    assert set(state.saved()) == saved
+    with checkpoint.Saver(checkpoint.open_manager(tmp_path)) as saver:
+        saver.save(1, state.saved(), {}, wait=True)
+        found = checkpoint.restore(saver.manager, jax.tree.map(jnp.asarray, state.saved()), 1)
+    assert set(found) == saved
+    jax.tree.map(np.testing.assert_array_equal, TrainState(**found).target, target)
+    assert averages.restore_weights(tmp_path)["params"].keys() == {"w"}
 
 
 def test_a_save_in_the_background_that_fails_is_made_up_for(tmp_path):

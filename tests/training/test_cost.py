@@ -12,9 +12,10 @@ from vcm_jax.models import MODELS, Conditions, MMDiT
 from vcm_jax.models.flops import forward_flops, step_flops
 from vcm_jax.objectives import OBJECTIVES, make_settings
 from vcm_jax.objectives.vcm import VCMConfig
+from vcm_jax.training.loss import loss_fn
 from vcm_jax.training.rows import StepConfig, abstract_batch
 from vcm_jax.training.state import OptimizerConfig, make_init, make_optimizer
-from vcm_jax.training.step import loss_fn, train_step
+from vcm_jax.training.step import train_step
 
 VCM = VCMConfig()
 SMALL = MODELS["small_16k"]
@@ -37,7 +38,8 @@ def stats_of(c):
 def xla_flops_per_sample(config, batch_size, objective=VCM):
     """XLA's count of the whole compiled step."""
     net, optimizer = MMDiT(config), make_optimizer(OptimizerConfig())
-    init, key = make_init(net, stats_of(config), optimizer, (0.05, 0.1)), jax.random.key(0)
+    has_target, key = objective.target_ema > 0, jax.random.key(0)
+    init = make_init(net, stats_of(config), optimizer, (0.05, 0.1), has_target=has_target)
     settings = StepConfig(steps=100, objective=objective)
     step = functools.partial(train_step, net=net, optimizer=optimizer, config=settings)
     shapes = jax.eval_shape(init, key), abstract_batch(config, batch_size), key

@@ -27,8 +27,9 @@ from vcm_jax.records import mixture
 from vcm_jax.records.source import RecordSource
 from vcm_jax.sampling import Sampler
 from vcm_jax.training import loop, resume, setup
+from vcm_jax.training.loss import teacher_data
 from vcm_jax.training.state import OptimizerConfig, make_init, make_optimizer
-from vcm_jax.training.step import teacher_data, train_step
+from vcm_jax.training.step import train_step
 from vcm_jax.training.teacher import load_teacher
 
 

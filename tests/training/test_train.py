@@ -140,6 +140,22 @@ def test_a_run_resumes_from_the_newest_whole_checkpoint(data, tmp_path, caplog):
     assert sorted(path.name for path in folder.iterdir()) == ["3", "6"]
 
 
+@pytest.mark.slow
+def test_the_parameters_of_the_targets_are_saved_and_resumed(data, tmp_path):
+    sizes = {"mesh.data": 8, "mesh.fsdp": 1, "mesh.tensor": 1}
+    config = make_config(data, eval_every=0, **sizes, **{"objective.target_ema": 0.9})
+    loop.train(config, tmp_path)
+    whole = final_state(tmp_path)
+    assert jax.tree.structure(whole["target"]) == jax.tree.structure(whole["params"])
+    shutil.rmtree(tmp_path / "checkpoints/6")
+    loop.train(config, tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, final_state(tmp_path), whole)
+    assert set(averages.restore_weights(tmp_path)) == {"params", "stats"}
+    without = make_config(data, steps=9, eval_every=0)
+    with pytest.raises(loop.SetupError, match="another run: config.objective.target_ema is 0.0,"):
+        loop.train(without, tmp_path)
+
+
 def test_two_runs_in_one_workdir(data, tmp_path):
     with hold(tmp_path), pytest.raises(loop.SetupError, match="works in this folder") as error:
         loop.train(make_config(data, steps=1), tmp_path)

@@ -74,7 +74,8 @@ def make_batch(size=16, seed=0):
 @functools.cache  # the same arguments give the same program, which is compiled once
 def make_step(mesh, config=CONFIG, net=NET, **options):
     """(the jitted step, the function that initialises a state, the shardings of the state)."""
-    init = make_init(net, STATS, OPTIMIZER, (0.05, 0.1))
+    has_target = config.objective.target_ema > 0
+    init = make_init(net, STATS, OPTIMIZER, (0.05, 0.1), has_target=has_target)
     shardings = sharding.state_shardings(
         jax.eval_shape(init, jax.random.key(0)), mesh, net.config.num_heads
     )
@@ -294,6 +295,23 @@ def test_any_mesh_gives_every_objective_s_numbers_of_one_device(name):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["vcm", "wcfm"])
+def test_any_mesh_gives_the_same_options_of_any_objective(name):
+    """Device by device, and as one program of the whole batch."""
+    options = {"target_ema": 0.5} if name == "vcm" else {}
+    config = dataclasses.replace(CONFIG, objective=make_settings(name, **options), dispersive=30.0)
+    one = sharding.make_mesh(1, devices=jax.devices()[:1])
+    state, metrics = run(one, 3, config, sharded_init=True)
+    other, other_metrics = run(sharding.make_mesh(2, 2, 2), 3, config, sharded_init=True)
+    np.testing.assert_allclose(other_metrics["loss"], metrics["loss"], rtol=1e-4)
+    assert metrics["dispersive"] < -5e-5  # activations of this network are small at first
+    np.testing.assert_allclose(other_metrics["dispersive"], metrics["dispersive"], atol=2e-6)
+    close = functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-5)
+    jax.tree.map(close, other.params, state.params)
+    jax.tree.map(close, other.target, state.target)
+
+
+@pytest.mark.slow
 def test_any_mesh_draws_the_same_guidance():
     config = dataclasses.replace(CONFIG, objective=make_settings("vcm", guidance="conditioned"))
     net = MMDiT(dataclasses.replace(MODEL, guidance_input=True))
@@ -362,6 +380,25 @@ def test_ema_weights_follow_the_parameters():
 
     assert 0 < distance("0.05") < distance("0.1")
     assert ema.gamma_from_sigma_rel(0.05) > ema.gamma_from_sigma_rel(0.1)
+
+
+def test_targets_take_ema_parameters():
+    """The average by hand, and its effect."""
+    objective = make_settings("vcm", target_ema=0.5)
+    config = dataclasses.replace(CONFIG, objective=objective)
+    step, _, _ = make_step(sharding.make_mesh(1, devices=jax.devices()[:1]), config)
+    state = initial_state().replace(target=initial_state().params)
+    batch, params = make_batch(), []
+    for _ in range(3):
+        state, _ = step(state, batch, jax.random.key(7))
+        params.append(state.params)
+    by_hand = jax.tree.map(lambda a, b, c: (a + b + 2 * c) / 4, *params)
+    close = functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-6)
+    jax.tree.map(close, state.target, by_hand)
+    # In the first two steps the average is that of one step: the parameters themselves.
+    plain = one_device()[0]
+    kernels = [np.asarray(s.params["final_layer"]["conv"]["kernel"]) for s in (plain, state)]
+    assert np.abs(kernels[0] - kernels[1]).max() > 1e-4 and plain.target is None
 
 
 def test_latents_are_drawn_and_normalised():

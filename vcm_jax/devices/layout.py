@@ -120,13 +120,14 @@ class Layout:
             return grads
         return jax.lax.with_sharding_constraint(grads, self.weights)
 
-    def by_device(self, function, params, rows, whole):
-        """`function(params, rows, whole)` on every device by itself.
+    def by_device(self, function, params, more, rows, whole):
+        """`function(params, more, rows, whole)` on every device by itself.
 
         Args:
           function: gets the shards of the parameters, and the device's rows. It returns gradients
             like its parameters, and a tree of scalars that are the same on all devices.
           params: split as `weights` say.
+          more: another such tree, or None.
           rows: a tree whose arrays have a leading axis `B`, which is split; scalars are not.
           whole: a tree that every device gets in full.
 
@@ -134,7 +135,7 @@ class Layout:
           The gradients, split like the parameters, and the scalars.
         """
         if self.shards == 1:
-            return function(params, rows, whole)
+            return function(params, more, rows, whole)
 
         def manual(sharding):
             keep = self.mesh.shape["fsdp"] > 1
@@ -146,11 +147,11 @@ class Layout:
         return jax.shard_map(
             function,
             mesh=self.mesh,
-            in_specs=(weights, split, jax.tree.map(lambda a: everywhere, whole)),
+            in_specs=(weights, more and weights, split, jax.tree.map(lambda a: everywhere, whole)),
             out_specs=(weights, everywhere),
             axis_names=set(self.axes),
             check_vma=False,
-        )(params, rows, whole)
+        )(params, more, rows, whole)
 
     def fsdp_axes(self, params):
         """The axis along which each parameter is split over `fsdp`; -1 for none."""
@@ -163,6 +164,10 @@ class Layout:
         """The sum over axes of the mesh, within `by_device`."""
         axes = tuple(axis for axis in axes if axis in self.axes)
         return jax.lax.psum(tree, axes) if axes else tree
+
+    def gather_rows(self, rows):
+        """The rows of all devices, within `by_device`: an array with a leading axis `B`."""
+        return jax.lax.all_gather(rows, self.axes, tiled=True) if self.axes else rows
 
     def gather_by_device(self, shards, axes, dtype, stacked: tuple[str, ...] = ()):
         """The whole weights, within `by_device`; kernels are cast before they are gathered.

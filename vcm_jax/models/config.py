@@ -89,6 +89,11 @@ class ModelConfig:
         return self.depth - self.fused_depth
 
     @property
+    def feature_depth(self) -> int:
+        """After how many blocks `MMDiT.features` looks at the latent tokens: a quarter of them."""
+        return max(1, self.depth // 4)
+
+    @property
     def mlp_dim(self) -> int:
         """Inner width of the gated MLPs: 2/3 of 4 D, rounded up to a multiple of 256."""
         return 256 * math.ceil(8 * self.hidden_dim // 3 / 256)

@@ -58,14 +58,16 @@ def forward_flops(config: ModelConfig) -> dict[str, float]:
     return cost
 
 
-def step_flops(config: ModelConfig, passes: Passes) -> float:
+def step_flops(config: ModelConfig, passes: Passes, features: bool = False) -> float:
     """Operations of one training step, per sample: 262e9 for small_16k with VCM's defaults.
 
     The differentiated pass counts three times. The conditions are encoded once in it, and the
-    empty condition once per batch, which is left out. Passes at x_t share its audio projector.
+    empty condition once per batch, which is left out. Passes at x_t share its audio projector. With
+    `features` there is a differentiated pass through the first blocks, see `MMDiT.features`.
     """
     cost = forward_flops(config)
     trained = 1 + passes.backward
     repeated = 3 * cost["conditions"] + (trained + passes.elsewhere) * cost["audio"]
     rest = sum(cost.values()) - cost["conditions"] - cost["audio"]
-    return passes.forward * rest + repeated
+    share = config.feature_depth / config.depth * features
+    return (passes.forward + 3 * share) * rest + repeated + 3 * features * cost["audio"]

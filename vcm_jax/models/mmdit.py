@@ -280,6 +280,19 @@ class MMDiT(nn.Module):
         Raises:
           ValueError: when the shape of x is not that of the config.
         """
+        latent, active_c = self._latent(x, t, s, enc, self.config.depth)
+        return layers.at_least_float32(self.final_layer(latent, active_c))
+
+    def features(self, x, t, s, enc: EncodedConditions):
+        """The mean of the latent tokens after the first `feature_depth` blocks: `B D`.
+
+        Arguments as `velocity`'s; at least float32.
+        """
+        latent, _ = self._latent(x, t, s, enc, self.config.feature_depth)
+        return layers.at_least_float32(latent).mean(1)
+
+    def _latent(self, x, t, s, enc: EncodedConditions, depth: int):
+        """(latent tokens after so many blocks `B N D`, condition of the final layer `B 1 D`)."""
         c = self.config
         if x.shape[1:] != (c.latent_seq_len, c.latent_dim):
             raise ValueError(
@@ -315,30 +328,36 @@ class MMDiT(nn.Module):
             return (block(latent, frame_c, rows, latent_angles),)
 
         streams, late = (latent, clip, text), c.depth - c.blocks_at_s
-        streams = self._blocks("joint_blocks", joint, streams, at_t, at_s, late)
-        late -= c.joint_depth
-        (latent,) = self._blocks("fused_blocks", fused, streams[:1], at_t[:1], at_s[:1], late)
-        return layers.at_least_float32(self.final_layer(latent, at_s[1]))
+        streams = self._blocks("joint_blocks", joint, streams, at_t, at_s, late, depth)
+        late, depth = late - c.joint_depth, depth - c.joint_depth
+        conditions = at_t[:1], at_s[:1]
+        (latent,) = self._blocks("fused_blocks", fused, streams[:1], *conditions, late, depth)
+        return latent, at_s[1]
 
-    def _blocks(self, name: str, call, streams, at_t, at_s, late: int):
+    def _blocks(self, name: str, call, streams, at_t, at_s, late: int, stop: int):
         """The streams after the blocks of a kind; `call(block, *streams, *conditions)` is one.
 
-        The conditions are `at_s` from the block number `late` on, and `at_t` before.
+        The conditions are `at_s` from the block number `late` on, and `at_t` before. The block
+        number `stop` and those after it are left out.
         """
-        blocks = getattr(self, name)
+        blocks = getattr(self, name)[: max(stop, 0)]
+        if not blocks:
+            return streams
         late = max(late, 0)
         policy = REMAT[self.remat]
         stacked = None
         if not self.is_initializing():
             params = self.variables["params"]
-            if self.scan and name not in params:
+            if self.scan and name in _scanned(self.config) and name not in params:
                 params = stack_blocks(params, self.config)
             stacked = params.get(name)
         if stacked is not None:
             block = blocks[0].clone(parent=None)
-            count = _scanned(self.config)[name]
-            for conditions, part in ((at_t, slice(0, late)), (at_s, slice(late, count))):
-                if part.start >= min(part.stop, count):
+            whole = _scanned(self.config)[name]
+            count = min(whole, len(blocks))
+            split = min(late, count)
+            for conditions, part in ((at_t, slice(0, split)), (at_s, slice(split, count))):
+                if part.start == part.stop:
                     continue
 
                 def body(streams, weights, conditions=conditions):
@@ -348,7 +367,7 @@ class MMDiT(nn.Module):
                 if self.remat != "none":
                     body = jax.checkpoint(body, policy=policy, prevent_cse=False)
                 weights = stacked
-                if late < count:  # both kinds of conditions: some of the blocks each
+                if part != slice(0, whole):
                     weights = jax.tree.map(operator.itemgetter(part), stacked)
                 streams, _ = jax.lax.scan(body, streams, weights)
             blocks, late = blocks[count:], max(late - count, 0)

@@ -21,6 +21,7 @@ from vcm_jax.objectives.shortcut import ShortcutConfig
 from vcm_jax.objectives.soflow import SoFlowConfig
 from vcm_jax.objectives.split_meanflow import SplitMeanFlowConfig
 from vcm_jax.objectives.transition import TransitionConfig
+from vcm_jax.objectives.twinflow import TwinFlowConfig
 from vcm_jax.objectives.vcm import VCMConfig
 from vcm_jax.objectives.wcfm import WCFMConfig
 
@@ -43,6 +44,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
         TransitionConfig,
         AlignYourFlowConfig,
         IMMConfig,
+        TwinFlowConfig,
     )
 }
 
@@ -74,12 +76,13 @@ def read_section(section: Mapping) -> tuple[Objective, dict]:
     """Reads the section `objective` of a config: `name`, settings, and what steps take from it.
 
     Returns:
-      The settings of the objective; and `anneal_steps` and the entries whose names end in "_prob".
+      The settings of the objective; and `anneal_steps`, `dispersive` and the entries whose names
+      end in "_prob".
 
     Raises:
       ValueError: as `make_settings`.
     """
-    of_step = lambda key: key == "anneal_steps" or key.endswith("_prob")
+    of_step = lambda key: key in ("anneal_steps", "dispersive") or key.endswith("_prob")
     rest = {key: value for key, value in section.items() if of_step(key)}
     settings = {key: value for key, value in section.items() if key not in rest}
     return make_settings(**settings), rest

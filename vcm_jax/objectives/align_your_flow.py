@@ -7,23 +7,27 @@ import jax.numpy as jnp
 
 from vcm_jax.objectives import common, flow_maps
 from vcm_jax.objectives.base import GuidedObjective, Passes
-from vcm_jax.settings import TIME_INTERVAL, choice, number, setting
+from vcm_jax.settings import TEXT, TIME_INTERVAL, choice, number, setting
 
 
 @dataclasses.dataclass(frozen=True)
 class AlignYourFlowConfig(flow_maps.TimeDerivative, GuidedObjective):
     """Settings of the objective; times, normalisation and warm-up are the paper's.
 
-    The paper distils a teacher with autoguidance. Here the velocity is the guided one of the data
-    (EMD), or the network's own where a jump lands (LMD), so that no second network is needed, and
-    the s = t rows are flow matching.
+    The paper distils a teacher. With `teacher` the velocity is that of a trained run, with
+    classifier-free guidance in place of the paper's autoguidance, which needs a weaker teacher,
+    too. Without, it is the guided one of the data (EMD), or the network's own where a jump lands
+    (LMD), so that no second network is needed. The s = t rows learn the velocity itself.
 
     Attributes:
-      guidance, guidance_max, guidance_scale, mix_ratio, guidance_interval, p, eps, instant_ratio,
-        time_mean, time_std: see `GuidedObjective`; the adaptive weight acts on the s = t rows too.
+      guidance, guidance_max, target_ema, guidance_scale, mix_ratio, guidance_interval, p, eps,
+        instant_ratio, time_mean, time_std: see `GuidedObjective`; the adaptive weight acts on
+        the s = t rows, too.
       derivative, derivative_step: see `flow_maps.TimeDerivative`.
       kind: "emd", the Eulerian residual d/dt f, or "lmd", the Lagrangian one d/ds f - u(f, s, s).
       warmup: fraction of the run over which EMD's derivative grows to its full weight, 0.99.
+      teacher: workdir of the trained run, or public weights; "" for none. It is guided with
+        `guidance_scale`, so that this is 1 for a run that has guidance in its weights.
       normaliser: c of the residual g / (rms(g) + c). The paper's code takes the norm of g; its root
         mean square means the same for clips of any length.
     """
@@ -38,14 +42,29 @@ class AlignYourFlowConfig(flow_maps.TimeDerivative, GuidedObjective):
     kind: str = setting("emd", choice("emd", "lmd"))
     warmup: float = setting(0.1, number(above=0, high=1))
     normaliser: float = setting(0.1, number(above=0))
+    teacher: str = setting("", TEXT)
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name, value in (("mix_ratio", 1), ("target_ema", 0)):
+            if self.teacher and getattr(self, name) != value:
+                raise ValueError(
+                    f"objective.{name} must be {value} with objective.teacher, whose velocity the "
+                    f"targets take, not {getattr(self, name):g}"
+                )
+
+    @property
+    def teacher_velocity(self) -> str:
+        return "plain" if self.teacher else ""
 
     def loss(self, u, *batch, **options):
-        return align_your_flow_loss(u, *batch, self, **options)
+        return align_your_flow_loss(u, batch, self, **options)
 
     def passes(self) -> Passes:
         later, emd = 1 - self.instant_ratio, self.kind == "emd"
-        guidance = self.needs_null * (1 if emd else self.instant_ratio)
-        guidance += emd * later * (self.mix_ratio < 1)
+        if self.teacher:
+            return Passes(elsewhere=later * self.derivative_passes)
+        guidance = self.guided_passes(self.instant_ratio, later * emd)
         return Passes(guidance, later * (self.derivative_passes + (not emd)))
 
     def draw(self, key, batch_size: int, num_instant: int, step, steps: int):
@@ -55,22 +74,7 @@ class AlignYourFlowConfig(flow_maps.TimeDerivative, GuidedObjective):
         return t, s, 0.99 * jnp.minimum(1.0, part / self.warmup)
 
 
-def align_your_flow_loss(
-    u,
-    x0,
-    x1,
-    t,
-    s,
-    lam,
-    cond,
-    null_cond,
-    is_null,
-    config: AlignYourFlowConfig,
-    *,
-    num_instant: int,
-    constrain=common.identity,
-    guidance=None,
-):
+def align_your_flow_loss(u, batch, config: AlignYourFlowConfig, **options):
     """f(x_t, t, s) is moved against its residual g / (rms(g) + c), as a regression on u.
 
     EMD: g = d/dt f = v_g - u - r (t - s) d/dt u, and f moves along -g. LMD: g = d/ds f - u(f, s, s)
@@ -79,37 +83,26 @@ def align_your_flow_loss(
 
     Network evaluations, in forward passes over the batch with r = num_instant / B: the
     unconditional velocity of all rows (EMD) or of the s = t rows (LMD), the derivative (1 - r),
-    with LMD u(f, s, s) (1 - r), and the differentiated pass.
+    with LMD u(f, s, s) (1 - r), and the differentiated pass. With a teacher those without gradient
+    are the teacher's: V_c and V_null (none for w = 1) at x_t in all rows (EMD), or at x_t in the
+    s = t rows and at f in the others (LMD).
 
-    Arguments and results are those of `vcm_loss`; `lam` is the r of EMD.
+    `batch` and `options` are the arguments of `vcm_loss`, and results are as its own; `lam` is the
+    r of EMD.
     """
     emd, sg = config.kind == "emd", jax.lax.stop_gradient
-    begun = flow_maps.begin(
-        u,
-        x0,
-        x1,
-        t,
-        s,
-        cond,
-        null_cond,
-        is_null,
-        config,
-        num_instant,
-        constrain,
-        guidance,
-        guide_jumps=emd,
-    )
+    begun = flow_maps.begin(u, batch, config, guide_jumps=emd, **options)
     predicted = target = weight = None
     if begun.has_jumps:
         x, t, s, c = begun.x, begun.t, begun.s, begun.cond
         gap = common.expand(t - s, x)
         if emd:
             predicted, slope = flow_maps.along_flow(begun.u, x, t, s, c, begun.v_later, config)
-            wrong = sg(predicted) - begun.v_later + lam * gap * sg(slope)
+            wrong = sg(predicted) - begun.v_later + begun.lam * gap * sg(slope)
         else:
             predicted, slope = flow_maps.by_end(begun.u, x, t, s, c, config)
             landed = flow_maps.jump(sg(predicted), x, t, s)
-            wrong = sg(predicted) - gap * sg(slope) - sg(begun.u(landed, s, s, c))
+            wrong = sg(predicted) - gap * sg(slope) - begun.field(landed, s)
         size = jnp.sqrt(common.mean_square(wrong)) + config.normaliser
         target = sg(predicted) - wrong / common.expand(size, x) / gap
         weight = (t - s) ** 2

@@ -21,8 +21,8 @@ class AlphaFlowConfig(flow_maps.TimeDerivative, GuidedObjective):
     here. Its schedule is one over steps; here it is one over fractions of the run.
 
     Attributes:
-      guidance, guidance_max, guidance_scale, mix_ratio, guidance_interval, p, eps, instant_ratio,
-        time_mean, time_std: see `GuidedObjective`.
+      guidance, guidance_max, target_ema, guidance_scale, mix_ratio, guidance_interval, p, eps,
+        instant_ratio, time_mean, time_std: see `GuidedObjective`.
       derivative, derivative_step: of the last phase, see `flow_maps.TimeDerivative`.
       alpha_start, alpha_end: fractions of the run; alpha is 1 before the first and 0 after the
         second.
@@ -45,12 +45,12 @@ class AlphaFlowConfig(flow_maps.TimeDerivative, GuidedObjective):
     reduction: str = setting("mean", choice("mean", "sum"))
 
     def loss(self, u, *batch, **options):
-        return alpha_flow_loss(u, *batch, self, **options)
+        return alpha_flow_loss(u, batch, self, **options)
 
     def passes(self) -> Passes:
         """Those of the last phase, which are as many as before with a JVP."""
         later = 1 - self.instant_ratio
-        guidance = self.needs_null + later * (self.mix_ratio < 1)
+        guidance = self.guided_passes(self.instant_ratio, later)
         return Passes(at_x_t=guidance, elsewhere=later * self.derivative_passes)
 
     def draw(self, key, batch_size: int, num_instant: int, step, steps: int):
@@ -68,22 +68,7 @@ class AlphaFlowConfig(flow_maps.TimeDerivative, GuidedObjective):
         return jnp.where((at > end) | (alpha < _NEAR), 0.0, alpha)
 
 
-def alpha_flow_loss(
-    u,
-    x0,
-    x1,
-    t,
-    s,
-    lam,
-    cond,
-    null_cond,
-    is_null,
-    config: AlphaFlowConfig,
-    *,
-    num_instant: int,
-    constrain=common.identity,
-    guidance=None,
-):
+def alpha_flow_loss(u, batch, config: AlphaFlowConfig, **options):
     """The alpha-Flow loss: VCM's target with alpha in place of lambda, which ends in MeanFlow's.
 
     With l = t + alpha (s - t) and x_l = x_t + (l - t) v_g, u(x_t, t, s) is trained towards
@@ -93,13 +78,12 @@ def alpha_flow_loss(
     Network evaluations, in forward passes over the batch with r = num_instant / B: those of
     `flow_maps.begin`, the differentiated pass, and u(x_l, l, s) or the tangent of the JVP (1 - r).
 
-    Arguments and results are those of `vcm_loss`; `lam` is alpha, a scalar in [0, 1]. Where it is
-    not known at compilation, both phases are compiled and one of them is run.
+    `batch` and `options` are the arguments of `vcm_loss`, and results are as its own; `lam` is
+    alpha, a scalar in [0, 1]. Where it is not known at compilation, both phases are compiled and
+    one of them is run.
     """
-    alpha, total = lam, config.reduction == "sum"
-    begun = flow_maps.begin(
-        u, x0, x1, t, s, cond, null_cond, is_null, config, num_instant, constrain, guidance
-    )
+    begun = flow_maps.begin(u, batch, config, **options)
+    alpha, total = begun.lam, config.reduction == "sum"
     if not begun.has_jumps:
         return flow_maps.finish(begun, None, None, config, total=total)
 
@@ -108,7 +92,7 @@ def alpha_flow_loss(
         l, fraction = times.intermediate_time(t, s, alpha)
         fraction = common.expand(fraction, x)
         predicted = begun.u(x, t, s, begun.cond)
-        u_ls = begun.u(x + common.expand(l - t, x) * v, l, s, begun.cond)
+        u_ls = begun.target_u(x + common.expand(l - t, x) * v, l, s, begun.cond)
         target = fraction * v + (1 - fraction) * u_ls
         target = jnp.clip(target, -config.clamp, config.clamp) if config.clamp else target
         return predicted, jax.lax.stop_gradient(target)

@@ -54,10 +54,14 @@ class Objective:
       to_data: the network learns jumps to s = 0 alone; several steps of a sampler then restart,
         see `sampling.restart_sample`.
       needs_jvp: the loss differentiates the network in forward mode.
-      needs_teacher: the data x0 come from the sampler of a trained run; the settings need
-        `teacher` and `teacher_steps`.
+      needs_teacher: the objective always learns from a trained run, whose workdir is its setting
+        `teacher`. With `teacher_steps` the data x0 come from the sampler of that run.
+      teacher_velocity: which velocity of the teacher the loss takes, as its argument `teacher_u`:
+        "plain", its instantaneous velocity u(x, t, t, c) without guidance; "guided", the one that
+        its sampler takes; "" for none.
       couples_rows: the loss of a row depends on the other rows of the batch, so that devices cannot
         compute the losses of their own rows by themselves.
+      target_ema: decay of the EMA parameters that targets are evaluated with; 0 for none.
 
     Raises:
       ValueError: when a setting is out of its range.
@@ -68,7 +72,9 @@ class Objective:
     needs_jvp: ClassVar[bool] = False
     to_data: ClassVar[bool] = False
     needs_teacher: ClassVar[bool] = False
+    teacher_velocity: ClassVar[str] = ""
     couples_rows: ClassVar[bool] = False
+    target_ema = 0.0
 
     def __post_init__(self):
         check(self, "objective")
@@ -101,6 +107,11 @@ class Objective:
         return t, s, None
 
     @property
+    def has_teacher(self) -> bool:
+        """Whether a trained run teaches with these settings."""
+        return self.needs_teacher or bool(self.teacher_velocity)
+
+    @property
     def guidance_input(self) -> bool:
         """Whether the network takes guidance as an input, so that it is chosen when sampling."""
         return False
@@ -128,10 +139,11 @@ class Objective:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TargetGuidance(Objective):
-    """An objective with guidance inside the training target.
+    """An objective with guidance inside the training target, which the network's passes make.
 
     A subclass has `guidance_scale` (w) and `guidance_interval`. Its loss takes the argument
-    `guidance`, the `Guidance` of each row, or None for the fixed one of its settings.
+    `guidance`, the `Guidance` of each row, or None for the fixed one of its settings, and
+    `target_u`, the network with the parameters of the targets, or None for those that are trained.
 
     Attributes:
       guidance: "fixed" trains for the one scale and interval of the settings. "conditioned" draws
@@ -139,6 +151,10 @@ class TargetGuidance(Objective):
         they are chosen when the run is sampled, still at one evaluation a step; the settings then
         are what sampling takes by default.
       guidance_max: the largest w that conditioned guidance draws.
+      target_ema: the targets are evaluated with an exponential moving average of the parameters,
+        target <- d target + (1 - d) parameters after each step; this is its decay d, which is
+        1 - 1/k at most in step k. 0 takes the parameters themselves. The derivatives of u, which
+        are part of some targets, are those of the parameters in any case.
 
     Raises:
       ValueError: the default guidance is not within the range that is drawn.
@@ -146,6 +162,7 @@ class TargetGuidance(Objective):
 
     guidance: str = setting("fixed", choice("fixed", "conditioned"))
     guidance_max: float = setting(8.0, number(above=1))
+    target_ema: float = setting(0.0, number(0, below=1))
 
     def __post_init__(self):
         super().__post_init__()
@@ -196,13 +213,25 @@ class TargetGuidance(Objective):
         """Whether any row has another w than 1."""
         return self.guidance_input or self.guidance_scale != 1
 
+    def guided_passes(self, instant: float, later: float) -> float:
+        """The passes of `guidance.guided_target` over shares of the batch.
+
+        Args:
+          instant: share of rows whose trained prediction serves as the network's guided velocity,
+            as long as targets have no parameters of their own.
+          later: share of the other rows.
+        """
+        own = later + instant * (self.target_ema > 0)
+        null = self.guides and self.mix_ratio > 0
+        return (instant + later) * null + own * (self.mix_ratio < 1)
+
 
 @dataclasses.dataclass(frozen=True)
 class GuidedObjective(TargetGuidance):
     """Settings that most objectives with guidance inside the training target share.
 
     Attributes:
-      guidance, guidance_max: see `TargetGuidance`.
+      guidance, guidance_max, target_ema: see `TargetGuidance`.
       guidance_scale: w of SoundVCM eq. 15; 1 is no guidance.
       mix_ratio: m of SoundVCM eq. 16; 1 does not use the network's own guided velocity.
       guidance_interval: times t, both ends included, at which guidance and mixing apply.
@@ -219,8 +248,3 @@ class GuidedObjective(TargetGuidance):
     instant_ratio: float = setting(0.75, number(0, 1))
     time_mean: float = setting(-0.4, number())
     time_std: float = setting(1.0, number(above=0))
-
-    @property
-    def needs_null(self) -> bool:
-        """Whether the target needs the network's unconditional velocity."""
-        return self.mix_ratio > 0 and self.guides

@@ -36,6 +36,17 @@ def select_rows(mask, if_true, if_false):
     return jax.tree.map(lambda a, b: jnp.where(expand(mask, a), a, b), if_true, if_false)
 
 
+def for_targets(u, target_u, predicted):
+    """The network that targets take, and those of its predictions that are known already.
+
+    Args:
+      u: the network that is trained, at least float32.
+      target_u: another one for the targets, as `vcm_loss`'s; None takes `u`.
+      predicted: of `u`, with gradient.
+    """
+    return (u, predicted) if target_u is None else (wide(target_u), predicted[:0])
+
+
 def rows(start, stop, constrain=identity):
     """A function tree -> its rows from `start` to `stop`, spread over the devices again."""
     return lambda tree: constrain(jax.tree.map(lambda a: a[start:stop], tree))

@@ -10,7 +10,7 @@ from vcm_jax.objectives.guidance import guided_target
 def composed_passes(config: GuidedObjective) -> Passes:
     """The network evaluations of `composed_loss`."""
     later = 1 - config.instant_ratio
-    return Passes(at_x_t=config.instant_ratio * config.needs_null + later, elsewhere=later)
+    return Passes(at_x_t=config.guided_passes(config.instant_ratio, 0) + later, elsewhere=later)
 
 
 def composed_loss(
@@ -28,6 +28,7 @@ def composed_loss(
     constrain,
     end_of,
     guidance=None,
+    target_u=None,
 ):
     """The loss of an objective whose jump from t to s is trained towards its own two jumps over l.
 
@@ -39,8 +40,8 @@ def composed_loss(
     differentiated pass.
 
     Args:
-      u, x0, x1, t, s, cond, null_cond, is_null, config, num_instant, constrain, guidance: as
-        `vcm_loss`'s.
+      u, x0, x1, t, s, cond, null_cond, is_null, config, num_instant, constrain, guidance,
+        target_u: as `vcm_loss`'s.
       l: times `B` between s and t.
       end_of: `end_of(t, l)` -> the end time that the network is given for a jump from t to l.
 
@@ -56,11 +57,12 @@ def composed_loss(
     cond = common.select_rows(is_null, null_cond, cond)
     u_ts = u(x_t, t, s, cond)
     target = v[:0]
+    target_u, known = common.for_targets(u, target_u, u_ts[:n])
     if n:
         guidance = first(guidance)
         target = guided_target(
-            u,
-            u_ts[:n],
+            target_u,
+            known,
             *first((x_t, v, t, cond, null_cond, is_null)),
             scale=config.scale(guidance),
             mix_ratio=config.mix_ratio,
@@ -69,9 +71,9 @@ def composed_loss(
         )
     if n < batch_size:
         x_later, t_, s_, l_, cond_later = later((x_t, t, s, l, cond))
-        u_tl = u(x_later, t_, end_of(t_, l_), cond_later)
+        u_tl = target_u(x_later, t_, end_of(t_, l_), cond_later)
         x_l = x_later + common.expand(l_ - t_, x_later) * u_tl
-        u_ls = u(x_l, l_, end_of(l_, s_), cond_later)
+        u_ls = target_u(x_l, l_, end_of(l_, s_), cond_later)
         share = common.expand((t_ - l_) / (t_ - s_), u_tl)
         target = constrain(jnp.concatenate([target, share * u_tl + (1 - share) * u_ls]))
     return common.regression(u_ts, target, v, n, config.p, config.eps)

@@ -26,8 +26,9 @@ class ConsistencyConfig(flow_maps.TimeDerivative, GuidedObjective):
       guidance_scale=1, p=0.5, jump_times="logit_normal", jump_mean=-1.1, jump_std=2.
 
     Attributes:
-      guidance, guidance_max, guidance_scale, mix_ratio, guidance_interval, instant_ratio,
-        time_mean, time_std: see `GuidedObjective`; the times are those of the s = t rows.
+      guidance, guidance_max, target_ema, guidance_scale, mix_ratio, guidance_interval,
+        instant_ratio, time_mean, time_std: see `GuidedObjective`; the times are those of the
+        s = t rows.
       p, eps: of the adaptive weight of the jumps, SoundVCM eq. 11 (for ECT of the summed error).
       derivative, derivative_step: of sCM and FACM, see `flow_maps.TimeDerivative`.
       kind: "facm", "scm" or "ect".
@@ -62,12 +63,12 @@ class ConsistencyConfig(flow_maps.TimeDerivative, GuidedObjective):
         return self.kind != "ect" and self.derivative == "jvp"
 
     def loss(self, u, *batch, **options):
-        return consistency_loss(u, *batch, self, **options)
+        return consistency_loss(u, batch, self, **options)
 
     def passes(self) -> Passes:
         later = 1 - self.instant_ratio
         elsewhere = later if self.kind == "ect" else later * self.derivative_passes
-        return Passes(self.needs_null + later * (self.mix_ratio < 1), elsewhere)
+        return Passes(self.guided_passes(self.instant_ratio, later), elsewhere)
 
     def draw(self, key, batch_size: int, num_instant: int, step, steps: int):
         """t and s `B`, s = 0 in the jumps, and a scalar in (0, 1].
@@ -102,22 +103,7 @@ def earlier_time(t, shrink):
     return jnp.minimum(r / (1 + r), t - times.MIN_GAP)
 
 
-def consistency_loss(
-    u,
-    x0,
-    x1,
-    t,
-    s,
-    lam,
-    cond,
-    null_cond,
-    is_null,
-    config: ConsistencyConfig,
-    *,
-    num_instant: int,
-    constrain=common.identity,
-    guidance=None,
-):
+def consistency_loss(u, batch, config: ConsistencyConfig, **options):
     """Jumps to s = 0 are trained to agree along the flow; the s = t rows towards the velocity.
 
     With g = u - (v_g - t d/dt u), the derivative of the jump's end but for its sign, and without
@@ -133,15 +119,13 @@ def consistency_loss(
     unconditional velocity of all rows 1, the tangent or u(x_r, r, 0) (1 - r), and the
     differentiated pass.
 
-    Arguments and results are those of `vcm_loss`; s is 0 in the s < t rows, and `lam` is the scalar
-    of `ConsistencyConfig.draw`.
+    `batch` and `options` are the arguments of `vcm_loss`, and results are as its own; s is 0 in the
+    s < t rows, and `lam` is the scalar of `ConsistencyConfig.draw`.
     """
-    begun = flow_maps.begin(
-        u, x0, x1, t, s, cond, null_cond, is_null, config, num_instant, constrain, guidance
-    )
+    begun = flow_maps.begin(u, batch, config, **options)
     kind, predicted, target, weight = config.kind, None, None, None
     if begun.has_jumps:
-        predicted, target, weight = _jumps(begun, config, lam)
+        predicted, target, weight = _jumps(begun, config)
     loss, aux = flow_maps.finish(
         begun,
         predicted,
@@ -158,14 +142,14 @@ def consistency_loss(
     return loss, aux
 
 
-def _jumps(begun: flow_maps.Begun, config: ConsistencyConfig, lam):
+def _jumps(begun: flow_maps.Begun, config: ConsistencyConfig):
     """(u, its target, weights) of the s < t rows."""
-    x, t, s, v = begun.x, begun.t, begun.s, begun.v_later
+    x, t, s, v, lam = begun.x, begun.t, begun.s, begun.v_later, begun.lam
     sg = jax.lax.stop_gradient
     if config.kind == "ect":
         r = earlier_time(t, lam)
         predicted = begun.u(x, t, s, begun.cond)
-        u_r = begun.u(x + common.expand(r - t, x) * v, r, s, begun.cond)
+        u_r = begun.target_u(x + common.expand(r - t, x) * v, r, s, begun.cond)
         share = common.expand((t - r) / t, x)
         # Of the distance in x, which is t times that in u, and its square root in the loss.
         weight = ((jnp.maximum(1 - t, 1e-6) / t) ** 2 + 1) * t

@@ -99,15 +99,21 @@ class Begun:
 
     Attributes:
       u: the network, at least float32.
+      target_u: the network that the targets take, which is not trained; as `u`.
+      lam: the batch's.
       num_instant: n, the number of rows with s = t, which come first.
       v: x1 - x0, `B N C`.
       v_g: the guided velocity, without gradient; of all rows, or of those with s = t.
       predicted: u(x_t, t, t, c) of the first n rows.
       x, t, s, cond: of the other rows.
+      field: `field(x, time)` -> the velocity field of the other rows without gradient, `B - n N C`:
+        the teacher's, guided, or that of `target_u`.
       constrain: spreads joined rows over the devices again.
     """
 
     u: Callable
+    target_u: Callable
+    lam: Any
     num_instant: int
     v: jax.Array
     v_g: jax.Array
@@ -116,6 +122,7 @@ class Begun:
     t: jax.Array
     s: jax.Array
     cond: Any
+    field: Callable
     constrain: Callable
 
     @property
@@ -135,28 +142,33 @@ class Begun:
 
 def begin(
     u,
-    x0,
-    x1,
-    t,
-    s,
-    cond,
-    null_cond,
-    is_null,
+    batch,
     config,
-    num_instant,
-    constrain,
-    guidance,
+    *,
+    num_instant: int,
+    constrain=common.identity,
+    guidance=None,
+    target_u=None,
+    teacher_u=None,
     guide_jumps: bool = True,
 ):
-    """The part of a loss that these objectives share; arguments as `vcm_loss`'s.
+    """The part of a loss that these objectives share.
 
     It evaluates the trained pass of the s = t rows, and what guidance needs: the unconditional
     velocity of all rows, and the guided one of the s < t rows. Without `guide_jumps` nothing is
     evaluated for the latter, and `v_g` has the s = t rows alone.
 
+    Args:
+      u, config, num_instant, constrain, guidance, target_u: as `vcm_loss`'s.
+      batch: (x0, x1, t, s, lam, cond, null_cond, is_null) of `vcm_loss`.
+      teacher_u: the network of a teacher, as `u`. Its velocity then takes the place of x1 - x0 in
+        the guided velocity, also for rows without a condition.
+      guide_jumps: whether `v_g` is wanted for the s < t rows.
+
     Raises:
       ValueError: when `num_instant` is not within the batch.
     """
+    x0, x1, t, s, lam, cond, null_cond, is_null = batch
     n = num_instant
     common.check_rows(n, x0.shape[0])
     x0, x1, t, s = map(common.at_least_float32, (x0, x1, t, s))
@@ -168,18 +180,38 @@ def begin(
     if n:
         x_first, t_first, cond_first = first((x_t, t, cond))
         predicted = u(x_first, t_first, t_first, cond_first)
-    guided = first if not guide_jumps else lambda tree: tree
-    guidance = guided(guidance)
-    v_g = guided_target(
-        u,
-        predicted,
-        *guided((x_t, v, t, cond, null_cond, is_null)),
-        scale=config.scale(guidance),
-        mix_ratio=config.mix_ratio,
-        interval=config.interval(guidance),
-        constrain=constrain,
-    )
-    return Begun(u, n, v, v_g, predicted, *later((x_t, t, s, cond)), constrain)
+    net, known = common.for_targets(u, target_u if teacher_u is None else teacher_u, predicted)
+
+    def guided(x, v, time, rows, known):
+        cond, null_cond, is_null, guidance = rows
+        if teacher_u is not None:
+            v = jax.lax.stop_gradient(net(x, time, time, cond))
+        return guided_target(
+            net,
+            known,
+            x,
+            v,
+            time,
+            cond,
+            null_cond,
+            is_null,
+            scale=config.scale(guidance),
+            mix_ratio=config.mix_ratio,
+            interval=config.interval(guidance),
+            constrain=constrain,
+        )
+
+    def field(x, time):
+        if teacher_u is None:
+            return jax.lax.stop_gradient(net(x, time, time, later(cond)))
+        return guided(x, None, time, later(conditions), known[:0])
+
+    conditions = (cond, null_cond, is_null, guidance)
+    wanted = (x_t, v, t, conditions)
+    v_g = guided(*(wanted if guide_jumps else first(wanted)), known)
+    target_u = common.for_targets(u, target_u, predicted)[0]
+    rest = later((x_t, t, s, cond))
+    return Begun(u, target_u, lam, n, v, v_g, predicted, *rest, field, constrain)
 
 
 def finish(

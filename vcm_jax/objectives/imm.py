@@ -20,8 +20,8 @@ class IMMConfig(GuidedObjective):
     the paper and public copies of it.
 
     Attributes:
-      guidance, guidance_max, guidance_scale, mix_ratio, guidance_interval, instant_ratio,
-        time_mean, time_std: see `GuidedObjective`.
+      guidance, guidance_max, target_ema, guidance_scale, mix_ratio, guidance_interval,
+        instant_ratio, time_mean, time_std: see `GuidedObjective`.
       p, eps: of the adaptive weight of the s = t rows.
       group: M, how many rows share t and s and are compared with each other. With 1 the loss is one
         of consistency, which the paper finds to collapse.
@@ -41,11 +41,11 @@ class IMMConfig(GuidedObjective):
     weight_shift: float = setting(4.0, number())
 
     def loss(self, u, *batch, **options):
-        return imm_loss(u, *batch, self, **options)
+        return imm_loss(u, batch, self, **options)
 
     def passes(self) -> Passes:
         later = 1 - self.instant_ratio
-        return Passes(self.needs_null + later * (self.mix_ratio < 1), later)
+        return Passes(self.guided_passes(self.instant_ratio, later), later)
 
 
 LAST = 0.994  # the largest t of the jumps: eta = t / (1 - t) has no bound
@@ -75,22 +75,7 @@ def kernel(a, b, scale):
     return jnp.exp(-scale[:, None, None] * distance / a.shape[-1])
 
 
-def imm_loss(
-    u,
-    x0,
-    x1,
-    t,
-    s,
-    lam,
-    cond,
-    null_cond,
-    is_null,
-    config: IMMConfig,
-    *,
-    num_instant: int,
-    constrain=common.identity,
-    guidance=None,
-):
+def imm_loss(u, batch, config: IMMConfig, **options):
     """Groups of M jumps from t and from r < t are matched in distribution.
 
     With a_i = f(x_t^i, t, s) and b_i = sg f(x_r^i, r, s) on the same pairs, the loss of a group is
@@ -102,33 +87,31 @@ def imm_loss(
     unconditional velocity of all rows 1 (none for w = 1), f(x_r, r, s) (1 - r), and the
     differentiated pass.
 
-    Arguments and results are those of `vcm_loss`; `lam` has no effect. `aux["mse"]` of a jump is
-    that between u and the one with which it would land at b_i.
+    `batch` and `options` are the arguments of `vcm_loss`, and results are as its own; `lam` has no
+    effect. `aux["mse"]` of a jump is that between u and the one with which it would land at b_i.
 
     Raises:
       ValueError: the s < t rows do not divide into groups.
     """
-    del lam
-    n, size = num_instant, config.group
+    x0, x1, t, s, *rest = batch
+    n, size = options["num_instant"], config.group
     common.check_rows(n, x0.shape[0])
-    count, rest = divmod(x0.shape[0] - n, size)
-    if rest:
+    count, left = divmod(x0.shape[0] - n, size)
+    if left:
         raise ValueError(
-            f"imm compares groups of objective.group = {size} rows: the {count * size + rest} rows "
+            f"imm compares groups of objective.group = {size} rows: the {count * size + left} rows "
             "with s < t of a batch (or microbatch) do not divide into them"
         )
     t, s = (jnp.concatenate([time[:n], jnp.repeat(time[n::size], size)]) for time in (t, s))
     t = jnp.where(jnp.arange(len(t)) < n, t, jnp.minimum(t, LAST))
-    begun = flow_maps.begin(
-        u, x0, x1, t, s, cond, null_cond, is_null, config, n, constrain, guidance
-    )
+    begun = flow_maps.begin(u, (x0, x1, t, s, *rest), config, **options)
     if not begun.has_jumps:
         return flow_maps.finish(begun, None, None, config)
     x, t, s, v = begun.x, begun.t, begun.s, begun.v_later
     r = earlier_time(t, s, config.halvings)
     predicted = begun.u(x, t, s, begun.cond)
     x_r = x + common.expand(r - t, x) * v
-    landed = jax.lax.stop_gradient(flow_maps.jump(begun.u(x_r, r, s, begun.cond), x_r, r, s))
+    landed = jax.lax.stop_gradient(flow_maps.jump(begun.target_u(x_r, r, s, begun.cond), x_r, r, s))
     target = (x - landed) / common.expand(t - s, x)
     _, aux = flow_maps.finish(begun, predicted, target, config)
     groups = lambda a: a.reshape(count, size, -1)

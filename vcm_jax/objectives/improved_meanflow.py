@@ -20,7 +20,7 @@ class ImprovedMeanFlowConfig(flow_maps.TimeDerivative, TargetGuidance):
     the paper's code takes [0, 1].
 
     Attributes:
-      guidance, guidance_max: see `TargetGuidance`.
+      guidance, guidance_max, target_ema: see `TargetGuidance`.
       guidance_scale: w, by default of sampling; with fixed guidance also of training.
       guidance_interval: times t, both ends included, at which guidance applies.
       p, eps: of the adaptive weight; they act on the squared error *summed* over N and C.
@@ -44,7 +44,8 @@ class ImprovedMeanFlowConfig(flow_maps.TimeDerivative, TargetGuidance):
 
     def passes(self) -> Passes:
         later = 1 - self.instant_ratio
-        return Passes(at_x_t=self.guides + later, elsewhere=later * self.derivative_passes)
+        own = self.guides * self.instant_ratio * (self.target_ema > 0)
+        return Passes(at_x_t=self.guides + later + own, elsewhere=later * self.derivative_passes)
 
 
 def improved_meanflow_loss(
@@ -62,6 +63,7 @@ def improved_meanflow_loss(
     num_instant: int,
     constrain=common.identity,
     guidance=None,
+    target_u=None,
 ):
     """The improved MeanFlow loss: V = u + (t - s) sg(d/dt u) is trained towards the velocity.
 
@@ -85,14 +87,17 @@ def improved_meanflow_loss(
     first, later = common.rows(0, n, constrain), common.rows(n, None, constrain)
     x_t, v = common.noised(x0, x1, t), x1 - x0
     cond = common.select_rows(is_null, null_cond, cond)
+    target_net = u if target_u is None else common.wide(target_u)
     predicted = v_own = x_t[:0]
     if n:
         x_first, t_first, cond_first = first((x_t, t, cond))
         predicted = v_own = u(x_first, t_first, t_first, cond_first)
+        if target_u is not None and config.guides:
+            v_own = target_net(x_first, t_first, t_first, cond_first)
     velocity = predicted
     if n < x0.shape[0]:
         x_, t_, s_, cond_ = later((x_t, t, s, cond))
-        v_later = sg(u(x_, t_, t_, cond_))
+        v_later = sg(target_net(x_, t_, t_, cond_))
         v_own = constrain(jnp.concatenate([sg(v_own), v_later]))
         u_later, slope = flow_maps.along_flow(u, x_, t_, s_, cond_, v_later, config)
         gap = common.expand(t_ - s_, slope)
@@ -101,7 +106,7 @@ def improved_meanflow_loss(
     if config.guides:
         w = config.scale(guidance)
         w = common.expand(w, v) if getattr(w, "ndim", 0) else w
-        v_null = sg(u(x_t, t, t, null_cond))
+        v_null = sg(target_net(x_t, t, t, null_cond))
         mixed = mix_velocity(v, v_null, sg(v_own), w, 1 / w)
         applies = within(t, config.interval(guidance)) & ~is_null
         target = common.select_rows(applies, mixed, v)

@@ -19,13 +19,13 @@ class LagrangianConfig(flow_maps.TimeDerivative, GuidedObjective):
     """Settings of the objective.
 
     The loss has no adaptive weight by default, as in both papers. The s = t rows are flow matching
-    on times of their own. `times="gap"` with time_mean -0.4, time_std 1 and instant_ratio 0.5 are
-    TVM's. What TVM changes in the network (normalised modulations, a spectral initialisation of the
-    time embedding, an output that is multiplied by w) is not here.
+    on times of their own. `times="gap"` with time_mean -0.4, time_std 1, instant_ratio 0.5 and
+    target_ema 0.99 are TVM's. What TVM changes in the network (normalised modulations, a spectral
+    initialisation of the time embedding, an output that is multiplied by w) is not here.
 
     Attributes:
-      guidance, guidance_max, guidance_scale, mix_ratio, guidance_interval, p, eps, instant_ratio,
-        time_mean, time_std: see `GuidedObjective`.
+      guidance, guidance_max, target_ema, guidance_scale, mix_ratio, guidance_interval, p, eps,
+        instant_ratio, time_mean, time_std: see `GuidedObjective`.
       derivative, derivative_step: of d/ds u, see `flow_maps.TimeDerivative`.
       double_backward: whether the gradient goes through d/ds u, too, as in both papers.
       times: how t and s of the s < t rows are drawn: "sorted" pairs of logit-normal times, or
@@ -45,11 +45,11 @@ class LagrangianConfig(flow_maps.TimeDerivative, GuidedObjective):
     gap_std: float = setting(1.0, number(above=0))
 
     def loss(self, u, *batch, **options):
-        return lagrangian_loss(u, *batch, self, **options)
+        return lagrangian_loss(u, batch, self, **options)
 
     def passes(self) -> Passes:
         later = 1 - self.instant_ratio
-        guidance = self.instant_ratio * self.needs_null
+        guidance = self.guided_passes(self.instant_ratio, 0)
         through = 2 * self.derivative_passes * later * self.double_backward
         return Passes(guidance, later * (1 + self.derivative_passes), 2.0 + through)
 
@@ -76,22 +76,7 @@ def gap_times(key, size: int, config: LagrangianConfig):
     return s + gap, s
 
 
-def lagrangian_loss(
-    u,
-    x0,
-    x1,
-    t,
-    s,
-    lam,
-    cond,
-    null_cond,
-    is_null,
-    config: LagrangianConfig,
-    *,
-    num_instant: int,
-    constrain=common.identity,
-    guidance=None,
-):
+def lagrangian_loss(u, batch, config: LagrangianConfig, **options):
     """Where a jump lands it must move with the velocity there: d/ds f(x_t, t, s) = u(f, s, s).
 
     In the s < t rows u + (s - t) d/ds u(x_t, t, s) is trained towards sg u(f, s, s), where
@@ -103,24 +88,10 @@ def lagrangian_loss(
     two passes), u(f, s, s) (1 - r), and the differentiated pass. A double backward pass costs twice
     as much as the derivative again.
 
-    Arguments and results are those of `vcm_loss`; `lam` has no effect.
+    `batch` and `options` are the arguments of `vcm_loss`, and results are as its own; `lam` has no
+    effect.
     """
-    del lam
-    begun = flow_maps.begin(
-        u,
-        x0,
-        x1,
-        t,
-        s,
-        cond,
-        null_cond,
-        is_null,
-        config,
-        num_instant,
-        constrain,
-        guidance,
-        guide_jumps=False,
-    )
+    begun = flow_maps.begin(u, batch, config, guide_jumps=False, **options)
     predicted = target = None
     if begun.has_jumps:
         x, t, s, c = begun.x, begun.t, begun.s, begun.cond
@@ -128,5 +99,5 @@ def lagrangian_loss(
         slope = slope if config.double_backward else jax.lax.stop_gradient(slope)
         predicted = u_ts + common.expand(s - t, x) * slope
         landed = jax.lax.stop_gradient(flow_maps.jump(u_ts, x, t, s))
-        target = begun.u(landed, s, s, c)
+        target = begun.field(landed, s)
     return flow_maps.finish(begun, predicted, target, config)

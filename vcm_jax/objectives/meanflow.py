@@ -18,7 +18,7 @@ class MeanFlowConfig(flow_maps.TimeDerivative, TargetGuidance):
         omega v + kappa u(x_t, t, t, c) + (1 - omega - kappa) u(x_t, t, t, null). The effective
         guidance scale is omega / (1 - kappa), which is 2 by default; conditioned guidance draws it,
         and omega is then (1 - kappa) w.
-      guidance, guidance_max: see `TargetGuidance`.
+      guidance, guidance_max, target_ema: see `TargetGuidance`.
       guidance_interval: times t, both ends included, at which guidance applies.
       p, eps: of the adaptive weight; they act on the squared error *summed* over N and C.
       instant_ratio: the fraction of the rows with s = t.
@@ -51,7 +51,7 @@ class MeanFlowConfig(flow_maps.TimeDerivative, TargetGuidance):
 
     def passes(self) -> Passes:
         later = 1 - self.instant_ratio
-        guidance = self.guides + later * (self.kappa > 0)
+        guidance = self.guided_passes(self.instant_ratio, later)
         return Passes(at_x_t=guidance, elsewhere=later * self.derivative_passes)
 
 
@@ -70,6 +70,7 @@ def meanflow_loss(
     num_instant: int,
     constrain=common.identity,
     guidance=None,
+    target_u=None,
 ):
     """The MeanFlow loss: u is trained towards sg(v_g - (t - s) d/dt u(x_t, t, s)).
 
@@ -88,9 +89,14 @@ def meanflow_loss(
     Raises:
       ValueError: when `num_instant` is not within the batch.
     """
-    del lam
     begun = flow_maps.begin(
-        u, x0, x1, t, s, cond, null_cond, is_null, config, num_instant, constrain, guidance
+        u,
+        (x0, x1, t, s, lam, cond, null_cond, is_null),
+        config,
+        num_instant=num_instant,
+        constrain=constrain,
+        guidance=guidance,
+        target_u=target_u,
     )
     predicted = target = None
     if begun.has_jumps:

@@ -59,6 +59,7 @@ def shortcut_loss(
     num_instant: int,
     constrain=common.identity,
     guidance=None,
+    target_u=None,
 ):
     """The shortcut loss: a jump of length 2d is trained towards two jumps of length d.
 
@@ -90,4 +91,5 @@ def shortcut_loss(
         constrain,
         end_of,
         guidance,
+        target_u,
     )

@@ -25,8 +25,8 @@ class SoFlowConfig(TargetGuidance):
       noising: "linear" has x_t = (1 - t) x0 + t x1; "trigonometric" has
         x_t = cos(pi/2 t) x0 + sin(pi/2 t) x1.
       guidance_scale: w; 1 is no guidance and no mixing.
-      guidance, guidance_max: see `TargetGuidance`. The decay also acts on conditioned guidance,
-        whose interval is all times by default.
+      guidance, guidance_max, target_ema: see `TargetGuidance`. The decay also acts on
+        conditioned guidance, whose interval is all times by default.
       mix_ratio: m, the fraction of the guided velocity that comes from the sample instead of the
         network.
       decay_start, decay_rate: where guidance begins to decay to 0 at t = 1, and kappa, how fast;
@@ -64,8 +64,8 @@ class SoFlowConfig(TargetGuidance):
 
     def passes(self) -> Passes:
         later = 1 - self.instant_ratio
-        mixes = self.guides and self.mix_ratio < 1
-        return Passes(at_x_t=(self.guides and self.mix_ratio > 0) + later * mixes, elsewhere=later)
+        guidance = self.guided_passes(self.instant_ratio, later) if self.guides else 0
+        return Passes(guidance, elsewhere=later)
 
     def draw(self, key, batch_size: int, num_instant: int, step, steps: int):
         """t and s `B`, and the scalar lambda of the step, see `soflow_loss`."""
@@ -147,6 +147,7 @@ def soflow_loss(
     num_instant: int,
     constrain=common.identity,
     guidance=None,
+    target_u=None,
 ):
     """SoFlow's velocity loss on the s = t rows and its consistency loss on the others.
 
@@ -177,12 +178,14 @@ def soflow_loss(
     unguided = not config.guides
     decay = smooth_decay(t, config.decay_start, config.decay_rate)
 
+    target_net, known = common.for_targets(net, target_u, out[:n])
+
     def instant(x, t, s, c):
-        return slope * net(x, t, s, c)
+        return slope * target_net(x, t, s, c)
 
     v_g = guided_target(
         instant,
-        slope * out[:n],
+        slope * known,
         x_t,
         v,
         t,
@@ -201,7 +204,7 @@ def soflow_loss(
         x_l = x_ + common.expand(l - t_, x_) * v_
         (a, b), (a_l, b_l) = _coefficients(t_, s_, kind), _coefficients(l, s_, kind)
         a, b, a_l, b_l, gap = (common.expand(time, x_) for time in (a, b, a_l, b_l, t_ - l))
-        f_l = jax.lax.stop_gradient(a_l * x_l + b_l * net(x_l, l, s_, cond_))
+        f_l = jax.lax.stop_gradient(a_l * x_l + b_l * target_net(x_l, l, s_, cond_))
         quotient = (a * x_ + b * out[n:] - f_l) / gap
         error = constrain(jnp.concatenate([error, quotient]))
         scale = jnp.concatenate([scale, (gap / (2 * jnp.abs(b))).reshape(-1)])

@@ -55,6 +55,7 @@ def split_meanflow_loss(
     num_instant: int,
     constrain=common.identity,
     guidance=None,
+    target_u=None,
 ):
     """The SplitMeanFlow loss: a jump is trained towards two jumps that meet at l = t + (s - t) lam.
 
@@ -84,4 +85,5 @@ def split_meanflow_loss(
         constrain,
         end_of,
         guidance,
+        target_u,
     )

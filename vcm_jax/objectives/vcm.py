@@ -32,7 +32,7 @@ class VCMConfig(GuidedObjective):
 
     def passes(self) -> Passes:
         later = 1 - self.instant_ratio
-        return Passes(at_x_t=self.needs_null + later * (self.mix_ratio < 1), elsewhere=later)
+        return Passes(self.guided_passes(self.instant_ratio, later), elsewhere=later)
 
     def draw(self, key, batch_size: int, num_instant: int, step, steps: int):
         """t and s `B`, and the scalar lambda of the step (eq. 12)."""
@@ -55,6 +55,7 @@ def vcm_loss(
     num_instant: int,
     constrain=common.identity,
     guidance=None,
+    target_u=None,
 ):
     """The VCM loss of one batch (SoundVCM eq. 10, 11, 16; Algorithm 1).
 
@@ -80,6 +81,7 @@ def vcm_loss(
         batch is sharded, it spreads them over the devices again.
       guidance: `Guidance` of each row, which `cond` tells the network; None for the fixed guidance
         of `config`.
+      target_u: the network with other parameters, for all passes of the targets; None takes `u`.
 
     Returns:
       loss: scalar.
@@ -98,9 +100,10 @@ def vcm_loss(
     x_t, v = common.noised(x0, x1, t), x1 - x0
     cond = common.select_rows(is_null, null_cond, cond)
     u_ts = u(x_t, t, s, cond)
+    target_u, known = common.for_targets(u, target_u, u_ts[:n])
     target = v_mix = guided_target(
-        u,
-        u_ts[:n],
+        target_u,
+        known,
         x_t,
         v,
         t,
@@ -116,7 +119,7 @@ def vcm_loss(
         x_later, t_later, s_later, v_later, cond_later = later((x_t, t, s, v_mix, cond))
         l, lam = times.intermediate_time(t_later, s_later, lam)
         x_l = x_later + common.expand(l - t_later, x_later) * v_later
-        u_ls = u(x_l, l, s_later, cond_later)
+        u_ls = target_u(x_l, l, s_later, cond_later)
         lam = common.expand(lam, x_l)
         target = constrain(jnp.concatenate([v_mix[:n], lam * v_later + (1 - lam) * u_ls]))
     return common.regression(u_ts, target, v, n, config.p, config.eps)

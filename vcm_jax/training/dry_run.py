@@ -111,7 +111,7 @@ def describe(program: Program) -> tuple[str, Memory]:
     devices, batch_size = mesh.devices.size, len(batch["latent_mean"])
     held = {
         name: sharding.device_bytes(getattr(abstract, name), getattr(program.shardings, name))
-        for name in ("params", "opt_state", "ema", "frozen")
+        for name in ("params", "opt_state", "ema", "target", "frozen")
         if jax.tree.leaves(getattr(abstract, name))
     }
     kind = mesh.devices.flat[0].device_kind

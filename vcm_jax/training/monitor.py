@@ -19,9 +19,9 @@ from vcm_jax.devices import sharding
 from vcm_jax.models import ModelConfig
 from vcm_jax.models.flops import step_flops
 from vcm_jax.training import validation
+from vcm_jax.training.loss import loss_fn
 from vcm_jax.training.rows import StepConfig
 from vcm_jax.training.selection import ALL
-from vcm_jax.training.step import loss_fn
 from vcm_jax.training.writer import Writer
 
 # Dense bfloat16 peaks in TFLOP/s by the beginning of `device_kind` (the makers' data sheets).
@@ -164,8 +164,9 @@ def model_flops(model: ModelConfig, config: StepConfig, step, batch, devices: in
     is relative to the same number. Where a teacher's passes come on top it is XLA's count of the
     compiled step for so many devices, which also includes what is computed twice.
     """
-    if not config.objective.needs_teacher:
-        return step_flops(model, config.objective.passes()), "counted by hand"
+    if not config.objective.has_teacher:
+        passes = config.objective.passes()
+        return step_flops(model, passes, config.dispersive > 0), "counted by hand"
     return xla_flops(step, devices) / len(batch["latent_mean"]), "XLA's count"
 
 

@@ -109,6 +109,7 @@ def make_program(config: ConfigDict, setup: Setup) -> Program:
         optimizer=optimizer,
         sigma_rels=config.ema_sigma_rels,
         selection=setup.selection,
+        has_target=setup.step.objective.target_ema > 0,
     )
     abstract = jax.eval_shape(make_init_of(stats=stats), key)
     shardings = sharding.state_shardings(abstract, mesh, setup.model.num_heads)

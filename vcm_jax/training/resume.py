@@ -61,8 +61,10 @@ def _with_newer(config: Mapping) -> dict:
     """
     known = OBJECTIVES.get(config["objective"].get("name"), Objective)
     defaults = {field.name: field.default for field in dataclasses.fields(known)}
+    # Lists, as in JSON.
     defaults = {key: list(v) if isinstance(v, tuple) else v for key, v in defaults.items()}
-    newer = NEWER | {"objective": defaults | {"anneal_steps": 0}}  # lists, as in JSON
+    defaults |= {"anneal_steps": 0, "dispersive": 0.0}
+    newer = NEWER | {"objective": defaults}
     return {**config, **{name: newer[name] | dict(config.get(name, {})) for name in newer}}
 
 

@@ -25,6 +25,7 @@ class StepConfig:
       video_drop_prob, text_drop_prob: probabilities that one modality is dropped, as in MMAudio.
       anneal_steps: in so many first steps the jumps grow from none to the length that the objective
         draws: a network that knows the instantaneous velocity alone learns short jumps first.
+      dispersive: the weight of `objectives.dispersive.dispersive_loss` in the loss; 0 for none.
 
     Raises:
       ValueError: when a setting is out of its range.
@@ -36,6 +37,7 @@ class StepConfig:
     video_drop_prob: float = setting(0.0, number(0, 1))
     text_drop_prob: float = setting(0.0, number(0, 1))
     anneal_steps: int = setting(0, integer(0))
+    dispersive: float = setting(0.0, number(0))
 
     def __post_init__(self):
         if not isinstance(self.objective, Objective):
@@ -43,7 +45,8 @@ class StepConfig:
         if not integer(1).holds(self.steps):
             raise ValueError(f"steps must be at least 1, not {self.steps}")
         settings.check(self, "objective")
-        if self.anneal_steps and (self.objective.instant_only or self.objective.name == "shortcut"):
+        fixed = self.objective.instant_only or self.objective.name in ("shortcut", "twinflow")
+        if self.anneal_steps and fixed:
             raise ValueError(
                 f"objective.anneal_steps shortens jumps to any length, which {self.objective.name} "
                 "does not have: it must be 0"

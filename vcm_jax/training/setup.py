@@ -19,10 +19,10 @@ from vcm_jax.objectives import read_section
 from vcm_jax.records import mixture
 from vcm_jax.records.source import RecordSource, locate
 from vcm_jax.training import monitor, ranges
+from vcm_jax.training.loss import Teacher, check_network
 from vcm_jax.training.rows import StepConfig
 from vcm_jax.training.selection import Selection, select
 from vcm_jax.training.state import OptimizerConfig
-from vcm_jax.training.step import Teacher, check_network
 from vcm_jax.training.teacher import load_teacher
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import jax
+import numpy as np
 from absl import logging
 from clu import parameter_overview
 from ml_collections import ConfigDict
@@ -60,12 +61,19 @@ def read_start(config: ConfigDict, workdir: Path, program: Program) -> Start:
       PretrainedError: public weights that cannot be fetched, or are damaged.
     """
     selection, model = program.setup.selection, program.setup.model
+    objective, stats = program.setup.step.objective, program.stats
     resumes = checkpoint.latest_step(workdir) is not None
+    if objective.teacher_velocity and not resumes:
+        # The teacher's velocity is one of latents that are normalised as in its own training.
+        theirs = program.setup.teacher_variables["stats"]
+        stats = stats | kept_statistics(theirs, stats, objective.teacher)
     if not config.init_from or (resumes and selection.is_whole):
-        return Start(program.stats)
+        return Start(stats)
     found = weights.read(config.init_from)
     weights.check_sizes(found["params"], model, f"init_from {config.init_from}")
     kept = kept_statistics(found["stats"], program.stats, config.init_from)
+    if objective.teacher_velocity and not resumes:
+        _check_like_teacher(kept, stats, config.init_from, objective.teacher)
     base = None
     if not selection.is_whole:
         if GUIDANCE_INPUT in program.abstract.frozen and GUIDANCE_INPUT not in found["params"]:
@@ -75,7 +83,16 @@ def read_start(config: ConfigDict, workdir: Path, program: Program) -> Start:
             )
         place = weights.place_of(config.init_from)
         base = weights.Base(place, weights.hash_params(found["params"]))
-    return Start(program.stats | kept, found["params"], base)
+    return Start(stats | kept, found["params"], base)
+
+
+def _check_like_teacher(kept, stats, start: str, teacher: str) -> None:
+    """Raises CheckpointError if weights to start from have other latents than a teacher."""
+    if any(not np.allclose(kept[name], stats[name], rtol=1e-3, atol=1e-5) for name in kept):
+        raise checkpoint.CheckpointError(
+            f"init_from {start} and objective.teacher {teacher} normalise latents differently: "
+            "start from the teacher's weights, or give no init_from"
+        )
 
 
 def open_checkpoints(

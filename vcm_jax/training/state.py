@@ -1,6 +1,7 @@
 """What a run carries from step to step, its optimizer and its learning-rate schedule."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import flax.struct
@@ -27,6 +28,8 @@ class TrainState:
       ema: EMA weights by their width ("0.05"), pytrees like `params`.
       frozen: parameters that are not trained (`selection.py`); None if all are. Checkpoints do not
         hold them.
+      target: the EMA of the parameters that the objective's targets are evaluated with; None
+        without `target_ema`, and then checkpoints do not have this entry.
     """
 
     step: jax.Array
@@ -35,11 +38,13 @@ class TrainState:
     opt_state: Any
     ema: dict[str, Any]
     frozen: Any = None
+    target: Any = None
 
     def saved(self) -> dict:
-        """What checkpoints hold of the state: everything but `frozen`."""
-        names = (field.name for field in dataclasses.fields(self) if field.name != "frozen")
-        return {name: getattr(self, name) for name in names}
+        """What checkpoints hold of the state: all but `frozen`, and `target` if there is one."""
+        absent = {"frozen"} | ({"target"} if self.target is None else set())
+        names = (field.name for field in dataclasses.fields(self))
+        return {name: getattr(self, name) for name in names if name not in absent}
 
 
 def _increase(steps) -> bool:
@@ -131,7 +136,14 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     )
 
 
-def make_init(net: MMDiT, stats, optimizer, sigma_rels, selection: Selection = ALL):
+def make_init(
+    net: MMDiT,
+    stats,
+    optimizer,
+    sigma_rels,
+    selection: Selection = ALL,
+    has_target: bool = False,
+):
     """A function (key, params=None) -> TrainState before the first step.
 
     It is meant to be jitted with the state's shardings as `out_shardings`. Given `params` take the
@@ -144,6 +156,7 @@ def make_init(net: MMDiT, stats, optimizer, sigma_rels, selection: Selection = A
       sigma_rels: widths of the EMA weights. They start as copies of the parameters, which the
         first update replaces.
       selection: what is trained.
+      has_target: whether the state has EMA weights for the objective's targets.
     """
 
     def init(key, params=None):
@@ -152,13 +165,15 @@ def make_init(net: MMDiT, stats, optimizer, sigma_rels, selection: Selection = A
             fresh = net.init(key, *zero_inputs(net.config))["params"]
             params = {GUIDANCE_INPUT: fresh[GUIDANCE_INPUT]} | params if params else fresh
         params, frozen = selection.split(params, jax.random.fold_in(key, 3))
+        copy = functools.partial(jax.tree.map, jnp.copy, params)
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             params=params,
             stats=jax.tree.map(jnp.asarray, stats),
             opt_state=optimizer.init(params),
-            ema={f"{sigma_rel:g}": jax.tree.map(jnp.copy, params) for sigma_rel in sigma_rels},
+            ema={f"{sigma_rel:g}": copy() for sigma_rel in sigma_rels},
             frozen=frozen,
+            target=copy() if has_target else None,
         )
 
     return init

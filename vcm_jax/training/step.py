@@ -1,6 +1,5 @@
 """One training step: a pure function of (state, batch, key)."""
 
-import dataclasses
 import functools
 
 import jax
@@ -8,153 +7,15 @@ import jax.numpy as jnp
 import optax
 from clu import metrics as clu_metrics
 
-from vcm_jax import ema, sampling
+from vcm_jax import ema
 from vcm_jax.devices.layout import Layout, Weight
 from vcm_jax.devices.sharding import BATCH_AXES
-from vcm_jax.models import MMDiT
-from vcm_jax.models.conditioned import encode_features, sample_latents, zero_inputs
 from vcm_jax.models.mmdit import STACKED, stack_blocks, unstack_blocks
-from vcm_jax.objectives import Objective
-from vcm_jax.objectives.common import identity
-from vcm_jax.training.rows import (
-    StepConfig,
-    draw_rows,
-    instant_first,
-    normalised,
-    take_microbatch,
-)
+from vcm_jax.training.loss import Teacher, rows_loss
+from vcm_jax.training.rows import StepConfig, draw_rows, instant_first, take_microbatch
 from vcm_jax.training.selection import ALL, Selection
 
-TIME_BINS = 5
 ONE_DEVICE = Layout()
-
-
-@dataclasses.dataclass(frozen=True)
-class Teacher:
-    """A trained network that turns noise into data, for reflow; everything here is static.
-
-    Attributes:
-      net: the network; its variables are an argument of the step.
-      objective: the objective that it was trained with.
-      steps: steps of its sampler.
-    """
-
-    net: MMDiT
-    objective: Objective
-    steps: int
-
-
-def check_network(net, config: StepConfig) -> None:
-    """Checks, before anything is compiled, that the objective can use the network.
-
-    Some objectives take a JVP, which fused attention kernels do not have.
-
-    Raises:
-      ValueError: when it cannot.
-    """
-    if not config.objective.needs_jvp:
-        return
-    x, t, s, cond = zero_inputs(net.config)
-
-    def derivative(key):
-        variables = net.init(key, x, t, s, cond)
-
-        def apply(x):
-            return net.apply(variables, x, t, s, cond)
-
-        # Under a gradient, as in the loss: alone, some kernels fail only when they are run.
-        return jax.grad(lambda x: jax.jvp(apply, (x,), (x,))[0].sum())(x)
-
-    try:
-        jax.eval_shape(derivative, jax.random.key(0))
-    except (TypeError, NotImplementedError) as error:
-        raise ValueError(
-            f"objective {config.objective.name} takes a JVP, which this attention implementation "
-            f"does not have ({str(error).splitlines()[0]}): choose another one, or "
-            "config.objective.derivative=central"
-        ) from None
-
-
-def teacher_data(teacher: Teacher, variables, stats, batch, x1, is_null):
-    """The teacher's samples from the noise x1 `B N C`, normalised with the student's `stats`.
-
-    Args:
-      teacher: the teacher.
-      variables: its variables.
-      stats: the student's, whose normalisation the result has.
-      batch: as `train_step`'s; its conditions are the teacher's too.
-      x1: noise `B N C`.
-      is_null: bool `B`, rows whose whole condition is dropped.
-    """
-    present = {name: batch[name] & ~is_null for name in ("has_video", "has_text")}
-    times = sampling.uniform_times(teacher.steps)
-    latents = sample_latents(teacher.net, variables, batch | present, x1, times, teacher.objective)
-    return jax.lax.stop_gradient(normalised(latents, stats))
-
-
-def loss_fn(
-    params,
-    stats,
-    batch,
-    key,
-    step,
-    teacher_variables=None,
-    *,
-    net,
-    config: StepConfig,
-    constrain=identity,
-    teacher: Teacher | None = None,
-):
-    """The loss of one batch, a scalar, and its metrics, a dict of `clu.metrics`."""
-    rows = draw_rows(stats, batch, key, step, config)
-    num_instant = config.num_instant(batch["latent_mean"].shape[0])
-    rows = instant_first(rows, num_instant)
-    options = dict(net=net, config=config, teacher=teacher, constrain=constrain)
-    return rows_loss(params, stats, rows, num_instant, teacher_variables, **options)
-
-
-def rows_loss(
-    params,
-    stats,
-    rows,
-    num_instant: int,
-    teacher_variables=None,
-    *,
-    net,
-    config: StepConfig,
-    constrain=identity,
-    teacher: Teacher | None = None,
-):
-    """As `loss_fn`, from what `draw_rows` drew, with the rows of s = t first."""
-    batch, x0, x1, guidance, t, s, lam, is_null = rows
-    if teacher is not None:
-        x0 = teacher_data(teacher, teacher_variables, stats, batch, x1, is_null)
-    variables = {"params": params, "stats": stats}
-    together = net.joined and constrain is identity
-    u, cond, null_cond = encode_features(net, variables, batch, guidance, together)
-    options = dict(num_instant=num_instant, constrain=constrain)
-    if guidance is not None:
-        options["guidance"] = guidance
-    loss, aux = config.objective.loss(u, x0, x1, t, s, lam, cond, null_cond, is_null, **options)
-    return loss, step_metrics(loss, aux, t, num_instant)
-
-
-def step_metrics(loss, aux, t, num_instant: int):
-    """Metrics to log: the loss, and the unweighted mse by kind of row and by t.
-
-    With p = 1 the weighted loss stays near 1 throughout training; the mse shows the progress.
-    """
-    average = clu_metrics.Average.from_model_output
-    instant = jnp.arange(t.shape[0]) < num_instant
-    bins = jnp.minimum((t * TIME_BINS).astype(jnp.int32), TIME_BINS - 1)
-    metrics = {"loss": average(loss), "mse": average(aux["mse"])}
-    for kind, rows in (("instant", instant), ("jump", ~instant)):
-        metrics[f"mse_{kind}"] = average(aux["mse"], rows)
-        for i in range(TIME_BINS):
-            metrics[f"mse_{kind}_t{i}"] = average(aux["mse"], rows & (bins == i))
-    if num_instant:
-        metrics["mse_instant_to_velocity"] = average(aux["velocity_mse"])
-    return metrics
 
 
 def accumulated(compute, params, rows, accumulate: int):
@@ -183,6 +44,7 @@ def gradients(
     layout: Layout,
     accumulate: int,
     frozen=None,
+    target=None,
     selection: Selection = ALL,
     **options,
 ):
@@ -197,6 +59,7 @@ def gradients(
       layout: of the step; `vcm_jax.devices.layout` explains the two ways.
       accumulate: number of microbatches.
       frozen: the network's other parameters.
+      target: the parameters of the objective's targets, like `params`; None for `params`.
       selection: which parameters are which.
       options: of `rows_loss`.
     """
@@ -205,6 +68,8 @@ def gradients(
         rows = layout.rows(instant_first(rows, num_instant))
         frozen = layout.gather_frozen(frozen)
         options["constrain"] = layout.rows
+        if target is not None:
+            options["target"] = selection.complete(layout.gather(target), frozen)
 
         def loss(params, rows):
             params, count = selection.complete(params, frozen), num_instant // accumulate
@@ -214,17 +79,17 @@ def gradients(
         grads, metrics = accumulated(compute, layout.gather(params), rows, accumulate)
         return layout.scatter(grads), metrics
 
-    def by_device(params, rows, whole):
-        return device_gradients(
-            params, rows, *whole, num_instant // parts, layout, accumulate, selection, **options
-        )
+    def by_device(params, target, rows, whole):
+        args = (num_instant // parts, layout, accumulate, selection)
+        return device_gradients(params, target, rows, *whole, *args, **options)
 
     whole = (stats, teacher_variables, layout.gather_frozen(frozen))
-    return layout.by_device(by_device, params, rows, whole)
+    return layout.by_device(by_device, params, target, rows, whole)
 
 
 def device_gradients(
     params,
+    target,
     rows,
     stats,
     teacher_variables,
@@ -238,14 +103,18 @@ def device_gradients(
     **options,
 ):
     """As `gradients`, from this device's rows; `num_instant` counts those of a microbatch."""
-    axes, stacked = layout.fsdp_axes(params), ()
+    axes, stacked, target_net = layout.fsdp_axes(params), (), net
     # With frozen parameters the network stacks its blocks itself, when they are complete.
     stacks = net.scan and selection.is_whole
     if stacks:
         stacked = STACKED
         params = stack_blocks(params, net.config)
+        target = None if target is None else stack_blocks(target, net.config)
         axes = stack_blocks(axes, net.config, stack=lambda leaves: leaves[0])
     whole = layout.gather_by_device(params, axes, net.dtype, stacked)
+    if target is not None:
+        target = layout.gather_by_device(target, axes, net.dtype, stacked)
+        target = selection.complete(target, frozen)
     # Summed at once where each gradient is complete, so that other work hides the communication.
     at_once = ("data", "fsdp") if accumulate == 1 else ("fsdp",)
     use = functools.partial(layout.use, reduce=at_once)
@@ -256,7 +125,10 @@ def device_gradients(
         weights = jax.tree.map(Weight, params, whole, axes)
         weights = {k: w if k in stacked else use(w) for k, w in weights.items()}
         weights = selection.complete(weights, frozen)
-        return rows_loss(weights, stats, rows, num_instant, teacher_variables, net=net, **options)
+        targets = dict(target=target, target_net=target_net, gather=layout.gather_rows)
+        return rows_loss(
+            weights, stats, rows, num_instant, teacher_variables, net=net, **targets, **options
+        )
 
     rows = instant_first(rows, num_instant * accumulate)
     grads, metrics = accumulated(jax.grad(loss, has_aux=True), params, rows, accumulate)
@@ -312,6 +184,7 @@ def train_step(
         layout,
         accumulate,
         frozen=state.frozen,
+        target=state.target,
         selection=selection,
         net=net,
         config=config,
@@ -325,6 +198,9 @@ def train_step(
         width: ema.update(weights, params, step, ema.gamma_from_sigma_rel(float(width)))
         for width, weights in state.ema.items()
     }
+    target = state.target
+    if target is not None:
+        target = ema.follow(target, params, step, config.objective.target_ema)
     finite = jnp.isfinite(metrics["loss"].total) & jnp.isfinite(grad_norm)
     average = clu_metrics.Average.from_model_output
     metrics |= {
@@ -332,7 +208,7 @@ def train_step(
         "update_norm": average(optax.tree.norm(updates)),
         "nonfinite": average(1.0 - finite),
     }
-    changed = state.replace(params=params, opt_state=opt_state, ema=ema_weights)
+    changed = state.replace(params=params, opt_state=opt_state, ema=ema_weights, target=target)
     if skip_nonfinite:
         changed = jax.tree.map(lambda new, old: jnp.where(finite, new, old), changed, state)
     return changed.replace(step=step), clu_metrics.Collection.create_collection(**metrics)

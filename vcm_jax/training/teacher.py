@@ -7,7 +7,7 @@ from vcm_jax.models import MODELS, ModelConfig
 from vcm_jax.objectives import Objective, read_section
 from vcm_jax.objectives.flow_matching import FlowMatchingConfig
 from vcm_jax.runs import description
-from vcm_jax.training.step import Teacher
+from vcm_jax.training.loss import Teacher
 
 
 def load_teacher(settings, net, manifest):
@@ -26,7 +26,7 @@ def load_teacher(settings, net, manifest):
       ValueError: when there is no teacher, or its sizes, features or latents differ from those of
         the student.
     """
-    if not settings.needs_teacher:
+    if not settings.has_teacher:
         return None, None
     if not settings.teacher:
         raise ValueError(
@@ -47,11 +47,24 @@ def load_teacher(settings, net, manifest):
             f"objective.teacher {workdir} is of another size: "
             + ", ".join(f"{n} {getattr(model, n)}, not {getattr(net.config, n)}" for n in names)
         )
-    teacher = Teacher(net.clone(config=model), objective, settings.teacher_steps)
+    if settings.teacher_velocity == "plain" and settings.guides and _is_guided(objective):
+        raise ValueError(
+            f"objective.teacher {workdir} has guidance in its weights: it takes "
+            "objective.guidance_scale=1"
+        )
+    steps = getattr(settings, "teacher_steps", 0)
+    teacher = Teacher(net.clone(config=model), objective, steps)
     variables = weights.read(workdir)
     if lacking := {"latent_mean", "latent_std", "empty_text"} - variables["stats"].keys():
         raise ValueError(f"objective.teacher {workdir} lacks {', '.join(sorted(lacking))}")
     return teacher, variables
+
+
+def _is_guided(objective: Objective) -> bool:
+    """Whether the network of an objective is guided without further evaluations."""
+    if objective.instant_only or objective.guidance_input:
+        return False
+    return objective.guidance_scale != 1
 
 
 def _read_teacher(workdir, student: ModelConfig, manifest) -> tuple[ModelConfig, Objective]:

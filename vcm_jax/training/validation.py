@@ -219,7 +219,8 @@ class Best:
         self.value = value
         meta = meta | {"metric": self.metric, "value": value}
         # Only what generating needs: a run cannot resume from these checkpoints.
-        kept = state.saved() | {"params": None, "opt_state": None}
+        kept = state.saved()
+        kept |= dict.fromkeys({"params", "opt_state", "target"} & kept.keys())
         with checkpoint.Saver(checkpoint.open_manager(self.folder)) as saver:
             saver.save(int(state.step), kept, meta, wait=True)
         return True
