@@ -92,6 +92,19 @@ def test_products_are_counted_without_and_with_the_padding_of_tiles():
     assert hlo.Array("f32", (5,), "{0:T(128)}").tiled_shape == (128,)
 
 
+def test_windows_belong_to_the_axes_that_labels_number():
+    """XLA for TPUs writes the gradient of a kernel like this, its axes in any order."""
+    program = """HloModule jit_step
+
+ENTRY %main (p: bf16[32,250,3,448], q: bf16[32,250,2560,1]) -> bf16[3,448,2560,1] {
+  %p = bf16[32,250,3,448]{3,2,1,0} parameter(0)
+  %q = bf16[32,250,2560,1]{3,2,1,0} parameter(1)
+  ROOT %conv = bf16[3,448,2560,1]{3,2,1,0} convolution(%p, %q), window={size=1x32}, dim_labels=1f0b_1io0->0bf1
+}
+"""
+    assert hlo.product_flops(hlo.parse(program)) == 2 * 32 * 250 * 3 * 448 * 2560
+
+
 @pytest.mark.parametrize(
     "text, groups",
     [

@@ -263,7 +263,7 @@ def _product(instruction: Instruction, left: Array, right: Array, tiled: bool) -
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.text)
     window = re.search(r"window=\{([^}]*)\}", instruction.text)
     options = dict(item.split("=") for item in window[1].split()) if window else {}
-    spatial = [letter for letter in labels[1] if letter.isdigit()]
+    spatial = sorted(letter for letter in labels[1] if letter.isdigit())
     pairs = 1
     for i, letter in enumerate(spatial):
         pairs *= _window_pairs(
