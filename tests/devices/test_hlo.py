@@ -101,7 +101,7 @@ ENTRY %main (p: bf16[32,250,3,448], q: bf16[32,250,2560,1]) -> bf16[3,448,2560,1
   %q = bf16[32,250,2560,1]{3,2,1,0} parameter(1)
   ROOT %conv = bf16[3,448,2560,1]{3,2,1,0} convolution(%p, %q), window={size=1x32}, dim_labels=1f0b_1io0->0bf1
 }
-"""
+"""  # noqa: E501
     assert hlo.product_flops(hlo.parse(program)) == 2 * 32 * 250 * 3 * 448 * 2560
 
 
