@@ -23,9 +23,10 @@ from vcm_jax.impacts.scene import (
     Ball,
     Scene,
     caption,
+    record,
     simulate,
 )
-from vcm_jax.impacts.scores import read_split
+from vcm_jax.impacts.scores import other_true_sounds, read_split
 from vcm_jax.media.read import read_audio, read_frames
 
 SCENES = [simulate(0, "train", i) for i in range(40)]
@@ -238,6 +239,27 @@ def test_other_settings_or_a_strange_folder_are_refused(folder, tmp_path):
     (tmp_path / "thesis.txt").write_text("precious")
     with pytest.raises(ValueError, match="holds other files and no impacts.json"):
         write(tmp_path, {"train": 1})
+
+
+def test_materials_can_be_left_out(folder, tmp_path):
+    new = ("glass", "stone")
+    scenes = [simulate(0, "train", i, materials=new) for i in range(20)]
+    assert {ball.material for scene in scenes for ball in scene.balls} == set(new)
+    done = run_command(
+        command, f"--out={tmp_path}", "--train=1", "--val=0", "--test=2", "--materials=stone,glass"
+    )
+    assert done.code == 0, done.err
+    lines = [json.loads(line) for line in (tmp_path / "test_impacts.jsonl").open()]
+    assert lines == [record(simulate(0, "test", i, materials=new)) for i in range(2)]
+    same_picture = other_true_sounds(tmp_path, lines)[0]
+    expected = render_sound(simulate(0, "test", 0, hidden=1, materials=new))
+    np.testing.assert_array_equal(same_picture, expected)
+    for out, materials, message in (
+        (tmp_path / "more", "glass,steel", "materials glass, steel: give some of metal, wood"),
+        (folder, "glass", "was made with other settings"),
+    ):
+        done = run_command(command, f"--out={out}", "--train=1", f"--materials={materials}")
+        assert done.code == 1 and message in done.err and done.err.count("\n") == 1
 
 
 @pytest.mark.slow

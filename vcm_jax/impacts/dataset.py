@@ -4,7 +4,7 @@ import concurrent.futures
 import functools
 import json
 import multiprocessing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tqdm import tqdm
@@ -12,14 +12,14 @@ from tqdm import tqdm
 from vcm_jax.atomic import atomic_path
 from vcm_jax.claim import claim, hold
 from vcm_jax.impacts.render import FPS, SAMPLE_RATE, SIZE, render_frames, render_sound
-from vcm_jax.impacts.scene import SPLITS, VERSION, record, simulate
+from vcm_jax.impacts.scene import MATERIALS, SPLITS, VERSION, record, simulate
 from vcm_jax.media.write import write_mp4
 
 
-def _make_clip(job: tuple[str, str, int], seed: int, duration: float) -> dict:
+def _make_clip(job: tuple[str, str, int], seed: int, duration: float, materials) -> dict:
     """Writes one clip unless it exists; returns its record. job: (folder, split, index)."""
     out, split, index = job
-    scene = simulate(seed, split, index, duration)
+    scene = simulate(seed, split, index, duration, materials=materials)
     line = record(scene)
     path = Path(out, split, f"{line['id']}.mp4")
     if not path.exists():
@@ -28,7 +28,12 @@ def _make_clip(job: tuple[str, str, int], seed: int, duration: float) -> dict:
 
 
 def write_dataset(
-    out: str | Path, counts: Mapping[str, int], duration: float, seed: int, workers: int
+    out: str | Path,
+    counts: Mapping[str, int],
+    duration: float,
+    seed: int,
+    workers: int,
+    materials: Sequence[str] = MATERIALS,
 ) -> None:
     """Writes the clips 0 .. counts[split] - 1 of each split and their lists (see `__main__`).
 
@@ -38,23 +43,26 @@ def write_dataset(
     Raises:
       ClaimError: `out` holds something else, was made with other settings, or another process
         writes to it.
-      ValueError: a duration or a seed that is out of range.
+      ValueError: a duration or a seed that is out of range, or an unknown material.
     """
     out = Path(out)
-    simulate(seed, "train", 0, duration)  # checks its arguments before anything is written
+    # This checks its arguments before anything is written.
+    simulate(seed, "train", 0, duration, materials=materials)
     settings = dict(
         version=VERSION, seed=seed, duration=duration, fps=FPS, sample_rate=SAMPLE_RATE, size=SIZE
     )
+    if set(materials) < set(MATERIALS):
+        settings["materials"] = sorted(materials)
     with hold(out):
         claim(out, settings, "impacts.json")
-        _write_clips(out, counts, duration, seed, workers)
+        _write_clips(out, counts, duration, seed, workers, materials)
 
 
 def _write_clips(
-    out: Path, counts: Mapping[str, int], duration: float, seed: int, workers: int
+    out: Path, counts: Mapping[str, int], duration: float, seed: int, workers: int, materials
 ) -> None:
     jobs = [(str(out), split, i) for split in SPLITS for i in range(counts.get(split, 0))]
-    make = functools.partial(_make_clip, seed=seed, duration=duration)
+    make = functools.partial(_make_clip, seed=seed, duration=duration, materials=materials)
     spawn = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(max(workers, 1), spawn) as pool:
         lines = pool.map(make, jobs, chunksize=8) if workers > 1 else map(make, jobs)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -16,6 +17,7 @@ AUDIBLE = 0.5  # m/s: slower impacts neither sound nor count
 SETTLED = 0.7  # m/s: a ball that leaves the floor slower than this stays on it
 # Mean coefficients of restitution, in the order in which captions name the materials.
 RESTITUTION = {"metal": 0.65, "wood": 0.5, "glass": 0.6, "rubber": 0.76, "stone": 0.38}
+MATERIALS = tuple(RESTITUTION)
 # The streams of random numbers of a scene: what moves, what is seen, what is only heard.
 MOTION, LOOK, HIDDEN = range(3)
 _ADJECTIVES = {"wood": "wooden"}
@@ -146,7 +148,14 @@ def _bounce(
     return np.array(path, float), audible
 
 
-def simulate(seed: int, split: str, index: int, duration: float = 2.56, hidden: int = 0) -> Scene:
+def simulate(
+    seed: int,
+    split: str,
+    index: int,
+    duration: float = 2.56,
+    hidden: int = 0,
+    materials: Sequence[str] = MATERIALS,
+) -> Scene:
     """Clip number `index` of a split ("train", "val", "test"): a pure function of its arguments.
 
     Args:
@@ -155,25 +164,32 @@ def simulate(seed: int, split: str, index: int, duration: float = 2.56, hidden: 
       duration: seconds, at least 0.5.
       hidden: an integer >= 0; another one gives another sound for the same picture. The data set
         has 0.
+      materials: those that balls can have.
 
     Raises:
-      ValueError: an unknown split, or too short a duration.
+      ValueError: an unknown split or material, no material, or too short a duration.
     """
     if split not in SPLITS:
         raise ValueError(f"split {split!r} is not one of {', '.join(SPLITS)}")
     if not duration >= 0.5:
         raise ValueError(f"duration {duration} s is too short: at least 0.5 s")
+    names = [name for name in MATERIALS if name in materials]
+    if not names or len(names) < len(materials):
+        raise ValueError(
+            f"materials {', '.join(materials) or 'none'}: give some of {', '.join(MATERIALS)}, "
+            "each once"
+        )
     key = (seed, SPLITS.index(split), index)
     rng = np.random.default_rng([*key, MOTION, 0])
     fewest, most = (int(rate * duration) for rate in _IMPACTS_PER_SECOND)
-    names = list(RESTITUTION)
-    materials = [names[i] for i in rng.choice(len(names), rng.choice((1, 2, 3), p=(0.4, 0.4, 0.2)))]
+    count = rng.choice((1, 2, 3), p=(0.4, 0.4, 0.2))
+    balls_of = [names[i] for i in rng.choice(len(names), count)]
     while True:  # until the number of impacts is within bounds: two tries or fewer, on average
         balls, impacts = [], []
-        for number, material in enumerate(materials):
+        for number, material in enumerate(balls_of):
             radius = rng.uniform(0.08, 0.16)
             restitution = RESTITUTION[material] + rng.uniform(-0.04, 0.04)
-            pause = len(materials)  # the more balls, the longer each of them lies still
+            pause = len(balls_of)  # the more balls, the longer each of them lies still
             path, hits = _bounce(rng, radius, restitution, pause, duration)
             balls.append(Ball(material, radius, path))
             impacts += [Impact(t, number, material, speed, where) for t, speed, where in hits]

@@ -10,7 +10,7 @@ import numpy as np
 from vcm_jax.atomic import read_json
 from vcm_jax.impacts.materials import fit_material_classifier, material_accuracy
 from vcm_jax.impacts.render import render_sound
-from vcm_jax.impacts.scene import simulate
+from vcm_jax.impacts.scene import MATERIALS, simulate
 from vcm_jax.media.read import read_audio
 from vcm_jax.metrics import (
     detect_onsets,
@@ -53,8 +53,12 @@ def read_sounds(clips: Sequence[Mapping], sample_rate: int) -> list[np.ndarray]:
 
 def other_true_sounds(data: Path, clips: Sequence[Mapping]) -> list[np.ndarray]:
     """Other sounds of the same pictures, at 16 kHz: other hidden draws of pitch, room and noise."""
-    seed = read_json(data / "impacts.json", ["seed"])["seed"]
-    scenes = [simulate(seed, "test", int(clip["id"]), clip["duration"], hidden=1) for clip in clips]
+    settings = read_json(data / "impacts.json", ["seed"])
+    seed, materials = settings["seed"], settings.get("materials", MATERIALS)
+    scenes = [
+        simulate(seed, "test", int(clip["id"]), clip["duration"], hidden=1, materials=materials)
+        for clip in clips
+    ]
     return [render_sound(scene) for scene in scenes]
 
 
