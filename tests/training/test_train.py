@@ -5,6 +5,7 @@ import json
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl import flags, logging
@@ -278,8 +279,10 @@ def test_a_dry_run_says_what_a_run_takes_and_writes_nothing(data, tmp_path, caps
         assert line in out
 
 
-@pytest.mark.parametrize("version", [1, 2])
-def test_imported_weights_start_a_run_and_keep_their_statistics(data, tmp_path, caplog, version):
+@pytest.mark.parametrize("version, held", [(1, np.float32), (2, jnp.bfloat16)])
+def test_imported_weights_start_a_run_and_keep_their_statistics(
+    data, tmp_path, caplog, version, held
+):
     config = make_config(
         data,
         steps=1,
@@ -289,7 +292,7 @@ def test_imported_weights_start_a_run_and_keep_their_statistics(data, tmp_path, 
     manifest = RecordSource(data / "train").manifest
     rng = np.random.default_rng(0)
     variables = jax.tree.map(
-        lambda leaf: np.float32(0.05 * rng.standard_normal(leaf.shape)),
+        lambda leaf: (0.05 * rng.standard_normal(leaf.shape)).astype(held),
         abstract_variables(setup.model_config(config, manifest)),
     )
     latents = {"latent_mean": np.float32(manifest.latent_mean) + 1}
@@ -297,7 +300,7 @@ def test_imported_weights_start_a_run_and_keep_their_statistics(data, tmp_path, 
     import_network.save(tmp_path / "imported", variables | {"stats": latents}, {})
     loop.train(config, tmp_path / "run")
     state = final_state(tmp_path / "run")
-    close = lambda a, b: np.testing.assert_allclose(a, b, atol=1e-9)
+    close = lambda a, b: np.testing.assert_allclose(a, np.float32(b), atol=1e-9)
     jax.tree.map(close, state["params"], variables["params"])
     empty_text = np.load(data / "train" / EMPTY_TEXT)  # the data's: their text encoder's
     jax.tree.map(close, state["stats"], latents | {"empty_text": empty_text})
