@@ -216,6 +216,28 @@ def test_torch_and_jax_sample_alike(run_folder, tmp_path, monkeypatch):
     jax.tree.map(np.testing.assert_array_equal, back, variables)
 
 
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_torch_knows_blocks_that_see_the_end_of_a_jump(run_folder, tmp_path, monkeypatch, blocks):
+    torch = pytest.importorskip("torch")
+    from vcm_jax.interop.torch_model import AverageVelocity
+
+    variables = variables_from_torch(two_times(), CONFIG)
+    monkeypatch.setattr(import_network, "network_from_torch", lambda *_: variables)
+    folder = run_folder()
+    run = json.loads((folder / "run.json").read_text())
+    run["model"]["blocks_at_s"] = blocks
+    (folder / "run.json").write_text(json.dumps(run))
+    assert exported(folder, tmp_path / "ours.pth").code == 0
+    model = AverageVelocity.from_state_dict(torch.load(tmp_path / "ours.pth", weights_only=True))
+    x, t, s, cond = inputs()
+    features = [torch.from_numpy(getattr(cond, name)) for name in ("clip", "sync", "text")]
+    with torch.no_grad():
+        theirs = model(*map(torch.from_numpy, (x, t, s)), *features).numpy()
+    ours = MMDiT(dataclasses.replace(CONFIG, blocks_at_s=blocks)).apply(variables, x, t, s, cond)
+    assert golden.relative_error(theirs, ours) < 1e-4
+    assert golden.relative_error(theirs, ARRAYS["output"]) > 1e-3
+
+
 def test_torch_takes_guidance_as_an_input(known, tmp_path, monkeypatch):
     torch = pytest.importorskip("torch")
     from vcm_jax.interop.torch_model import AverageVelocity

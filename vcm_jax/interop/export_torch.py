@@ -107,12 +107,9 @@ def main(args) -> None:
             f"{args.workdir} has model.sync_alignment {described.model.sync_alignment!r}, but "
             "MMAudio's network and torch_model.py spread sync rows by index"
         )
-    if described.model.blocks_at_s and args.convention == "vcm":
-        raise ValueError(
-            f"{args.workdir} has model.blocks_at_s {described.model.blocks_at_s}, which "
-            "torch_model.py does not know"
-        )
     state_dict = _state_dict(args, described)
+    if described.model.blocks_at_s and args.convention == "vcm" and not args.trained_only:
+        state_dict["blocks_at_s"] = np.int64(described.model.blocks_at_s)
     tensors = {name: torch.from_numpy(np.array(value)) for name, value in state_dict.items()}
     with atomic_path(args.out) as temporary:
         torch.save(tensors, temporary)

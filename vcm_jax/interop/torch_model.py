@@ -200,9 +200,13 @@ class AverageVelocity(nn.Module):
     def __init__(
         self, latent_dim: int, clip_dim: int, sync_dim: int, text_dim: int, text_len: int,
         hidden_dim: int, num_heads: int, joint_depth: int, fused_depth: int, audio_kernel: int = 7,
-        version: int = 1, guidance_input: bool = False,
+        version: int = 1, guidance_input: bool = False, blocks_at_s: bool = False,
     ):  # fmt: skip
         super().__init__()
+        # How many of the last blocks are conditioned on s in place of t, a scalar of the file.
+        self.register_buffer(
+            "blocks_at_s", torch.zeros((), dtype=torch.int64) if blocks_at_s else None
+        )
         width, heads = hidden_dim, num_heads
         activation = nn.SELU if version == 1 else nn.SiLU
         extra = () if version == 1 else (nn.SiLU(),)
@@ -258,6 +262,7 @@ class AverageVelocity(nn.Module):
                 audio_kernel=shape["audio_input_proj.2.w1.weight"][2],
                 version=2 if "clip_input_proj.2.w1.weight" in shape else 1,
                 guidance_input="g_embed.mlp.0.weight" in shape,
+                blocks_at_s="blocks_at_s" in shape,
             )
         model.load_state_dict(state_dict, strict=True, assign=True)
         return model
@@ -296,20 +301,29 @@ class AverageVelocity(nn.Module):
         clip, sync, text, pooled = encoded
         head_dim = self.joint_blocks[0].latent_block.attn.q_norm.normalized_shape[0]
         length, clip_len, device = x.shape[1], clip.shape[1], x.device
-        global_c = (self.t_embed(t) + self.h_embed(s - t) + pooled)[:, None]
-        # Modulations are computed on the distinct sync rows and spread over the latent tokens.
-        frame_c = global_c + sync
+
+        def conditions(time):
+            global_c = (self.t_embed(time) + self.h_embed(s - t) + pooled)[:, None]
+            # Modulations are computed on the distinct sync rows, then spread over latent tokens.
+            return global_c + sync, global_c
+
+        at_t = at_s = conditions(t)
+        late = depth = len(self.joint_blocks) + len(self.fused_blocks)
+        if self.blocks_at_s is not None:
+            at_s, late = conditions(s), depth - int(self.blocks_at_s)
         rows = nearest_exact_rows(sync.shape[1], length, device)
         latent_table = rope(length, head_dim, 1.0, device)
         clip_table = rope(clip_len, head_dim, length / clip_len, device)
         latent = self.audio_input_proj(x.to(self.sync_pos_emb.dtype))
-        for block in self.joint_blocks:
-            latent, clip, text = block(
-                latent, clip, text, frame_c, global_c, rows, latent_table, clip_table
-            )
-        for block in self.fused_blocks:
-            latent = block(latent, frame_c, rows, latent_table)
-        return self.final_layer(latent, global_c).to(torch.promote_types(x.dtype, torch.float32))
+        for i, block in enumerate((*self.joint_blocks, *self.fused_blocks)):
+            frame_c, global_c = at_t if i < late else at_s
+            if i < len(self.joint_blocks):
+                latent, clip, text = block(
+                    latent, clip, text, frame_c, global_c, rows, latent_table, clip_table
+                )
+            else:
+                latent = block(latent, frame_c, rows, latent_table)
+        return self.final_layer(latent, at_s[1]).to(torch.promote_types(x.dtype, torch.float32))
 
     def forward(self, x, t, s, clip, sync, text):
         return self.velocity(x, t, s, self.encode_conditions(clip, sync, text))
