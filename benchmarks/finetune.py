@@ -51,6 +51,12 @@ _JUMPS = {
     "objective.lambda_init": 0.5,
     "objective.lambda_end": 0.02,
 }
+# Half-way between the demo's settings and those.
+_SOME_JUMPS = {
+    "objective.instant_ratio": 0.5,
+    "objective.lambda_init": 0.3,
+    "objective.lambda_end": 0.01,
+}
 _LORA = {"optimizer.train_only": ("h_embed",), "optimizer.learning_rate": 3e-3}
 # {name: (objective, settings)}; "half" stands for half of the steps.
 WAYS = {
@@ -62,6 +68,7 @@ WAYS = {
     "vcm, more jumps": ("vcm", _JUMPS),
     "vcm, more jumps, decoupled": ("vcm", _JUMPS | _DECOUPLED),
     "vcm, more jumps, both": ("vcm", _JUMPS | _DECOUPLED | _ANNEALED),
+    "vcm, some jumps, decoupled": ("vcm", _SOME_JUMPS | _DECOUPLED),
     "meanflow": ("meanflow", {}),
     "meanflow, decoupled": ("meanflow", _DECOUPLED),
     "shortcut": ("shortcut", {}),
