@@ -1,4 +1,4 @@
-"""The network as on accelerators: equal blocks as one program, gated MLPs with joined products.
+"""The network as on accelerators: equal blocks as one program.
 
 It is the same function of the same weights.
 """
@@ -41,7 +41,7 @@ def test_scanned_blocks_have_the_numbers_of_single_ones(remat):
         return jax.jit(gradient, static_argnums=1).lower(params, MMDiT(CONFIG, **options))
 
     single = lower(variables["params"]).compile()(variables["params"])
-    scanned = lower(variables["params"], scan=True, joined=True, remat=remat)
+    scanned = lower(variables["params"], scan=True, remat=remat)
     # Three joint blocks, of which the last differs, and two fused ones: forward and backward.
     assert scanned.as_text().count("stablehlo.while") == 4
     found = scanned.compile()(variables["params"])

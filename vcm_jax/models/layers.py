@@ -78,15 +78,10 @@ def gate(a, b):
 
 
 class GatedMLP(nn.Module):
-    """`w2(silu(w1 x) * w3 x)` without biases; with `kernel_size` all three are convolutions.
-
-    With `joined` w1 and w3 are one product. XLA for TPUs then compiles the layer and its gradient
-    in three to four fifths of the time, to three quarters of the code. On CPUs it is slower.
-    """
+    """`w2(silu(w1 x) * w3 x)` without biases; with `kernel_size` all three are convolutions."""
 
     mlp_dim: int
     kernel_size: int | None = None
-    joined: bool = False
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
@@ -94,14 +89,7 @@ class GatedMLP(nn.Module):
         def layer(features, name):
             return Dense(features, self.kernel_size, use_bias=False, dtype=self.dtype, name=name)
 
-        if self.joined and not self.is_initializing():
-            params = self.variables["params"]
-            kernel = jnp.concatenate([params[name]["kernel"] for name in ("w1", "w3")], -1)
-            x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
-            both = x @ kernel if self.kernel_size is None else conv1d(x, kernel)
-            gated = gate(*jnp.split(both, 2, -1))
-        else:
-            gated = gate(layer(self.mlp_dim, "w1")(x), layer(self.mlp_dim, "w3")(x))
+        gated = gate(layer(self.mlp_dim, "w1")(x), layer(self.mlp_dim, "w3")(x))
         return layer(x.shape[-1], "w2")(gated)
 
 
@@ -305,7 +293,6 @@ class StreamBlock(nn.Module):
     kernel_size: int | None = 3
     pre_only: bool = False
     attention: str = "xla"
-    joined: bool = False
     dtype: jnp.dtype = jnp.float32
 
     def setup(self):
@@ -315,7 +302,7 @@ class StreamBlock(nn.Module):
         self.attn = QKV(self.num_heads, dtype=self.dtype)
         if not self.pre_only:
             self.linear1 = Dense(self.features, self.kernel_size, dtype=self.dtype)
-            self.ffn = GatedMLP(self.mlp_dim, self.kernel_size, self.joined, dtype=self.dtype)
+            self.ffn = GatedMLP(self.mlp_dim, self.kernel_size, dtype=self.dtype)
 
     def modulation(self, c, rows=None):
         """Shifts, scales and gates from the activated condition c, a list of `B L D`.
@@ -359,12 +346,11 @@ class JointBlock(nn.Module):
     mlp_dim: int
     last: bool = False
     attention: str = "xla"
-    joined: bool = False
     dtype: jnp.dtype = jnp.float32
 
     def setup(self):
         sizes = (self.features, self.num_heads, self.mlp_dim)
-        stream = functools.partial(StreamBlock, *sizes, joined=self.joined, dtype=self.dtype)
+        stream = functools.partial(StreamBlock, *sizes, dtype=self.dtype)
         self.latent_block = stream()
         self.clip_block = stream(pre_only=self.last)
         self.text_block = stream(kernel_size=None, pre_only=self.last)

@@ -146,8 +146,6 @@ class MMDiT(nn.Module):
         softmax and the result are at least float32.
       remat: what a block keeps for the backward pass, a key of `REMAT`.
       attention: how it is computed, one of `layers.ATTENTION`.
-      joined: whether products of the same rows, or with the same weights, are joined where that
-        compiles to less code: in gated MLPs (`layers.GatedMLP`), and for the empty condition.
       scan: whether equal blocks are one program that runs several times. That compiles sooner, and
         is as fast on GPUs and TPUs; on CPUs convolutions in it are slow.
       unpack: turns the weights of a scanned block, as `params` have them, into arrays.
@@ -157,7 +155,6 @@ class MMDiT(nn.Module):
     dtype: jnp.dtype = jnp.float32
     remat: str = "none"
     attention: str = "xla"
-    joined: bool = False
     scan: bool = False
     unpack: Callable = identity
 
@@ -165,7 +162,7 @@ class MMDiT(nn.Module):
         c, zeros = self.config, nn.initializers.zeros
         width = c.hidden_dim
         dense = functools.partial(layers.Dense, dtype=self.dtype)
-        mlp = functools.partial(layers.GatedMLP, c.mlp_dim, joined=self.joined, dtype=self.dtype)
+        mlp = functools.partial(layers.GatedMLP, c.mlp_dim, dtype=self.dtype)
 
         self.audio_input_proj_0 = dense(width, 7)
         self.audio_input_proj_2 = mlp(c.audio_kernel)
@@ -186,7 +183,7 @@ class MMDiT(nn.Module):
             self.g_embed = layers.TimestepEmbedder(width, c.version, dtype=self.dtype, zero=True)
 
         sizes = dict(features=width, num_heads=c.num_heads, mlp_dim=c.mlp_dim)
-        how = dict(attention=self.attention, joined=self.joined, dtype=self.dtype)
+        how = dict(attention=self.attention, dtype=self.dtype)
         self.joint_blocks = [
             layers.JointBlock(**sizes, **how, last=i == c.joint_depth - 1)
             for i in range(c.joint_depth)

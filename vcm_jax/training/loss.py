@@ -128,7 +128,7 @@ def rows_loss(
     if guidance is not None:
         options["guidance"] = guidance
     variables = {"params": params, "stats": stats}
-    together = net.joined and constrain is identity
+    together = net.scan and constrain is identity
     networks = {"u": encode_features(net, variables, batch, guidance, together)}
     if target is not None:
         slow = {"params": target, "stats": stats}

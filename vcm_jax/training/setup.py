@@ -255,8 +255,6 @@ def read_setup(config: ConfigDict, without_data: bool) -> Setup:
             dtype=jnp.dtype(config.dtype),
             remat=config.remat,
             attention=_attention(config, model, settings.objective, mesh, topology),
-            # Where weights are split over `tensor`, joining them would move them.
-            joined=_scans(config.scan_blocks, mesh) and mesh.shape["tensor"] == 1,
             scan=_scans(config.scan_blocks, mesh),
         )
         check_network(net, settings)
