@@ -188,7 +188,10 @@ class Layout:
             axis += path[0].key in stacked
             return jax.lax.all_gather(whole, "fsdp", axis=axis, tiled=True)
 
-        return jax.tree_util.tree_map_with_path(gather, shards, axes)
+        whole = jax.tree_util.tree_map_with_path(gather, shards, axes)
+        # Without the barrier XLA moves the gathers into the loops over blocks, so that each pass
+        # gathers again: four times the bytes for large_44k, and more memory.
+        return jax.lax.optimization_barrier(whole)
 
     def use(self, weights, reduce: tuple[str, ...]):
         """Arrays from `Weight`s; their gradients are summed over `reduce`, in float32."""
