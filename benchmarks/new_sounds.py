@@ -92,9 +92,8 @@ def score(out: Path, clips: int, train_clips: int) -> dict[str, dict]:
         run = load_run(workdir(out, way), with_encoders=not scores)
         if not scores:
             for name in MATERIALS:
-                # 64 clips are too few for the classifier of materials: test clips judge alone.
-                judges = min(train_clips, CLIPS[name])
-                scores[name] = Scores(out / f"data/{name}", clips, judges, run)
+                data = out / f"data/{name}"
+                scores[name] = Scores(data, clips, min(train_clips, CLIPS[name]), run)
         found[way] = {name: scores[name](run, (25,))["25"] for name in MATERIALS}
         print(way, json.dumps(found[way]), flush=True)
         write_json(path, found)
