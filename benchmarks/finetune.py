@@ -69,6 +69,14 @@ WAYS = {
     "vcm, more jumps, decoupled": ("vcm", _JUMPS | _DECOUPLED),
     "vcm, more jumps, both": ("vcm", _JUMPS | _DECOUPLED | _ANNEALED),
     "vcm, some jumps, decoupled": ("vcm", _SOME_JUMPS | _DECOUPLED),
+    "vcm, more jumps, decoupled, lambda 0.3": (
+        "vcm",
+        _JUMPS | _DECOUPLED | {"objective.lambda_init": 0.3, "objective.lambda_end": 0.01},
+    ),
+    "vcm, more jumps, decoupled, faster": (
+        "vcm",
+        _JUMPS | _DECOUPLED | {"optimizer.learning_rate": 1.5e-3},
+    ),
     "meanflow": ("meanflow", {}),
     "meanflow, decoupled": ("meanflow", _DECOUPLED),
     "shortcut": ("shortcut", {}),
