@@ -51,7 +51,7 @@ _JUMPS = {
     "objective.lambda_init": 0.5,
     "objective.lambda_end": 0.02,
 }
-# Half-way between the demo's settings and those.
+# Between the demo's settings and those: the ones of configs/finetune.py.
 _SOME_JUMPS = {
     "objective.instant_ratio": 0.5,
     "objective.lambda_init": 0.3,
