@@ -69,6 +69,14 @@ WAYS = {
     "vcm, more jumps, decoupled": ("vcm", _JUMPS | _DECOUPLED),
     "vcm, more jumps, both": ("vcm", _JUMPS | _DECOUPLED | _ANNEALED),
     "vcm, some jumps, decoupled": ("vcm", _SOME_JUMPS | _DECOUPLED),
+    "vcm, some jumps, decoupled, early decay": (
+        "vcm",
+        _SOME_JUMPS | _DECOUPLED | {"optimizer.decay_steps": "half"},
+    ),
+    "vcm, some jumps, decoupled, faster": (
+        "vcm",
+        _SOME_JUMPS | _DECOUPLED | {"optimizer.learning_rate": 1.5e-3},
+    ),
     "vcm, more jumps, decoupled, lambda 0.3": (
         "vcm",
         _JUMPS | _DECOUPLED | {"objective.lambda_init": 0.3, "objective.lambda_end": 0.01},
@@ -119,7 +127,8 @@ def overrides(way: str, seed: int, args) -> dict:
     }
     special = {"half": args.steps // 2, "teacher": teacher}
     for key, value in WAYS[way][1].items():
-        changed[key] = special.get(value, value) if isinstance(value, str) else value
+        value = special.get(value, value) if isinstance(value, str) else value
+        changed[key] = (value,) if key == "optimizer.decay_steps" else value
     return changed
 
 

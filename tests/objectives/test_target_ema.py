@@ -72,8 +72,8 @@ def test_passes(name):
 
 
 def test_what_it_costs_vcm():
-    assert rows_of_passes("vcm", target_ema=0.9) == [8, 16, 2]
-    assert rows_of_passes("vcm") == [8, 10, 2]
+    assert rows_of_passes("vcm", target_ema=0.9) == [8, 8, 8, 2]
+    assert rows_of_passes("vcm") == [8, 8, 2, 2]
     with pytest.raises(ValueError, match=r"objective.target_ema must be in \[0, 1\), not 1.0"):
         make_settings("vcm", target_ema=1.0)
     with pytest.raises(ValueError, match="flow_matching has no setting target_ema"):

@@ -67,6 +67,6 @@ def test_some_jumps_end_at_the_data():
 
 
 def test_passes():
-    assert rows_of_passes(NAME) == [6, 10, 2, 2, 2]
+    assert rows_of_passes(NAME) == [6, 8, 2, 2, 2, 2]
     assert rows_of_passes(NAME, derivative="jvp", **UNGUIDED) == [6, 2, 2]
     assert not make_settings(NAME).needs_jvp

@@ -135,7 +135,7 @@ def test_the_network_tells_negative_times_apart():
 def test_passes():
     """The guided velocity, two legs, samples for the fakes, and the velocities of both flows."""
     plain = dict(target_ema=0.0)
-    assert rows_of_passes(NAME, 2, **plain) == [6, 30, 12, 12, 12, 6, 6, 6, 6]
-    assert rows_of_passes(NAME, 2) == [6, 36, 12, 12, 12, 6, 6, 6, 6]
+    assert rows_of_passes(NAME, 2, **plain) == [6, 18, 12, 12, 12, 12, 6, 6, 6, 6]
+    assert rows_of_passes(NAME, 2) == [6, 18, 18, 12, 12, 12, 6, 6, 6, 6]
     assert rows_of_passes(NAME, 2, matching=0.0, legs=1, **PLAIN) == [6, 12, 12, 6, 6]
     assert make_settings(NAME).passes().forward == 6.25

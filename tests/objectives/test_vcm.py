@@ -150,7 +150,7 @@ def test_only_the_trained_prediction_has_a_gradient():
 @pytest.mark.parametrize(
     "settings, passes",
     [
-        ({}, [8, 10, 2]),
+        ({}, [8, 8, 2, 2]),
         (dict(mix_ratio=1.0), [8, 8, 2]),
         (dict(mix_ratio=0.0), [8, 2, 2]),
         (dict(guidance_scale=1.0), [8, 2, 2]),
