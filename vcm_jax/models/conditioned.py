@@ -55,7 +55,7 @@ def encode_features(net, variables, features, guidance=None, together: bool = Fa
       guidance: `Guidance`, numbers or arrays `B`, of a network that has an input for it. The empty
         condition has no guidance.
       together: whether the empty condition is one more row of the same pass, which compiles to
-        half the code. A batch that XLA splits over devices cannot have one more row.
+        half the code. It is for batches that are not split over devices.
 
     Returns:
       u(x, t, s, cond), cond and null_cond; the latter two with B rows.
