@@ -8,22 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from step_batches import STATS, make_batch
 
 from vcm_jax import ema
 from vcm_jax.devices import hlo, sharding
 from vcm_jax.devices.layout import Layout
 from vcm_jax.models import Conditions, MMDiT, ModelConfig
-from vcm_jax.models.conditioned import fill_conditions
 from vcm_jax.objectives import OBJECTIVES, make_settings
 from vcm_jax.objectives.vcm import VCMConfig
-from vcm_jax.training.rows import (
-    StepConfig,
-    draw_latents,
-    draw_rows,
-    drop_modalities,
-    instant_first,
-    instant_places,
-)
+from vcm_jax.training.rows import StepConfig
 from vcm_jax.training.state import OptimizerConfig, make_init, make_optimizer
 from vcm_jax.training.step import train_step
 
@@ -47,28 +40,6 @@ OPTIMIZER = make_optimizer(
     OptimizerConfig(learning_rate=1e-2, warmup_steps=2, decay_steps=(), eps=1e-2)
 )
 CONFIG = StepConfig(steps=100)
-STATS = {
-    "latent_mean": np.float32([0.1, -0.2, 0.3, 0.0]),
-    "latent_std": np.float32([1.0, 2.0, 0.5, 1.5]),
-    "empty_text": np.full((3, 6), 0.25, np.float32),
-}
-
-
-def make_batch(size=16, seed=0):
-    rng = np.random.default_rng(seed)
-
-    def normal(*shape):
-        return rng.standard_normal((size, *shape)).astype(np.float32)
-
-    return {
-        "latent_mean": normal(12, 4),
-        "latent_std": np.full((size, 12, 4), 0.1, np.float32),
-        "clip": normal(4, 6).astype(np.float16),
-        "sync": normal(8, 5).astype(np.float16),
-        "text": normal(3, 6).astype(np.float16),
-        "has_video": rng.random(size) < 0.8,
-        "has_text": rng.random(size) < 0.8,
-    }
 
 
 @functools.cache  # the same arguments give the same program, which is compiled once
@@ -110,25 +81,6 @@ def run(mesh, steps=3, config=CONFIG, batch=None, net=NET, sharded_init=False, *
     for _ in range(steps):
         state, metrics = step(state, batch, jax.random.key(7))
     return state, {k: float(v) for k, v in jax.device_get(metrics).compute().items()}
-
-
-def test_rows_of_both_kinds_are_spread_evenly():
-    """Each device has the same share of s = t rows at the same places, whatever the mesh."""
-    places = instant_places(32, 24)
-    assert places.sum() == 24
-    for devices in (2, 4, 8):
-        assert (places.reshape(devices, -1) == places[: 32 // devices]).all()
-    assert instant_places(8, 0).sum() == 0 and instant_places(8, 8).all()
-    np.testing.assert_array_equal(instant_first(np.arange(8), 6)[6:], [0, 4])
-
-
-def test_the_times_of_a_row_are_those_of_its_kind():
-    key, size = jax.random.key(3), 16
-    *_, t, s, lam, _ = draw_rows(STATS, make_batch(size), key, 0, CONFIG)
-    np.testing.assert_array_equal(np.asarray(t == s), instant_places(size, 12))
-    drawn = CONFIG.objective.draw(jax.random.split(key, 5)[2], size, 12, 0, CONFIG.steps)
-    np.testing.assert_array_equal(instant_first(t, 12), drawn[0])
-    assert lam == drawn[2]
 
 
 @functools.cache
@@ -399,35 +351,6 @@ def test_targets_take_ema_parameters():
     plain = one_device()[0]
     kernels = [np.asarray(s.params["final_layer"]["conv"]["kernel"]) for s in (plain, state)]
     assert np.abs(kernels[0] - kernels[1]).max() > 1e-4 and plain.target is None
-
-
-def test_latents_are_drawn_and_normalised():
-    size = 4000
-    batch = {
-        "latent_mean": np.broadcast_to(STATS["latent_mean"], (size, 1, 4)),
-        "latent_std": np.broadcast_to(STATS["latent_std"], (size, 1, 4)),
-    }
-    x0 = draw_latents(batch, jax.tree.map(jnp.asarray, STATS), jax.random.key(0))
-    np.testing.assert_allclose(x0.mean((0, 1)), 0, atol=0.06)
-    np.testing.assert_allclose(x0.std((0, 1)), 1, atol=0.04)
-
-
-def test_missing_and_dropped_modalities_become_the_empty_ones():
-    batch = make_batch(64)
-    null = Conditions(np.full((1, 4, 6), 7.0), np.full((1, 8, 5), 8.0), np.full((1, 3, 6), 9.0))
-
-    def empty(value, number):
-        return np.isclose(value, number).all((1, 2))
-
-    cond = fill_conditions(drop_modalities(batch, jax.random.key(0), CONFIG), null)
-    np.testing.assert_array_equal(empty(cond.clip, 7), ~batch["has_video"])
-    np.testing.assert_array_equal(empty(cond.sync, 8), ~batch["has_video"])
-    np.testing.assert_array_equal(empty(cond.text, 9), ~batch["has_text"])
-    dropping = dataclasses.replace(CONFIG, video_drop_prob=0.5)
-    cond = fill_conditions(drop_modalities(batch, jax.random.key(0), dropping), null)
-    assert empty(cond.clip, 7).sum() > (~batch["has_video"]).sum() + 10
-    np.testing.assert_array_equal(empty(cond.clip, 7), empty(cond.sync, 8))
-    np.testing.assert_array_equal(empty(cond.text, 9), ~batch["has_text"])
 
 
 @pytest.mark.slow
