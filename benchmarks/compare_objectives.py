@@ -4,9 +4,10 @@
         python benchmarks/compare_objectives.py --data=data/impacts --records=records/impacts \\
         --out=runs/compare --minutes=3 --seeds=0,1
 
-It writes OUT/comparison.html and comparison.md: onset F1, material, log-mel Frechet distance and
-spectral sharpness at 1, 2, 4 and 25 steps, and time and memory of a training step, with mean and
-standard deviation over seeds. Data and records are those of `launch/demo.sh`. `--minutes` is a
+It writes OUT/comparison.html and comparison.md: onset F1, material, log-mel Frechet distance (with
+its standard error over the clips) and spectral sharpness at 1, 2, 4 and 25 steps, and time and
+memory of a training step, with mean and standard deviation over seeds. Data and records are those
+of `launch/demo.sh`; --true_clips=1000 needs data made with --test=1000. `--minutes` is a
 budget of training time. Measured step times, kept in OUT/steps.json, turn it into a number of steps
 (the configs take turns, and the fastest time counts). `--samples` gives all runs the same number of
 steps instead. If interrupted, rerun the command: it resumes. `--config`, given several times,
@@ -22,6 +23,7 @@ import ast
 import dataclasses
 import functools
 import importlib.util
+import itertools
 import json
 import subprocess
 import sys
@@ -32,7 +34,7 @@ import harness
 import jax
 import librosa
 from absl import app, flags
-from comparison_report import METRICS, REFERENCE, STEPS, write_report
+from comparison_report import ERROR, METRICS, OWN, STEPS, UNGUIDED, write_report
 from sync_layout import overlapping
 
 from vcm_jax import sampling
@@ -56,10 +58,9 @@ STAGES = ("measure", "train", "score", "report")
 NOTE = (
     "The network is `demo`; the last table gives its training steps. Values are mean and standard "
     "deviation over seeds. Flow matching, wcfm and reflow are sampled with Euler steps, the first "
-    "two with guidance, so that a step takes two evaluations; one Euler step without guidance "
-    "gives the conditional mean. Reflow starts from the flow-matching run of its seed, whose time "
-    "is not counted. The guidance scale is that of each objective's config (2 for meanflow, 3 for "
-    "the others)."
+    "two with a guidance scale of 3, so that a step takes two evaluations, and without guidance; "
+    "one Euler step without guidance gives the conditional mean. Reflow starts from the "
+    "flow-matching run of its seed, whose time is not counted. The others train without guidance."
 )
 
 
@@ -250,16 +251,17 @@ class Scorer:
 
     def __init__(self, data: Path, num_clips: int, num_train: int, rate: int):
         self.overlapping = flags.FLAGS.overlapping
-        self.score = scores.Scorer(data, num_clips, num_train, rate)
+        num_true = flags.FLAGS.true_clips
+        self.score = scores.Scorer(data, num_clips, num_train, rate, num_true)
         self.clips, self.truth = self.score.clips, self.score.truth
         self.other = scores.other_true_sounds(data, self.clips)
 
     def metrics(self, sounds) -> dict[str, float]:
         found = self.score(sounds)
-        return {name: found[name] for name in METRICS}
+        return {name: found[name] for name in METRICS | ERROR}
 
     def run(self, entry: Entry) -> dict[str, dict]:
-        """The metrics of a run by number of steps, and of one unguided Euler step."""
+        """The metrics of a run by sampler and number of steps."""
         run = load_run(entry.workdir)
         items = [encode_request(Request(c["id"], c["path"], c["caption"]), run) for c in self.clips]
         if self.overlapping:
@@ -267,20 +269,20 @@ class Scorer:
                 dataclasses.replace(item, sync=overlapping(item.sync, item.sequence.duration))
                 for item in items
             ]
-        found = {}
-        ways = {str(n): (n, sampling.OWN_SAMPLER) for n in STEPS}
-        if entry.file.endswith(":flow_matching"):
-            ways[REFERENCE] = (1, sampling.Sampler(guidance_scale=1.0))
-        for label, (n, sampler) in ways.items():
+        lengths = [round(item.seconds * run.codec.sample_rate) for item in items]
+        ways = {OWN: sampling.OWN_SAMPLER}
+        if entry.file.endswith((":flow_matching", ":wcfm")):
+            ways[UNGUIDED] = sampling.Sampler(guidance_scale=1.0)
+        found = {way: {} for way in ways}
+        for (way, sampler), n in itertools.product(ways.items(), STEPS):
             sampled, times = dataclasses.replace(run, sampler=sampler), sampling.uniform_times(n)
             latents = generate_latents(sampled, items, times, seed=0, batch_size=len(items))
-            lengths = [round(item.seconds * run.codec.sample_rate) for item in items]
             try:
-                sounds = [run.codec.decode(x)[:n] for n, x in zip(lengths, latents)]
-                found[label] = self.metrics(sounds)
+                sounds = [run.codec.decode(x)[:length] for length, x in zip(lengths, latents)]
+                found[way][str(n)] = self.metrics(sounds)
             except (ValueError, librosa.ParameterError) as error:  # the sound cannot be decoded
-                print(f"{entry.workdir}, {label}: no metrics ({error})", flush=True)
-                found[label] = dict.fromkeys(METRICS, float("nan"))
+                print(f"{entry.workdir}, {way}, {n} steps: no metrics ({error})", flush=True)
+                found[way][str(n)] = dict.fromkeys(METRICS | ERROR, float("nan"))
         return found
 
 
@@ -315,6 +317,9 @@ def _define_flags():
     flags.DEFINE_float("minutes", 3.0, "Training time of a run in minutes.")
     flags.DEFINE_integer("samples", 0, "Training samples of a run, instead of --minutes.")
     flags.DEFINE_integer("clips", 100, "Number of test clips to score.", lower_bound=2)
+    flags.DEFINE_integer(
+        "true_clips", 0, "Number of true test clips for the distance; 0: those that are scored."
+    )
     flags.DEFINE_integer(
         "train_clips", 400, "Number of training clips for the material classifier."
     )

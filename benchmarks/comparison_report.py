@@ -21,7 +21,9 @@ METRICS = {
     "frechet": ("log-mel Frechet distance", "lower is better"),
     "sharpness": ("spectral sharpness", "as the true sound's is best"),
 }
-REFERENCE = "one Euler step"
+# Of how its sounds are made: by its own sampler, or without the guidance of that.
+OWN, UNGUIDED = "own sampler", "unguided"
+ERROR = {"frechet_error": ("standard error of the distance", "with other clips, not other seeds")}
 
 
 def spread(values) -> str:
@@ -33,14 +35,11 @@ def spread(values) -> str:
 def tables(results, truth, measured, base: str) -> list[tuple[str, list[list[str]]]]:
     """(title, rows) of every table; the first row is the header."""
     found = []
-    for metric, (title, better) in METRICS.items():
+    for metric, (title, better) in (METRICS | ERROR).items():
         rows = [["", *(f"{n} step{'s' * (n > 1)}" for n in STEPS)]]
         for name, runs in results.items():
             values = [[run["metrics"][str(n)][metric] for run in runs] for n in STEPS]
             rows.append([name, *map(spread, values)])
-            if any(REFERENCE in run["metrics"] for run in runs):
-                reference = [run["metrics"][REFERENCE][metric] for run in runs]
-                rows.append([f"{name}, unguided", spread(reference), *[""] * (len(STEPS) - 1)])
         for name, values in truth.items():
             rows.append([name, *[f"{values[metric]:.3f}"] * len(STEPS)])
         found.append((f"{title} ({better})", rows))
@@ -101,7 +100,10 @@ def write_report(entries, out: Path, note: str) -> Path:
     for entry in entries:
         path = entry.workdir / "scores.json"
         if path.exists():
-            results.setdefault(entry.name, []).append(json.loads(path.read_text()))
+            scores = json.loads(path.read_text())
+            for way, metrics in scores["metrics"].items():
+                name = entry.name if way == OWN else f"{entry.name}, {way}"
+                results.setdefault(name, []).append(scores | {"metrics": metrics})
     if not results:
         raise ValueError(f"{out}: no run is scored yet")
     truth = json.loads((out / "truth.json").read_text())

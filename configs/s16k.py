@@ -115,10 +115,15 @@ def for_cpu(objective: str) -> ConfigDict:
     config.dtype = "float32"
     config.data.num_workers = 0
     config.keep_every = 0
-    if objective == "vcm":
+    settings = config.objective
+    if OBJECTIVES[objective].instant_only:
+        settings.guidance_scale = min(settings.guidance_scale, 3.0)
+    else:
         # Guidance in the target costs a pass and feeds the network's own errors back: with 39 clips
-        # and guidance 3 the errors of jumps grew without bound.
-        config.objective.guidance_scale = 1.0
-    elif config.objective.get("guidance_scale", 1.0) > 3.0:
-        config.objective.guidance_scale = 3.0
+        # and guidance 3 the errors of VCM's jumps grew without bound.
+        settings.guidance = "fixed"
+        if objective == "meanflow":
+            settings.omega = 1 - settings.kappa  # a scale of 1
+        else:
+            settings.guidance_scale = 1.0
     return config

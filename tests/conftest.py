@@ -21,13 +21,14 @@ LARGE = 2 * 2**30  # bytes
 def compilation_cache(tmp_path_factory):
     """Programs that several tests compile are compiled once, and kept where a cache is set.
 
-    pytest-xdist's processes share the cache; JAX locks only one whose size is limited.
+    pytest-xdist's processes share the cache; JAX locks only one whose size is limited. Nothing else
+    may write to it: with programs that were kept without a limit JAX can write no more.
     """
     folder = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         folder = folder.parent
-    if not jax.config.jax_compilation_cache_dir:
-        jax.config.update("jax_compilation_cache_dir", str(folder / "jax_cache"))
+    cache = Path(jax.config.jax_compilation_cache_dir or folder / "jax_cache") / "tests"
+    jax.config.update("jax_compilation_cache_dir", str(cache))
     jax.config.update("jax_compilation_cache_max_size", 2**30)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 

@@ -74,15 +74,15 @@ def test_names_and_the_report_of_what_is_scored(tmp_path):
     with pytest.raises(ValueError, match="no run is scored yet"):
         compare.write_report(entries, tmp_path, "note")
 
-    metrics = dict.fromkeys(compare.METRICS, 0.5)
+    metrics = dict.fromkeys(compare.METRICS | compare.ERROR, 0.5)
 
     def scored(value):
-        return {str(n): metrics | {"f1": value} for n in compare.STEPS}
+        return {compare.OWN: {str(n): metrics | {"f1": value} for n in compare.STEPS}}
 
     for entry, value in zip((entries[0], entries[3], entries[1]), (0.6, 0.8, 0.4)):
         found = scored(value)
         if entry.name == "flow_matching":
-            found[compare.REFERENCE] = metrics | {"f1": 0.25}
+            found[compare.UNGUIDED] = scored(0.25)[compare.OWN]
         compare.write_json(entry.workdir / "scores.json", {"steps": 7, "metrics": found})
     compare.write_json(tmp_path / "truth.json", {"true sound": metrics})
     steps = {"vcm": {"seconds": 0.3, "temporary_bytes": 4e6, "flops": 6e9}}

@@ -16,6 +16,7 @@ from vcm_jax.metrics import (
     cosine_score,
     desync,
     frechet_distance,
+    frechet_standard_error,
     inception_score,
     kl_divergence,
     loudness,
@@ -125,6 +126,28 @@ def test_streamed_covariance():
         running.update(np.zeros((2, 6)))
     with pytest.raises(ValueError, match="truth must have at least 2 rows, it has 1"):
         frechet_distance(rows, RunningGaussian().update(other[:1]))
+
+
+def test_the_standard_error_of_a_frechet_distance():
+    """The jackknife by hand, and what fresh clips of the same kind do to the distance."""
+    rng = np.random.default_rng(0)
+
+    def clips(count):
+        levels = rng.standard_normal((count, 1, 3))
+        return list(levels + 0.3 * rng.standard_normal((count, 8, 3)) + [0.5, 0, 0])
+
+    truth = rng.standard_normal((4000, 3))
+    few = clips(5)
+    left = [frechet_distance(np.concatenate(few[:i] + few[i + 1 :]), truth) for i in range(5)]
+    by_hand = np.sqrt(4 / 5 * np.sum((left - np.mean(left)) ** 2))
+    assert frechet_standard_error(few, truth) == pytest.approx(by_hand, rel=1e-9)
+    spread = np.std([frechet_distance(np.concatenate(clips(60)), truth) for _ in range(300)])
+    errors = [frechet_standard_error(clips(60), truth) for _ in range(20)]
+    assert np.mean(errors) == pytest.approx(spread, rel=0.25)
+    with pytest.raises(ValueError, match="at least 2 clips, got 1"):
+        frechet_standard_error(few[:1], truth)
+    with pytest.raises(ValueError, match="8 rows without 8 of them leave none"):
+        RunningGaussian().update(few[0]).without(RunningGaussian().update(few[0]))
 
 
 def test_loudness_follows_the_a_curve():

@@ -123,3 +123,18 @@ def test_passes():
     assert rows_of_passes(NAME) == [6, 8, 2, 2]
     assert rows_of_passes(NAME, kind="lmd") == [6, 6, 2, 2, 2]
     assert rows_of_passes(NAME, kind="lmd", derivative="central", **UNGUIDED) == [6, 2, 2, 2, 2]
+
+
+def test_times_by_their_difference():
+    """t - s is logit-normal, and s uniform in what is left; or two times in order."""
+    t, s, _ = make_settings(NAME).draw(jax.random.key(0), 8000, 2000, 0, 10)
+    assert (t[:2000] == s[:2000]).all()
+    gap, s = np.asarray(t - s)[2000:], np.asarray(s)[2000:]
+    logit = np.log(gap) - np.log1p(-gap)
+    np.testing.assert_allclose([logit.mean(), logit.std()], [-0.8, 1], atol=0.05)
+    np.testing.assert_allclose(
+        np.percentile(s / (1 - gap), [10, 50, 90]), [0.1, 0.5, 0.9], atol=0.03
+    )
+    t, s, _ = make_settings(NAME, times="sorted").draw(jax.random.key(0), 8000, 0, 0, 10)
+    ends = np.concatenate([t, s])
+    assert np.mean(np.log(ends) - np.log1p(-ends)) == pytest.approx(-0.8, abs=0.05)

@@ -56,6 +56,8 @@ def test_ect_has_vcm_s_target():
     _, ours = loss_of(NAME, linear_net, x0, x1, t, s, 0.05, kind="ect", **PLAIN)
     r = np.asarray(earlier_time(t, 0.05))
     assert (0 < r).all() and (r < t).all() and (r > 0.5 * t).all()
+    tau = 1 - 0.05 * (1 + 8 / (1 + np.exp(0.5)))  # of t = 0.5, whose own is 1
+    assert float(earlier_time(jnp.float32(0.5), 0.05)) == pytest.approx(tau / (1 + tau), rel=1e-5)
     for i in range(4):
         row = slice(i, i + 1)
         args = (x0[row], x1[row], t[row], s[row], (t - r)[i] / t[i])

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from small_batches import FLOW, batch, linear_net, loss_of, on_the_flow, rows_of_passes
 
+from vcm_jax.objectives import make_settings
 from vcm_jax.objectives.imm import earlier_time, kernel, time_weight
 
 NAME = "imm"
@@ -66,12 +67,16 @@ def test_a_group_that_collapses_to_one_point_is_not_where_the_loss_is_least():
 
 
 def test_times():
-    t, s = np.array([0.9, 0.5, 0.02, 0.3]), np.array([0.0, 0.4999, 0.0, 0.0])
+    t, s = np.array([0.9, 0.5, 0.02, 0.3, 0.994]), np.array([0.0, 0.4999, 0.0, 0.0, 0.0])
     r = np.asarray(earlier_time(t, s, 12))
     eta = lambda time: time / (1 - time)
-    step = (0.994 / 0.006 - 0.006 / 0.994) / 4096
-    np.testing.assert_allclose(eta(t[[0, 3]]) - eta(r[[0, 3]]), step, rtol=1e-3)
-    np.testing.assert_allclose(r[1:3], [0.4999, 0.0], atol=1e-6)
+    np.testing.assert_allclose(eta(t[[0, 3]]) - eta(r[[0, 3]]), 0.994 / 0.006 / 4096, rtol=1e-3)
+    np.testing.assert_allclose(r[[1, 2, 4]], [0.4999, 0.0, 0.9939], atol=1e-6)
+    draw = make_settings(NAME).draw
+    t, s, _ = draw(jax.random.key(0), 4000, 1000, 0, 10)
+    assert (t[:1000] == s[:1000]).all() and (s[1000:] <= t[1000:] - 1e-4).all()
+    spread = [np.percentile(values[1000:], [0, 50, 100]) for values in (t, s / t)]
+    np.testing.assert_allclose(spread, [[0, 0.497, 0.994], [0, 0.5, 1]], atol=0.03)
 
 
 def test_rows_that_do_not_make_groups():

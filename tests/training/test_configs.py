@@ -4,7 +4,8 @@ import sys
 
 import pytest
 
-from vcm_jax.training import configs
+from vcm_jax.objectives import OBJECTIVES, make_settings
+from vcm_jax.training import configs, setup
 
 
 @pytest.fixture
@@ -35,6 +36,20 @@ def test_names_become_paths(outside):
     assert configs.resolve(["--config=s16k"]) == ["--config=s16k"]  # what is there comes first
     with pytest.raises(configs.ConfigError, match="--config=s17k: no such config; there are abl"):
         configs.resolve(["--config=s17k"])
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_the_demo_trains_all_objectives_alike(name):
+    """Without guidance in the target, at the same times where the papers have the same."""
+    from configs import impacts
+
+    settings = setup.step_config(impacts.get_config(name)).objective
+    if settings.instant_only:
+        assert settings.guidance_scale <= 3  # of sampling
+        return
+    assert settings.guidance_scale == 1 and not settings.guides
+    if make_settings(name).time_mean == -0.4:
+        assert (settings.time_mean, settings.time_std) == (0.0, 1.2)
 
 
 def test_installed_configs_come_from_the_package(monkeypatch, tmp_path):

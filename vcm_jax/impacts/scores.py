@@ -13,8 +13,10 @@ from vcm_jax.impacts.render import render_sound
 from vcm_jax.impacts.scene import MATERIALS, simulate
 from vcm_jax.media.read import read_audio
 from vcm_jax.metrics import (
+    RunningGaussian,
     detect_onsets,
     frechet_distance,
+    frechet_standard_error,
     log_mel_features,
     merge_close,
     onset_scores,
@@ -70,7 +72,9 @@ class Scorer:
       truth: their true sounds.
     """
 
-    def __init__(self, data: Path, num_clips: int, num_train: int, sample_rate: int):
+    def __init__(
+        self, data: Path, num_clips: int, num_train: int, sample_rate: int, num_true: int = 0
+    ):
         """Reads test clips and trains the material classifier on true sounds of training clips.
 
         Args:
@@ -78,6 +82,8 @@ class Scorer:
           num_clips: number of test clips.
           num_train: number of training clips.
           sample_rate: Hz, of all sounds.
+          num_true: number of test clips whose true sounds the Frechet distance compares with, at
+            least `num_clips`; 0: those of the test clips.
 
         Raises:
           ValueError: clips that are missing, or too few.
@@ -89,10 +95,14 @@ class Scorer:
             read_sounds(train, sample_rate), [clip["impacts"] for clip in train], sample_rate
         )
         self.truth = read_sounds(self.clips, sample_rate)
-        self._true_rows = self._rows(self.truth)
+        further = read_split(data, "test", max(num_true, num_clips))[num_clips:]
+        self._further = len(further)
+        self._true = RunningGaussian()
+        for rows in self._rows([*self.truth, *read_sounds(further, sample_rate)]):
+            self._true.update(rows)
 
-    def _rows(self, sounds: Sequence[np.ndarray]) -> np.ndarray:
-        return np.concatenate([log_mel_features(sound, self.sample_rate) for sound in sounds])
+    def _rows(self, sounds: Sequence[np.ndarray]) -> list[np.ndarray]:
+        return [log_mel_features(sound, self.sample_rate) for sound in sounds]
 
     def __call__(self, sounds: Sequence[np.ndarray], clips: Sequence[Mapping] | None = None):
         """All metrics of one set of sounds.
@@ -103,17 +113,20 @@ class Scorer:
 
         Returns:
           precision, recall, f1 and timing_error_ms of `onset_scores`; frechet, the Frechet distance
-          of log-mel frames to those of the true sounds; sharpness; material, the share of isolated
-          impacts whose material the classifier recognises.
+          of log-mel frames to those of the true sounds, and frechet_error, its standard error with
+          other clips; sharpness; material, the share of isolated impacts whose material the
+          classifier recognises.
         """
         clips = self.clips if clips is None else clips
         onsets = [merge_close(detect_onsets(sound, self.sample_rate)) for sound in sounds]
         times = [merge_close(np.array([i["time"] for i in clip["impacts"]])) for clip in clips]
-        rows = self._true_rows if sounds is self.truth else self._rows(sounds)
-        distance = 0.0 if sounds is self.truth else frechet_distance(rows, self._true_rows)
+        rows = self._rows(sounds)
+        joined = np.concatenate(rows)
+        same = sounds is self.truth and not self._further
         impacts = [clip["impacts"] for clip in clips]
         return onset_scores(onsets, times) | {
-            "frechet": distance,
-            "sharpness": spectral_sharpness(rows),
+            "frechet": 0.0 if same else frechet_distance(joined, self._true),
+            "frechet_error": 0.0 if same else frechet_standard_error(rows, self._true),
+            "sharpness": spectral_sharpness(joined),
             "material": material_accuracy(self._classifier, sounds, impacts, self.sample_rate),
         }

@@ -3,6 +3,7 @@
 from vcm_jax.metrics.captions import caption_accuracy as caption_accuracy
 from vcm_jax.metrics.frechet import RunningGaussian as RunningGaussian
 from vcm_jax.metrics.frechet import frechet_distance as frechet_distance
+from vcm_jax.metrics.frechet import frechet_standard_error as frechet_standard_error
 from vcm_jax.metrics.frechet import log_mel_features as log_mel_features
 from vcm_jax.metrics.frechet import spectral_sharpness as spectral_sharpness
 from vcm_jax.metrics.loudness import loudness as loudness

@@ -43,6 +43,22 @@ class RunningGaussian:
         self.count = total
         return self
 
+    def without(self, other: "RunningGaussian") -> "RunningGaussian":
+        """The Gaussian of the rows that are not among those of `other`, which were added before.
+
+        Raises:
+          ValueError: no row is left.
+        """
+        left = RunningGaussian()
+        left.count = self.count - other.count
+        if left.count < 1:
+            raise ValueError(f"{self.count} rows without {other.count} of them leave none")
+        left.mean = self.mean + (self.mean - other.mean) * (other.count / left.count)
+        step = other.mean - left.mean
+        between = np.outer(step, step) * (left.count * other.count / self.count)
+        left.scatter = self.scatter - other.scatter - between
+        return left
+
     @property
     def covariance(self) -> np.ndarray:
         """(d, d), normalised by n - 1."""
@@ -116,6 +132,29 @@ def frechet_distance(pred, truth) -> float:
         for root, covariance in ((root_p, cov_p), (root_t, cov_t))
     )
     return float(np.sum((mean_p - mean_t) ** 2) + traces - 2 * cross)
+
+
+def frechet_standard_error(clips, truth) -> float:
+    """Standard error of the Frechet distance between the rows of all clips and `truth`.
+
+    It says how far the distance would move with other clips, by leaving out one clip at a time: the
+    jackknife, Efron and Tibshirani 1993, eq. 11.5.
+
+    Args:
+      clips: rows (n, d) of each clip, at least two.
+      truth: as for `frechet_distance`.
+
+    Raises:
+      ValueError: fewer than two clips, or rows that `frechet_distance` refuses.
+    """
+    if len(clips) < 2:
+        raise ValueError(f"a standard error needs at least 2 clips, got {len(clips)}")
+    parts = [RunningGaussian().update(rows) for rows in clips]
+    whole = RunningGaussian()
+    for rows in clips:
+        whole.update(rows)
+    distances = np.array([frechet_distance(whole.without(part), truth) for part in parts])
+    return float(np.sqrt((len(clips) - 1) * distances.var()))
 
 
 def log_mel_features(audio: np.ndarray, sample_rate: int) -> np.ndarray:

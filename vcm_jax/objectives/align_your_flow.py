@@ -5,14 +5,17 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from vcm_jax.objectives import common, flow_maps
+from vcm_jax.objectives import common, flow_maps, times
 from vcm_jax.objectives.base import GuidedObjective, Passes
 from vcm_jax.settings import TEXT, TIME_INTERVAL, choice, number, setting
 
 
 @dataclasses.dataclass(frozen=True)
 class AlignYourFlowConfig(flow_maps.TimeDerivative, GuidedObjective):
-    """Settings of the objective; times, normalisation and warm-up are the paper's.
+    """Settings of the objective; normalisation and warm-up follow descriptions of the paper.
+
+    The authors' code was not read. The times are those of public copies, which do not agree on
+    them, nor on a weight of the residual: with some it is 1 / (t - s) of the one here.
 
     The paper distils a teacher. With `teacher` the velocity is that of a trained run, with
     classifier-free guidance in place of the paper's autoguidance, which needs a weaker teacher,
@@ -23,13 +26,15 @@ class AlignYourFlowConfig(flow_maps.TimeDerivative, GuidedObjective):
       guidance, guidance_max, target_ema, guidance_scale, mix_ratio, guidance_interval, p, eps,
         instant_ratio, time_mean, time_std: see `GuidedObjective`; the adaptive weight acts on
         the s = t rows, too.
+      times: of the jumps: "gap" draws t - s, logit-normal with `time_mean` and `time_std`, and s
+        uniformly; "sorted" draws two such times.
       derivative, derivative_step: see `flow_maps.TimeDerivative`.
       kind: "emd", the Eulerian residual d/dt f, or "lmd", the Lagrangian one d/ds f - u(f, s, s).
       warmup: fraction of the run over which EMD's derivative grows to its full weight, 0.99.
       teacher: workdir of the trained run, or public weights; "" for none. It is guided with
         `guidance_scale`, so that this is 1 for a run that has guidance in its weights.
-      normaliser: c of the residual g / (rms(g) + c). The paper's code takes the norm of g; its root
-        mean square means the same for clips of any length.
+      normaliser: c of the residual g / (rms(g) + c). The paper has the norm of g; its root mean
+        square means the same for clips of any length.
     """
 
     name = "align_your_flow"
@@ -39,6 +44,7 @@ class AlignYourFlowConfig(flow_maps.TimeDerivative, GuidedObjective):
     p: float = setting(0.0, number(0))
     instant_ratio: float = setting(0.5, number(0, 1))
     time_mean: float = setting(-0.8, number())
+    times: str = setting("gap", choice("gap", "sorted"))
     kind: str = setting("emd", choice("emd", "lmd"))
     warmup: float = setting(0.1, number(above=0, high=1))
     normaliser: float = setting(0.1, number(above=0))
@@ -70,6 +76,13 @@ class AlignYourFlowConfig(flow_maps.TimeDerivative, GuidedObjective):
     def draw(self, key, batch_size: int, num_instant: int, step, steps: int):
         """t and s `B`, and the scalar weight of EMD's derivative."""
         t, s, _ = super().draw(key, batch_size, num_instant, step, steps)
+        if self.times == "gap":
+            instant = jnp.arange(batch_size) < num_instant
+            gap_key, end_key = jax.random.split(jax.random.fold_in(key, 1))
+            gap = times.logit_normal(gap_key, (batch_size,), self.time_mean, self.time_std)
+            gap = jnp.clip(gap, times.MIN_GAP, 1)
+            end = (1 - gap) * jax.random.uniform(end_key, (batch_size,))
+            t, s = jnp.where(instant, t, end + gap), jnp.where(instant, s, end)
         part = jnp.asarray(step, jnp.float32) / steps
         return t, s, 0.99 * jnp.minimum(1.0, part / self.warmup)
 

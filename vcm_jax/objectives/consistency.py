@@ -16,14 +16,19 @@ class ConsistencyConfig(flow_maps.TimeDerivative, GuidedObjective):
     """Settings of the objective; the defaults are those of FACM (arXiv 2507.03738).
 
     A batch has two kinds of rows: the s = t rows are flow matching, FACM's anchor, which also lets
-    the run be sampled in Euler steps; the others jump to s = 0. FACM trains both on every row; here
-    they share the batch. Several steps of a sampler jump to 0 and add fresh noise.
+    the run be sampled in Euler steps; the others jump to s = 0. FACM trains both on every row, at
+    the times of the jumps; here they share the batch, and the anchor's times are `time_mean` and
+    `time_std`. Several steps of a sampler jump to 0 and add fresh noise.
 
     - kind="facm": defaults.
     - kind="scm" (Lu and Song 2025): instant_ratio=0, guidance_scale=1, p=0,
-      jump_times="logit_normal", jump_mean=-1, jump_std=1.4. The learned weight of t is left out.
+      jump_times="logit_normal", jump_mean=-0.1, jump_std=1.6 (ImageNet latents; -0.3 and 1.4 on
+      CIFAR-10). The learned weight of t is left out.
     - kind="ect" (Geng et al. 2025, arXiv 2406.14548), carried to the linear path: instant_ratio=0,
-      guidance_scale=1, p=0.5, jump_times="logit_normal", jump_mean=-1.1, jump_std=2.
+      guidance_scale=1, p=0.5, jump_times="logit_normal", jump_mean=-0.4, jump_std=2 (CIFAR-10;
+      -0.1, 1.6, stages=4 and shrink=4 on ImageNet).
+
+    sCM's and ECT's own P_mean is for data of standard deviation 0.5, ours is log 2 higher.
 
     Attributes:
       guidance, guidance_max, target_ema, guidance_scale, mix_ratio, guidance_interval,
@@ -37,7 +42,8 @@ class ConsistencyConfig(flow_maps.TimeDerivative, GuidedObjective):
       relaxation: FACM's exponent p of 1 - (1 - t)^p.
       cosine: weight of FACM's 1 - cos(u, v) on the s = t rows.
       warmup: fraction of the run over which sCM's derivative grows to its full weight.
-      stages, shrink: ECT's r approaches t in so many equal stages of the run, each by the factor q.
+      stages, shrink: ECT's r approaches t in so many equal stages of the run, each by the factor q;
+        the defaults are those of CIFAR-10.
     """
 
     name = "consistency"
@@ -96,10 +102,11 @@ def earlier_time(t, shrink):
     """ECT's r < t `B`, for the factor q^-(stage + 1), a scalar.
 
     In the noise levels tau = t / (1 - t) of its variance-exploding path,
-    r = tau (1 - shrink (1 + 8 sigmoid(-tau))), and at least 0.
+    r = tau (1 - shrink (1 + 8 sigmoid(-tau / 2))), and at least 0. ECT's data have a standard
+    deviation of 0.5, so that tau / 2 is its noise level.
     """
     tau = t / jnp.maximum(1 - t, 1e-6)
-    r = tau * jnp.maximum(1 - shrink * (1 + 8 * jax.nn.sigmoid(-tau)), 0)
+    r = tau * jnp.maximum(1 - shrink * (1 + 8 * jax.nn.sigmoid(-tau / 2)), 0)
     return jnp.minimum(r / (1 + r), t - times.MIN_GAP)
 
 
@@ -110,10 +117,13 @@ def consistency_loss(u, batch, config: ConsistencyConfig, **options):
     gradients in the targets (u here is u(x_t, t, 0)):
 
     - facm: u towards u - (1 - (1 - t)^p) clip(g, -1, 1), weight sin(pi t / 2).
-    - scm: u towards u - g / (rms(g) + 0.1), g = sin(pi t / 2) (u - v_g + warm-up t d/dt u).
+    - scm: u towards u - g / (rms(g) + 0.1), g = sin(pi t / 2) (u - v_g + warm-up t d/dt u). The
+      sine and the root mean square are those of FACM's reproduction. On this path the paper has
+      (1 - t) sqrt((1 - t)^2 + t^2) and the norm; both matter only where g is as small as 0.1.
     - ect: u towards the jump of a time r < t on the same pair, (x_t - f(x_r, r, 0)) / t, which is
-      VCM's target with l = r. With p = 0.5 its gradient is twice that of the paper's weight
-      (1 / tau^2 + 1) times the distance |f(x_t, t, 0) - f(x_r, r, 0)|, for data of variance 1.
+      VCM's target with l = r. With p = 0.5 its gradient is twice that of the authors' weight on
+      ImageNet, 1 / tau^2 + 1, times the distance |f(x_t, t, 0) - f(x_r, r, 0)|, for data of
+      variance 1. On CIFAR-10 they have 1 / (t - r).
 
     Network evaluations, in forward passes over the batch with r = num_instant / B: the
     unconditional velocity of all rows 1, the tangent or u(x_r, r, 0) (1 - r), and the

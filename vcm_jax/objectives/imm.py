@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from vcm_jax.objectives import common, flow_maps
+from vcm_jax.objectives import common, flow_maps, times
 from vcm_jax.objectives.base import GuidedObjective, Passes
 from vcm_jax.settings import TIME_INTERVAL, integer, number, setting
 
@@ -14,18 +14,20 @@ from vcm_jax.settings import TIME_INTERVAL, integer, number, setting
 class IMMConfig(GuidedObjective):
     """Settings of the objective; the defaults are the paper's where it has such a setting.
 
-    The paper guides samples alone, with two evaluations a step. Here the s = t rows are flow
-    matching towards the guided velocity, and the jumps start along it: `guidance_scale=1` and
-    `instant_ratio=0` are the paper's loss. Its published code has no training; the loss follows
-    the paper and public copies of it.
+    In the jumps t is uniform in [0, 0.994] and s in [0, t]. The paper guides samples alone, with
+    two evaluations a step. Here the s = t rows are flow matching towards the guided velocity, and
+    the jumps start along it: `guidance_scale=1` and `instant_ratio=0` are the paper's loss. Its
+    published code has no training; the loss follows the paper.
 
     Attributes:
       guidance, guidance_max, target_ema, guidance_scale, mix_ratio, guidance_interval,
-        instant_ratio, time_mean, time_std: see `GuidedObjective`.
+        instant_ratio, time_mean, time_std: see `GuidedObjective`; the times are those of the
+        s = t rows.
       p, eps: of the adaptive weight of the s = t rows.
       group: M, how many rows share t and s and are compared with each other. With 1 the loss is one
-        of consistency, which the paper finds to collapse.
-      halvings: k; r lies (eta(0.994) - eta(0.006)) / 2^k below t in eta = t / (1 - t).
+        of consistency; with 1 or 2 the paper's training collapses.
+      halvings: k; r lies eta(0.994) / 2^k below t in eta = t / (1 - t), and 1e-4 in t at least (the
+        paper's rule for low precision, I.6).
       weight_shift: b of the weight sigmoid(b - log SNR).
     """
 
@@ -47,15 +49,23 @@ class IMMConfig(GuidedObjective):
         later = 1 - self.instant_ratio
         return Passes(self.guided_passes(self.instant_ratio, later), later)
 
+    def draw(self, key, batch_size: int, num_instant: int, step, steps: int):
+        """t and s `B`, and None."""
+        t, s, _ = super().draw(key, batch_size, num_instant, step, steps)
+        share = jax.random.uniform(jax.random.fold_in(key, 1), (2, batch_size))
+        jump = jnp.maximum(LAST * share[0], 2 * times.MIN_GAP)
+        end = jnp.minimum(jump * share[1], jump - 2 * times.MIN_GAP)
+        instant = jnp.arange(batch_size) < num_instant
+        return jnp.where(instant, t, jump), jnp.where(instant, s, end), None
+
 
 LAST = 0.994  # the largest t of the jumps: eta = t / (1 - t) has no bound
 
 
 def earlier_time(t, s, halvings: int):
-    """r in [s, t] `B`, a fixed step in eta = t / (1 - t) below t."""
-    largest, least = LAST / (1 - LAST), (1 - LAST) / LAST
-    eta = jnp.maximum(t / (1 - t) - (largest - least) / 2**halvings, 0)
-    return jnp.maximum(eta / (1 + eta), s)
+    """r in [s, t) `B`, a fixed step in eta = t / (1 - t) below t, or 1e-4 below t."""
+    eta = jnp.maximum(t / (1 - t) - LAST / (1 - LAST) / 2**halvings, 0)
+    return jnp.maximum(jnp.minimum(eta / (1 + eta), t - times.MIN_GAP), s)
 
 
 def time_weight(t, shift: float):

@@ -36,7 +36,7 @@ class TwinFlowConfig(GuidedObjective):
     target_ema: float = setting(0.99, number(0, below=1))
     guidance_scale: float = setting(2.0, number(0))
     mix_ratio: float = setting(0.5, number(0, 1))
-    guidance_interval: tuple[float, float] = setting((0.0, 1.0), TIME_INTERVAL)
+    guidance_interval: tuple[float, float] = setting((0.0, 0.9999), TIME_INTERVAL)
     p: float = setting(0.5, number(0))
     eps: float = setting(1e-6, number(above=0))
     instant_ratio: float = setting(0.25, number(0, 1))
