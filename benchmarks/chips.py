@@ -5,12 +5,14 @@
     python benchmarks/chips.py --times=3            # one row in three commands, for the spread
 
 It needs `pip install "jax[tpu]"`, up to 10 GB of memory, and minutes for each row. A row is one
-`python -m vcm_jax.main --dry_run`; docs/training.md explains what it prints.
+`python -m vcm_jax.main --dry_run`; docs/training.md explains what it prints. The last column has
+the CPU seconds of the whole command.
 """
 
 import argparse
 import os
 import re
+import resource
 import subprocess
 import sys
 
@@ -33,12 +35,12 @@ ROWS = [
 MODELS = {"s16k": "small_16k", "l16k": "large_16k", "l44k": "large_44k"}
 HEADER = (
     "| network | slice | batch | data x fsdp | remat | memory (GiB) of | arguments | temporaries "
-    "| code | collectives (MB per device and step) | TFLOP per step, and tiled | seconds |"
+    "| code | collectives (MB per device and step) | TFLOP per step, and tiled | seconds, CPU |"
 )
 
 
-def compile_row(config, topology, batch, data, fsdp, remat) -> str:
-    """What the dry run printed."""
+def compile_row(config, topology, batch, data, fsdp, remat) -> tuple[str, float]:
+    """What the dry run printed, and its CPU seconds."""
     # Settings of this process must not change what is compiled, nor may an earlier compilation.
     env = {
         k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR")
@@ -49,16 +51,23 @@ def compile_row(config, topology, batch, data, fsdp, remat) -> str:
         *(f"--config.mesh.data={data}", f"--config.mesh.fsdp={fsdp}", f"--config.remat={remat}"),
         "--config.data.sources=()",
     ]
+    before = cpu_seconds()
     done = subprocess.run(
         command, capture_output=True, text=True, env=env | {"JAX_PLATFORMS": "cpu"}
     )
     if "memory per device: " not in done.stdout:
         sys.exit(done.stderr[-2000:])
-    return done.stdout
+    return done.stdout, cpu_seconds() - before
 
 
-def row(text: str, config, topology, batch, data, fsdp, remat) -> str:
-    """A row of the table from what a dry run printed."""
+def cpu_seconds() -> float:
+    """Of all commands so far."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+def row(text: str, cpu: float, config, topology, batch, data, fsdp, remat) -> str:
+    """A row of the table from what a dry run printed and its CPU seconds."""
     size = r"([\d.]+)"
     memory = re.search(rf"memory per device: .*?{size} GiB of {size} GiB \((.*)\)", text)
     parts = re.findall(rf"{size} GiB", memory[3])
@@ -71,7 +80,7 @@ def row(text: str, config, topology, batch, data, fsdp, remat) -> str:
         *(MODELS[config], topology, str(batch), f"{data} x {fsdp}", remat),
         *(f"{memory[1]} of {memory[2]}", *parts, moved),
         " ".join(filter(None, flops.groups())) if flops else "",
-        seconds[1] if seconds else "refused",
+        f"{seconds[1]}, {cpu:.0f}" if seconds else "refused",
     ]
     return f"| {' | '.join(cells)} |"
 
@@ -87,7 +96,7 @@ def main():
     for settings in ROWS:
         if f"{MODELS[settings[0]]}/{settings[1]}".startswith(args.only):
             for _ in range(args.times):
-                print(row(compile_row(*settings), *settings), flush=True)
+                print(row(*compile_row(*settings), *settings), flush=True)
 
 
 if __name__ == "__main__":

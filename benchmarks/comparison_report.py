@@ -80,8 +80,11 @@ def plot(results, truth):
         axis.set_title(f"{title}\n({better})", fontsize=9)
         if key == "frechet":
             axis.set_yscale("log")
-            for side in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
-                side(ScalarFormatter())
+            low, high = axis.get_ylim()
+            ticks = [m * 10.0**e for e in range(-2, 4) for m in (1, 2, 5)]
+            axis.set_yticks([tick for tick in ticks if low <= tick <= high])
+            axis.yaxis.set_major_formatter(ScalarFormatter())
+            axis.minorticks_off()
     axes[-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.tight_layout()
     return figure
