@@ -6,7 +6,7 @@
 
 It needs `pip install "jax[tpu]"`, up to 10 GB of memory, and minutes for each row. A row is one
 `python -m vcm_jax.main --dry_run`; docs/training.md explains what it prints. The last column has
-the CPU seconds of the whole command.
+the seconds of compiling, and the CPU seconds of the whole command.
 """
 
 import argparse
@@ -61,7 +61,7 @@ def compile_row(config, topology, batch, data, fsdp, remat) -> tuple[str, float]
 
 
 def cpu_seconds() -> float:
-    """Of all commands so far."""
+    """CPU seconds of all commands that have ended, of the user and of the system."""
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     return usage.ru_utime + usage.ru_stime
 

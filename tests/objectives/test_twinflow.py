@@ -7,6 +7,7 @@ from small_batches import FLOW, batch, linear_net, loss_of, on_the_flow, rows_of
 
 from vcm_jax.models import layers
 from vcm_jax.objectives import make_settings
+from vcm_jax.objectives.guidance import within
 
 NAME = "twinflow"
 PLAIN = dict(guidance_scale=1.0, mix_ratio=1.0)
@@ -139,3 +140,10 @@ def test_passes():
     assert rows_of_passes(NAME, 2) == [6, 18, 18, 12, 12, 12, 6, 6, 6, 6]
     assert rows_of_passes(NAME, 2, matching=0.0, legs=1, **PLAIN) == [6, 12, 12, 6, 6]
     assert make_settings(NAME).passes().forward == 6.25
+
+
+def test_jumps_from_noise_are_not_guided():
+    """The authors' code guides where t < 1; float32 must tell the end of the interval from 1."""
+    interval = make_settings(NAME).guidance_interval
+    found = within(jnp.array([0.5, 0.999, 1.0], jnp.float32), interval)
+    assert found.tolist() == [True, True, False]

@@ -119,7 +119,8 @@ def consistency_loss(u, batch, config: ConsistencyConfig, **options):
     - facm: u towards u - (1 - (1 - t)^p) clip(g, -1, 1), weight sin(pi t / 2).
     - scm: u towards u - g / (rms(g) + 0.1), g = sin(pi t / 2) (u - v_g + warm-up t d/dt u). The
       sine and the root mean square are those of FACM's reproduction. On this path the paper has
-      (1 - t) sqrt((1 - t)^2 + t^2) and the norm; both matter only where g is as small as 0.1.
+      (1 - t) sqrt((1 - t)^2 + t^2) and the norm. The norm makes all gradients smaller alike; the
+      factor matters only where g is as small as 0.1.
     - ect: u towards the jump of a time r < t on the same pair, (x_t - f(x_r, r, 0)) / t, which is
       VCM's target with l = r. With p = 0.5 its gradient is twice that of the authors' weight on
       ImageNet, 1 / tau^2 + 1, times the distance |f(x_t, t, 0) - f(x_r, r, 0)|, for data of

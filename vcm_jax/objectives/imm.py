@@ -52,6 +52,7 @@ class IMMConfig(GuidedObjective):
     def draw(self, key, batch_size: int, num_instant: int, step, steps: int):
         """t and s `B`, and None."""
         t, s, _ = super().draw(key, batch_size, num_instant, step, steps)
+        # Jumps are long enough for r to lie between s and t.
         share = jax.random.uniform(jax.random.fold_in(key, 1), (2, batch_size))
         jump = jnp.maximum(LAST * share[0], 2 * times.MIN_GAP)
         end = jnp.minimum(jump * share[1], jump - 2 * times.MIN_GAP)

@@ -18,7 +18,7 @@ class TwinFlowConfig(GuidedObjective):
     Its guided velocity v + 0.5 (u_c - u_null) has w = 2 and m = 0.5, and its distance
     mse / sqrt(mse + 1e-6) has p = 0.5. Its times are uniform; the logit-normal ones with a standard
     deviation of 1.7 are nearly so. A quarter of the rows has s = t here, where the code draws s
-    between 0.95 t and t.
+    between 0.95 t and t. The jumps from noise to data, t = 1, are not guided.
 
     The network is asked for negative times t = s. Its embedding of t is one of cos(f t) and
     sin(f t), whose sines tell -t from t, so that no network needs a change.
