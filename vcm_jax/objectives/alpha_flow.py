@@ -48,10 +48,10 @@ class AlphaFlowConfig(flow_maps.TimeDerivative, GuidedObjective):
         return alpha_flow_loss(u, batch, self, **options)
 
     def passes(self) -> Passes:
-        """Those of the last phase, which are as many as before with a JVP."""
+        """Those before alpha is 0; after that, the s < t rows have one pass more."""
         later = 1 - self.instant_ratio
         guidance = self.guided_passes(self.instant_ratio, later)
-        return Passes(at_x_t=guidance, elsewhere=later * self.derivative_passes)
+        return Passes(at_x_t=guidance, elsewhere=later)
 
     def draw(self, key, batch_size: int, num_instant: int, step, steps: int):
         """t and s `B`, and the scalar alpha of the step."""
@@ -76,10 +76,11 @@ def alpha_flow_loss(u, batch, config: AlphaFlowConfig, **options):
     matching at every s. For alpha = 0 it is MeanFlow, with its derivative and without that weight.
 
     Network evaluations, in forward passes over the batch with r = num_instant / B: those of
-    `flow_maps.begin`, the differentiated pass, and u(x_l, l, s) or the tangent of the JVP (1 - r).
+    `flow_maps.begin`, the differentiated pass, and u(x_l, l, s) (1 - r) or, at alpha = 0, the JVP
+    or the central difference (2 - 2 r).
 
     `batch` and `options` are the arguments of `vcm_loss`, and results are as its own; `lam` is
-    alpha, a scalar in [0, 1]. Where it is not known at compilation, both phases are compiled and
+    alpha, a scalar in [0, 1]. Where it is not known at compilation, both targets are compiled and
     one of them is run.
     """
     begun = flow_maps.begin(u, batch, config, **options)
@@ -87,23 +88,25 @@ def alpha_flow_loss(u, batch, config: AlphaFlowConfig, **options):
     if not begun.has_jumps:
         return flow_maps.finish(begun, None, None, config, total=total)
 
+    x, t, s, v = begun.x, begun.t, begun.s, begun.v_later
+
     def discrete():
-        x, t, s, v = begun.x, begun.t, begun.s, begun.v_later
         l, fraction = times.intermediate_time(t, s, alpha)
         fraction = common.expand(fraction, x)
-        predicted = begun.u(x, t, s, begun.cond)
         u_ls = begun.target_u(x + common.expand(l - t, x) * v, l, s, begun.cond)
         target = fraction * v + (1 - fraction) * u_ls
         target = jnp.clip(target, -config.clamp, config.clamp) if config.clamp else target
-        return predicted, jax.lax.stop_gradient(target)
+        return jax.lax.stop_gradient(target)
 
     def derivative():
-        predicted, target = eulerian(begun, config)
-        return predicted, jax.lax.stop_gradient(target)
+        return jax.lax.stop_gradient(eulerian(begun, config)[1])
 
+    # The trained pass stays outside of the condition: what it keeps for the gradient would
+    # otherwise be written for both phases in each step.
+    predicted = begun.u(x, t, s, begun.cond)
     if isinstance(alpha, int | float):
-        predicted, target = discrete() if alpha > 0 else derivative()
+        target = discrete() if alpha > 0 else derivative()
     else:
-        predicted, target = jax.lax.cond(alpha > 0, discrete, derivative)
+        target = jax.lax.cond(alpha > 0, discrete, derivative)
     weight = jnp.where(alpha > 0, alpha, 1.0) * jnp.ones_like(begun.t)
     return flow_maps.finish(begun, predicted, target, config, total=total, weight=weight)
