@@ -165,6 +165,14 @@ def test_packages_that_are_not_there(folder, videos, tmp_path, monkeypatch, pack
     assert "\n" not in str(caught.value) and not (tmp_path / "r").exists()
 
 
+def test_the_folder_that_pretrained_fetch_makes(folder, tmp_path):
+    (tmp_path / "ext_weights").mkdir()
+    (tmp_path / "clip").symlink_to(folder / "clip")
+    name = "synchformer_state_dict.pth"
+    (tmp_path / "ext_weights" / name).symlink_to(folder / name)
+    assert load_encoders(tmp_path).spec() == load_encoders(folder).spec()
+
+
 def test_folders_without_weights(folder, videos, tmp_path):
     run = functools.partial(extract, tmp_path / "r", videos=videos)
     with pytest.raises(ValueError, match="none: no such folder of encoder weights"):

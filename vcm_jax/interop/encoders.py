@@ -46,8 +46,9 @@ class TorchEncoders:
     """CLIP ViT-H/14 and Synchformer with weights from a folder, as MMAudio uses them.
 
     Args:
-      folder: holds synchformer_state_dict.pth, and CLIP's files (see `clip.load_clip`) beside it or
-        in a folder `clip`.
+      folder: holds synchformer_state_dict.pth, here or in `ext_weights`, where MMAudio and
+        `vcm_jax.pretrained fetch --out` put it; and CLIP's files (see `clip.load_clip`), here or in
+        a folder `clip`.
       dtype: "float32" or "bfloat16", of the networks.
       batch_size: pictures, segments or captions at a time: what memory depends on.
       device: of torch; None takes CUDA where it is.
@@ -69,8 +70,9 @@ class TorchEncoders:
         self._dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
         self._batch_size = batch_size
         self._device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        inside = folder / "clip"
-        self._places = inside if inside.is_dir() else folder, folder / SYNCHFORMER
+        inside, published = folder / "clip", folder / "ext_weights" / SYNCHFORMER
+        sync = published if published.is_file() else folder / SYNCHFORMER
+        self._places = inside if inside.is_dir() else folder, sync
         self._sync, _ = synchformer.load_synchformer(self._places[1])
         self._clip, self._tokenizer, _ = clip.load_clip(self._places[0])
         self._clip_size, self._sync_size = clip.IMAGE, self._sync.size.image
