@@ -11,7 +11,7 @@ and all of them are scored in one and four steps on the test clips: onset F1, lo
 distance, material. OUT/finetune.md, .png and .html show them against the number of further steps.
 
 If interrupted, rerun it: what is trained and scored is kept. Several processes can share the work:
-give each its own `--ways` or `--seeds`, and run `--stage=report` at the end.
+give each its own `--way` or `--seeds`, and run `--stage=report` at the end.
 """
 
 import json

@@ -1,7 +1,7 @@
 """SoundVCM's ablations (Table 2): one setting differs from the main run.
 
     python -m vcm_jax.main --config=configs/ablations.py:w=2 --workdir=runs/w2 \\
-        --config.data.sources="('records/vggsound/train=1', 'records/audio_text=1')"
+        --config.data.sources="('records/vggsound/2.0.0/train=1', 'records/audio_text=1')"
 
 w (guidance scale: 1, 2, 3, 4), m (mixing ratio: 0.25, 0.5, 0.75, 1), r (part of the s = t rows: 0,
 0.25, 0.5, 0.75), p (adaptive weight: 0, 0.5, 1, 1.5), lambda_end (1/250, 1/500, 1/1000). Commas

@@ -1,7 +1,7 @@
 """SoundVCM S-16k, the paper's main run (section 4.3): 157M parameters, 8 s at 16 kHz.
 
     python -m vcm_jax.main --config=configs/s16k.py --workdir=runs/s16k \\
-        --config.data.sources="('records/vggsound/train=1', 'records/audio_text=1')"
+        --config.data.sources="('records/vggsound/2.0.0/train=1', 'records/audio_text=1')"
 
 --config=configs/s16k.py:OBJECTIVE trains with another objective: flow_matching (MMAudio's), soflow
 (BiTCAM's S-16k), meanflow, or any other of docs/objectives.md. reflow also needs a trained run,
