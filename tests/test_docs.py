@@ -58,9 +58,14 @@ def test_named_functions_exist(page):
         assert found, f"{page.name} names {member} in {name}, which is not there"
 
 
-def commands(page: Path) -> list[tuple[str, str]]:
-    """(what is run, its arguments) of every Python command and script that a page shows."""
+def commands(page: Path, blocks: bool = False) -> list[tuple[str, str]]:
+    """(what is run, its arguments) of every Python command and script that a page shows.
+
+    `blocks` are those in blocks of code alone, not those in sentences.
+    """
     text = page.read_text().replace("\\\n", " ")
+    if blocks:
+        text = "\n".join(re.findall(r"```.*?```", text, flags=re.S))
     runs = r"(?:python -m (vcm_jax[\w.]*)|(?:python|bash|sbatch) ((?:benchmarks|launch)/\w+\.\w+))"
     found = re.findall(runs + r"([^`\n|;#]*)", text)
     return [(module or script, arguments) for module, script, arguments in found]
@@ -124,6 +129,27 @@ def test_commands_and_their_flags_exist(page):
         for flag in FLAG.findall(arguments):
             if not flag.startswith("config."):
                 assert flag in known, f"{page.name}: {name} has no flag --{flag}"
+
+
+def required_flags(path: Path) -> set[str]:
+    """Flags that a command cannot go without, of those that its own file defines."""
+    if path.suffix != ".py":
+        return set()
+    definitions = filter(is_definition, ast.walk(ast.parse(path.read_text())))
+    return {
+        definition.args[0].value.removeprefix("--")
+        for definition in definitions
+        if any(k.arg == "required" and k.value.value for k in definition.keywords)
+    }
+
+
+@pages
+def test_commands_have_the_flags_that_they_need(page):
+    """Commands in sentences may be sketches, but not those of measurements."""
+    measured = [found for found in commands(page) if found[0].startswith("benchmarks")]
+    for name, arguments in measured + commands(page, blocks=True):
+        missing = required_flags(source_of(name)) - set(FLAG.findall(arguments))
+        assert not missing or "..." in arguments, f"{page.name}: {name}{arguments} lacks {missing}"
 
 
 @pages
