@@ -5,8 +5,8 @@
     python benchmarks/chips.py --times=3            # one row in three commands, for the spread
 
 It needs `pip install "jax[tpu]"`, up to 10 GB of memory, and minutes for each row. A row is one
-`python -m vcm_jax.main --dry_run`; docs/training.md explains what it prints. The last column has
-the seconds of compiling, and the CPU seconds of the whole command.
+`python -m vcm_jax.main --dry_run`; docs/training.md explains what it prints. Seconds are those of
+compiling, CPU seconds those of the whole command.
 """
 
 import argparse
@@ -34,8 +34,9 @@ ROWS = [
 ]
 MODELS = {"s16k": "small_16k", "l16k": "large_16k", "l44k": "large_44k"}
 HEADER = (
-    "| network | slice | batch | data x fsdp | remat | memory (GiB) of | arguments | temporaries "
-    "| code | collectives (MB per device and step) | TFLOP per step, and tiled | seconds, CPU |"
+    "| network | slice | batch | data x fsdp | remat | GiB of a chip's | arguments | temporaries "
+    "| code | collectives (MB per device and step) | TFLOP per step | with padding "
+    "| seconds | CPU seconds |"
 )
 
 
@@ -79,8 +80,8 @@ def row(text: str, cpu: float, config, topology, batch, data, fsdp, remat) -> st
     cells = [
         *(MODELS[config], topology, str(batch), f"{data} x {fsdp}", remat),
         *(f"{memory[1]} of {memory[2]}", *parts, moved),
-        " ".join(filter(None, flops.groups())) if flops else "",
-        f"{seconds[1]}, {cpu:.0f}" if seconds else "refused",
+        *(cell or "" for cell in (flops.groups() if flops else (None, None))),
+        *((seconds[1], f"{cpu:.0f}") if seconds else ("refused", "")),
     ]
     return f"| {' | '.join(cells)} |"
 
