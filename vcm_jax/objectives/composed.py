@@ -15,18 +15,12 @@ def composed_passes(config: GuidedObjective) -> Passes:
 
 def composed_loss(
     u,
-    x0,
-    x1,
-    t,
-    s,
-    l,
-    cond,
-    null_cond,
-    is_null,
+    batch,
     config: GuidedObjective,
-    num_instant: int,
-    constrain,
     end_of,
+    *,
+    num_instant: int,
+    constrain=common.identity,
     guidance=None,
     target_u=None,
 ):
@@ -40,14 +34,15 @@ def composed_loss(
     differentiated pass.
 
     Args:
-      u, x0, x1, t, s, cond, null_cond, is_null, config, num_instant, constrain, guidance,
-        target_u: as `vcm_loss`'s.
-      l: times `B` between s and t.
+      u, config, num_instant, constrain, guidance, target_u: as `vcm_loss`'s.
+      batch: (x0, x1, t, s, l, cond, null_cond, is_null) of `vcm_loss`, with times l `B` between s
+        and t in place of lam.
       end_of: `end_of(t, l)` -> the end time that the network is given for a jump from t to l.
 
     Returns:
       As `vcm_loss`.
     """
+    x0, x1, t, s, l, cond, null_cond, is_null = batch
     n, batch_size = num_instant, x0.shape[0]
     common.check_rows(n, batch_size)
     x0, x1, t, s, l = map(common.at_least_float32, (x0, x1, t, s, l))

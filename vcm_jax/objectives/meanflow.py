@@ -56,21 +56,7 @@ class MeanFlowConfig(flow_maps.TimeDerivative, TargetGuidance):
 
 
 def meanflow_loss(
-    u,
-    x0,
-    x1,
-    t,
-    s,
-    lam,
-    cond,
-    null_cond,
-    is_null,
-    config: MeanFlowConfig,
-    *,
-    num_instant: int,
-    constrain=common.identity,
-    guidance=None,
-    target_u=None,
+    u, x0, x1, t, s, lam, cond, null_cond, is_null, config: MeanFlowConfig, **options
 ):
     """The MeanFlow loss: u is trained towards sg(v_g - (t - s) d/dt u(x_t, t, s)).
 
@@ -89,15 +75,8 @@ def meanflow_loss(
     Raises:
       ValueError: when `num_instant` is not within the batch.
     """
-    begun = flow_maps.begin(
-        u,
-        (x0, x1, t, s, lam, cond, null_cond, is_null),
-        config,
-        num_instant=num_instant,
-        constrain=constrain,
-        guidance=guidance,
-        target_u=target_u,
-    )
+    batch = (x0, x1, t, s, lam, cond, null_cond, is_null)
+    begun = flow_maps.begin(u, batch, config, **options)
     predicted = target = None
     if begun.has_jumps:
         predicted, target = eulerian(begun, config)

@@ -45,21 +45,7 @@ class ShortcutConfig(GuidedObjective):
 
 
 def shortcut_loss(
-    u,
-    x0,
-    x1,
-    t,
-    s,
-    lam,
-    cond,
-    null_cond,
-    is_null,
-    config: ShortcutConfig,
-    *,
-    num_instant: int,
-    constrain=common.identity,
-    guidance=None,
-    target_u=None,
+    u, x0, x1, t, s, lam, cond, null_cond, is_null, config: ShortcutConfig, **options
 ):
     """The shortcut loss: a jump of length 2d is trained towards two jumps of length d.
 
@@ -76,20 +62,5 @@ def shortcut_loss(
     def end_of(t, l):
         return jnp.where(t - l < 1.5 / config.finest, t, l)
 
-    return composed_loss(
-        u,
-        x0,
-        x1,
-        t,
-        s,
-        (t + s) / 2,
-        cond,
-        null_cond,
-        is_null,
-        config,
-        num_instant,
-        constrain,
-        end_of,
-        guidance,
-        target_u,
-    )
+    batch = (x0, x1, t, s, (t + s) / 2, cond, null_cond, is_null)
+    return composed_loss(u, batch, config, end_of, **options)

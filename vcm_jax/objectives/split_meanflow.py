@@ -41,21 +41,7 @@ class SplitMeanFlowConfig(GuidedObjective):
 
 
 def split_meanflow_loss(
-    u,
-    x0,
-    x1,
-    t,
-    s,
-    lam,
-    cond,
-    null_cond,
-    is_null,
-    config: SplitMeanFlowConfig,
-    *,
-    num_instant: int,
-    constrain=common.identity,
-    guidance=None,
-    target_u=None,
+    u, x0, x1, t, s, lam, cond, null_cond, is_null, config: SplitMeanFlowConfig, **options
 ):
     """The SplitMeanFlow loss: a jump is trained towards two jumps that meet at l = t + (s - t) lam.
 
@@ -66,24 +52,5 @@ def split_meanflow_loss(
     """
     t, s, lam = map(common.at_least_float32, (t, s, lam))
 
-    def end_of(t, l):
-        del t
-        return l
-
-    return composed_loss(
-        u,
-        x0,
-        x1,
-        t,
-        s,
-        t + (s - t) * lam,
-        cond,
-        null_cond,
-        is_null,
-        config,
-        num_instant,
-        constrain,
-        end_of,
-        guidance,
-        target_u,
-    )
+    batch = (x0, x1, t, s, t + (s - t) * lam, cond, null_cond, is_null)
+    return composed_loss(u, batch, config, lambda t, l: l, **options)
