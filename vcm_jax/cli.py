@@ -99,6 +99,18 @@ def define_run_flags(required: bool = True) -> None:
     flags.DEFINE_integer("checkpoint", None, "Training step of the checkpoint (the latest).")
 
 
+def define_weight_flags() -> None:
+    """--dtype, --codec and --encoders, of the commands that make sound."""
+    flags.DEFINE_enum(
+        "dtype",
+        None,
+        ["bfloat16", "float32"],
+        "Of weights and activations (float32 on CPUs, otherwise bfloat16).",
+    )
+    flags.DEFINE_string("codec", None, "Codec folder (the run's own), e.g. with another vocoder.")
+    flags.DEFINE_string("encoders", None, "Folder of CLIP's and Synchformer's weights.")
+
+
 def define_duration(default: float, text: str) -> None:
     """--duration in seconds: 0 or more, and finite."""
     flags.DEFINE_float("duration", default, text)

@@ -19,7 +19,14 @@ from absl import flags
 from tqdm import tqdm
 
 from vcm_jax import sampling
-from vcm_jax.cli import LEFT_OUT, define_duration, define_run_flags, heading, run
+from vcm_jax.cli import (
+    LEFT_OUT,
+    define_duration,
+    define_run_flags,
+    define_weight_flags,
+    heading,
+    run,
+)
 from vcm_jax.generation.finish import Finish
 from vcm_jax.generation.outputs import VIDEO_FORMATS, generate_files, is_folder, plan
 from vcm_jax.generation.records import generate_records
@@ -84,14 +91,7 @@ def define_flags():
     flags.DEFINE_integer("seed", 0, "Seed of the noise, any integer.")
     flags.DEFINE_list("seeds", [], "Several seeds, 0,1,2: a take of each.")
     heading("Weights")
-    flags.DEFINE_enum(
-        "dtype",
-        None,
-        ["bfloat16", "float32"],
-        "Of weights and activations (float32 on CPUs, otherwise bfloat16).",
-    )
-    flags.DEFINE_string("codec", None, "Codec folder (the run's own), e.g. with another vocoder.")
-    flags.DEFINE_string("encoders", None, "Folder of CLIP's and Synchformer's weights.")
+    define_weight_flags()
     flags.DEFINE_float("sigma_rel", None, "Width of the EMA weights (the run's first).")
 
 

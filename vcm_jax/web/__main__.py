@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from absl import flags
 
-from vcm_jax.cli import define_run_flags, heading, run
+from vcm_jax.cli import define_run_flags, define_weight_flags, heading, run
 from vcm_jax.media.clips import list_clips
 
 _SHOWN = 5  # examples
@@ -29,14 +29,7 @@ def define_flags():
     define_run_flags(required=False)
     flags.DEFINE_string("model", None, "Public weights instead: their name, or a folder of files.")
     flags.DEFINE_string("other", None, "Another run, or other public weights, to compare with.")
-    flags.DEFINE_enum(
-        "dtype",
-        None,
-        ["bfloat16", "float32"],
-        "Of weights and activations (float32 on CPUs, otherwise bfloat16).",
-    )
-    flags.DEFINE_string("codec", None, "Codec folder (the run's own), e.g. with another vocoder.")
-    flags.DEFINE_string("encoders", None, "Folder of CLIP's and Synchformer's weights.")
+    define_weight_flags()
     flags.DEFINE_bool(
         "low_memory", False, "Load public weights' encoders, network and codec for each job."
     )
