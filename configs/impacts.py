@@ -7,12 +7,14 @@ makes the data and runs everything. The training alone is
     XLA_FLAGS=--xla_force_host_platform_device_count=2 \\
         python -m vcm_jax.main --config=configs/impacts.py --workdir=runs/impacts
 
---config=configs/impacts.py:soflow trains with another objective, see `configs/s16k.py`. None beats
-vcm clearly in one step (three seeds, docs/results.md). improved_meanflow comes closest to the true
-spectra in four steps (distance 1.86, vcm 2.18), with slightly worse timing (F1 0.934, vcm 0.943).
+--config=configs/impacts.py:soflow trains with another objective, see `configs/s16k.py`. Two beat
+vcm in parts (five seeds, docs/results.md). In one step alpha_flow comes closer to the true spectra
+(distance 1.93, vcm 2.33) and has more materials right (78%, vcm 73%); its timing is worse, above
+all in four steps (F1 0.915, vcm 0.942). improved_meanflow is a little ahead of vcm in one step (F1
+0.937 and 0.929, distance 2.10 and 2.33, material 76 and 73%), and in four but for timing.
 
-Cost: 9 minutes on two CPU cores (110 samples/s).
-Expected on 200 test clips: onset F1 0.92 in one step and 0.93 in four, material 72 to 77%. The
+Cost: 5 to 9 minutes for the training alone on two CPU cores (110 to 180 samples/s).
+Expected on 200 test clips: onset F1 0.92 in one step and 0.94 in four, material 72 to 77%. The
 true sound scores 0.99 and 97%, and sound for another clip's video 0.26 and 22%.
 """
 
