@@ -25,7 +25,7 @@ from vcm_jax.impacts.scene import MATERIALS, SPLITS
 
 def define_flags() -> None:
     flags.DEFINE_string("out", None, "Folder to write to.", required=True)
-    for split, count in zip(SPLITS, (2400, 100, 200)):
+    for split, count in {"train": 2400, "val": 100, "test": 200}.items():
         flags.DEFINE_integer(split, count, f"Number of {split} clips.", lower_bound=0)
     flags.DEFINE_float("duration", 2.56, "Seconds per clip.", lower_bound=0.5)
     flags.DEFINE_integer("seed", 0, "Another seed gives other clips.", lower_bound=0)
