@@ -181,7 +181,8 @@ def entry_config(entry: Entry):
     for key, value in overrides(entry).items():
         config.update_from_flattened_dict({key: value})
     for key, text in entry.settings.items():
-        kind = config.get_type(key)
+        *path, name = key.split(".")
+        kind = functools.reduce(getattr, path, config).get_type(name)
         config.update_from_flattened_dict({key: text if kind is str else ast.literal_eval(text)})
     return config
 
@@ -206,7 +207,8 @@ def num_steps(entry: Entry, measured: dict, minutes: float, samples: int) -> int
       ValueError: when its step was not measured.
     """
     if samples:
-        return max(1, round(samples / load_config(entry.file).batch_size))
+        batch = entry.settings.get("batch_size", load_config(entry.file).batch_size)
+        return max(1, round(samples / int(batch)))
     if entry.name not in measured:
         raise ValueError(f"{entry.out}/steps.json has no {entry.name}: --stage=measure comes first")
     return max(1, round(60 * minutes / measured[entry.name]["seconds"]))

@@ -49,7 +49,7 @@ def tables(results, truth, measured, base: str) -> list[tuple[str, list[list[str
         if name in measured:
             m, b = measured[name], measured.get(base, measured[name])
             flops = ["", ""]
-            if m["flops"]:
+            if m["flops"] and b["flops"]:
                 flops = [f"{m['flops'] / 1e9:.1f}", f"{m['flops'] / b['flops']:.2f}"]
             time = [f"{1000 * m['seconds']:.0f}", f"{m['seconds'] / b['seconds']:.2f}"]
             memory = m["temporary_bytes"]

@@ -61,6 +61,8 @@ RESUME_HINT = "run the same command again to resume"
 def main(argv):
     if argv[1:]:
         raise app.UsageError(f"not understood: {' '.join(argv[1:])} (flags begin with --)")
+    if FIT.value and not DRY_RUN.value:
+        raise app.UsageError("--fit is for --dry_run")
     cli.show_ours()
     try:
         distributed.initialize(PEER_TIMEOUT.value)

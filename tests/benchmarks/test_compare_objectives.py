@@ -57,6 +57,14 @@ def test_overlapping_rows_see_synchformer_s_times():
     np.testing.assert_allclose(found, wanted, atol=1e-6)
 
 
+def test_settings_of_a_config(tmp_path, monkeypatch):
+    monkeypatch.setattr(compare, "overrides", lambda entry: {})
+    text = "configs/impacts.py:vcm optimizer.learning_rate=7e-4 batch_size=64 dtype=bfloat16"
+    config = compare.entry_config(compare.Entry(text, 0, tmp_path))
+    assert (config.optimizer.learning_rate, config.batch_size) == (7e-4, 64)
+    assert config.dtype == "bfloat16"
+
+
 def test_names_and_the_report_of_what_is_scored(tmp_path):
     configs = ["configs/impacts.py:vcm", "configs/impacts.py:flow_matching"]
     configs.append("configs/ablations.py:base=impacts,lambda_end=1/250")
@@ -70,6 +78,8 @@ def test_names_and_the_report_of_what_is_scored(tmp_path):
     tuned = compare.Entry("configs/impacts.py:reflow optimizer.learning_rate=7e-4", 1, tmp_path)
     assert tuned.file == "configs/impacts.py:reflow" and tuned.learns_from_teacher
     assert tuned.settings == {"optimizer.learning_rate": "7e-4"}
+    larger = compare.Entry("configs/impacts.py:vcm batch_size=64", 0, tmp_path)
+    assert compare.num_steps(larger, {}, 0, 6400) == 100
     assert tuned.workdir.name == "reflow_optimizer.learning_rate=7e-4-1"
     with pytest.raises(ValueError, match="no run is scored yet"):
         compare.write_report(entries, tmp_path, "note")

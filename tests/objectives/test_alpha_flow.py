@@ -89,6 +89,11 @@ def test_the_schedule():
     assert make_settings("alpha_flow").draw(jax.random.key(0), 4, 1, 0, 100)[2] == 1
 
 
+def test_a_schedule_that_ends_before_it_begins():
+    with pytest.raises(ValueError, match="alpha_start 0.8 is after objective.alpha_end 0.2"):
+        make_settings("alpha_flow", alpha_start=0.8, alpha_end=0.2)
+
+
 def test_passes():
     assert rows_of_passes("alpha_flow") == [6, 8, 2, 2, 2]
     assert rows_of_passes("alpha_flow", **UNGUIDED) == [6, 2, 2]

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from vcm_jax.models.adapter import AdapterConfig
+from vcm_jax.objectives import make_settings
 from vcm_jax.objectives.flow_matching import FlowMatchingConfig
 from vcm_jax.objectives.shortcut import ShortcutConfig
 from vcm_jax.training.rows import StepConfig, anneal
@@ -118,7 +119,7 @@ def test_jumps_grow_to_their_full_length():
         np.testing.assert_allclose(found[:3], (t - share * (t - s))[:3], rtol=1e-6)
         assert found[3] <= t[3] - 0.99e-4, "a jump has a length"
     assert anneal(t, s, 1, 0, 0) is s
-    for objective in (FlowMatchingConfig(), ShortcutConfig()):
+    for objective in (FlowMatchingConfig(), ShortcutConfig(), make_settings("consistency")):
         with pytest.raises(ValueError, match=f"anneal_steps .* {objective.name} does not have"):
             StepConfig(steps=5, objective=objective, anneal_steps=2)
     assert StepConfig(steps=5, anneal_steps=2).anneal_steps == 2

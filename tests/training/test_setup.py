@@ -17,6 +17,7 @@ from small_runs import (
     write_records,
 )
 
+from vcm_jax.devices import sharding
 from vcm_jax.features.encoders import WeightsFreeEncoders
 from vcm_jax.generation.run import load_run
 from vcm_jax.interop import import_network
@@ -338,3 +339,11 @@ def test_ablations_change_one_setting():
     ):
         with pytest.raises(ValueError, match=message):
             load_config("ablations", text)
+
+
+def test_the_rows_of_a_microbatch_suit_the_objective():
+    mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    step = setup.StepConfig(steps=5, objective=make_settings("imm"))
+    setup.check_batch(step, 16, mesh, 1)
+    with pytest.raises(ValueError, match="groups of objective.group = 4 rows: the 6 rows"):
+        setup.check_batch(step, 16, mesh, 2)

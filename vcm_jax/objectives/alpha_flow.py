@@ -44,6 +44,14 @@ class AlphaFlowConfig(flow_maps.TimeDerivative, GuidedObjective):
     clamp: float = setting(0.0, number(0))
     reduction: str = setting("mean", choice("mean", "sum"))
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.alpha_start > self.alpha_end:
+            raise ValueError(
+                f"objective.alpha_start {self.alpha_start} is after objective.alpha_end "
+                f"{self.alpha_end}: alpha falls from 1 to 0 between them"
+            )
+
     def loss(self, u, *batch, **options):
         return alpha_flow_loss(u, batch, self, **options)
 

@@ -91,6 +91,10 @@ class Objective:
         """How many rows of a batch have s = t; they come first."""
         return batch_size if self.instant_only else round(self.instant_ratio * batch_size)
 
+    def check_rows(self, num_instant: int, batch_size: int) -> None:
+        """Raises ValueError for a batch, or microbatch, whose rows the loss cannot take."""
+        del num_instant, batch_size
+
     def draw(self, key, batch_size: int, num_instant: int, step, steps: int):
         """The times of a batch: (t, s, lam), with t and s float32 `B`.
 

@@ -42,6 +42,14 @@ class IMMConfig(GuidedObjective):
     halvings: int = setting(12, integer(1, 30))
     weight_shift: float = setting(4.0, number())
 
+    def check_rows(self, num_instant: int, batch_size: int) -> None:
+        later = batch_size - num_instant
+        if later % self.group:
+            raise ValueError(
+                f"imm compares groups of objective.group = {self.group} rows: the {later} rows "
+                "with s < t of a batch (or microbatch) do not divide into them"
+            )
+
     def loss(self, u, *batch, **options):
         return imm_loss(u, batch, self, **options)
 
@@ -107,12 +115,8 @@ def imm_loss(u, batch, config: IMMConfig, **options):
     x0, x1, t, s, *rest = batch
     n, size = options["num_instant"], config.group
     common.check_rows(n, x0.shape[0])
-    count, left = divmod(x0.shape[0] - n, size)
-    if left:
-        raise ValueError(
-            f"imm compares groups of objective.group = {size} rows: the {count * size + left} rows "
-            "with s < t of a batch (or microbatch) do not divide into them"
-        )
+    config.check_rows(n, x0.shape[0])
+    count = (x0.shape[0] - n) // size
     t, s = (jnp.concatenate([time[:n], jnp.repeat(time[n::size], size)]) for time in (t, s))
     t = jnp.where(jnp.arange(len(t)) < n, t, jnp.minimum(t, LAST))
     begun = flow_maps.begin(u, (x0, x1, t, s, *rest), config, **options)

@@ -226,19 +226,25 @@ def fitting_remat(config: ConfigDict, setup: Setup) -> str:
 
 
 def _unit(config: ConfigDict, setup: Setup) -> int:
-    """The smallest batch whose rows of both kinds the mesh and the microbatches divide."""
+    """The smallest batch whose rows of both kinds the mesh and the microbatches divide.
+
+    Its multiples can be trained, too.
+    """
     parts = _parts(config, setup)
     fallback = None
     for size in range(parts, 65 * parts, parts):
         try:
-            check_batch(setup.step, size, setup.mesh, config.accumulate)
+            for multiple in range(size, 9 * size, size):
+                check_batch(setup.step, multiple, setup.mesh, config.accumulate)
         except ValueError:
             continue
         fallback = fallback or size
         if setup.step.num_instant(size) % parts == 0:
             return size
     if fallback is None:
-        raise SetupError(f"config.accumulate {config.accumulate} divides no batch")
+        raise SetupError(
+            f"config.accumulate {config.accumulate} and the objective's rows divide no batch"
+        )
     return fallback
 
 

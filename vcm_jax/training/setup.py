@@ -312,7 +312,10 @@ def _read_topology(config: ConfigDict, dry_run: bool) -> Topology | None:
 
 
 def check_batch(step: StepConfig, batch_size: int, mesh, accumulate: int) -> None:
-    """Raises ValueError if devices and microbatches do not divide a batch and its s = t rows."""
+    """Raises ValueError if devices and microbatches do not divide a batch and its s = t rows.
+
+    Also if the objective cannot take the rows of a microbatch.
+    """
     sharding.check_batch_size(batch_size, mesh, accumulate)
     instant = step.num_instant(batch_size)
     if instant % accumulate:
@@ -320,6 +323,7 @@ def check_batch(step: StepConfig, batch_size: int, mesh, accumulate: int) -> Non
             f"config.accumulate {accumulate} does not divide the {instant} rows with s = t of "
             f"batch_size {batch_size}"
         )
+    step.objective.check_rows(instant // accumulate, batch_size // accumulate)
 
 
 def initial_stats(setup: Setup) -> dict[str, np.ndarray]:
