@@ -141,3 +141,12 @@ def test_a_real_program_of_this_version_of_xla():
     assert found["all-gather", ("fsdp",)] in (16 * 16 * 4, 5 * 16 * 16 * 4)  # once, or each time
     assert found["all-reduce", ("data",)] == 4
     assert hlo.product_flops(computations) == 5 * 2 * 4 * 16 * 16
+
+
+def test_of_the_branches_of_a_condition_one_runs():
+    def step(chosen, x):
+        return jax.lax.cond(chosen, lambda x: x @ x, lambda x: x @ x @ x @ x, x)
+
+    arguments = jax.ShapeDtypeStruct((), bool), jax.ShapeDtypeStruct((64, 64), jnp.float32)
+    computations = hlo.parse(jax.jit(step).lower(*arguments).compile().as_text())
+    assert hlo.product_flops(computations) == (1 + 3) / 2 * 2 * 64**3

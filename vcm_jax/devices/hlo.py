@@ -1,7 +1,8 @@
 """What a compiled program does, read from its text: collectives, products, and how often.
 
 XLA's own analysis counts the body of a loop once, and says nothing about communication. Here each
-instruction counts as often as the loops around it run.
+instruction counts as often as the loops around it run, and the branches of a condition as their
+mean, since one of them runs.
 """
 
 import dataclasses
@@ -133,7 +134,10 @@ def parse(text: str) -> list[Computation]:
             if instruction.opcode.endswith(("-done", "-update")):
                 continue  # of what has started elsewhere
             inner = times * (_trips(instruction, found) if instruction.opcode == "while" else 1)
-            for computation in _called(instruction, found):
+            called = _called(instruction, found)
+            if instruction.opcode == "conditional":
+                inner /= max(1, len(called))
+            for computation in called:
                 visit(computation, inner)
 
     visit(entry, 1)
