@@ -7,11 +7,11 @@ makes the data and runs everything. The training alone is
     XLA_FLAGS=--xla_force_host_platform_device_count=2 \\
         python -m vcm_jax.main --config=configs/impacts.py --workdir=runs/impacts
 
---config=configs/impacts.py:soflow trains with another objective, see `configs/s16k.py`. Two beat
-vcm in parts (five seeds, docs/results.md). In one step alpha_flow comes closer to the true spectra
-(distance 1.93, vcm 2.33) and has more materials right (78%, vcm 73%); its timing is worse, above
-all in four steps (F1 0.915, vcm 0.942). improved_meanflow is a little ahead of vcm in one step (F1
-0.937 and 0.929, distance 2.10 and 2.33, material 76 and 73%), and in four but for timing.
+--config=configs/impacts.py:soflow trains with another objective, see `configs/s16k.py`. With equal
+samples and five seeds (docs/results.md) alpha_flow comes closer to the true spectra in one step
+than vcm (distance to 1,000 clips 1.93, vcm 2.33), and its materials are recognised more often (78%,
+vcm 73%). Its timing in four steps is worse (F1 0.915, vcm 0.942). improved_meanflow is a little
+ahead in one step (F1 0.937, vcm 0.929; distance 2.10; material 76%).
 
 Cost: 5 to 9 minutes for the training alone on two CPU cores (110 to 180 samples/s).
 Expected on 200 test clips: onset F1 0.92 in one step and 0.94 in four, material 72 to 77%. The
