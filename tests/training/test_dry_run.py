@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from small_runs import make_config
 
+from configs import s16k
 from vcm_jax.training import dry_run, loop, setup
 
 GIB = 2**30
@@ -56,6 +57,21 @@ def test_the_largest_batch_is_found_within_a_sixteenth(data, monkeypatch, capaci
     with pytest.raises(setup.SetupError, match="no batch fits: 16 samples take"):
         capacity = 4
         dry_run.largest_batch(config, found)
+
+
+def test_multiples_of_the_smallest_batch_have_whole_groups(data):
+    config = s16k.for_cpu("imm")
+    config.update_from_flattened_dict({"batch_size": 160, "model": "demo", "mesh.data": 1})
+    config.mesh.fsdp, config.objective.instant_ratio = 8, 0.35  # 24 rows will do, 48 will not
+    found = setup.read_setup(config, without_data=True)
+    unit = dry_run._unit(config, found)
+    assert [(n - found.step.num_instant(n)) % 4 for n in range(unit, 20 * unit, unit)] == [0] * 19
+
+
+def test_fit_is_for_dry_runs():
+    command = [sys.executable, "-m", "vcm_jax.main", "--config=small", "--workdir=none", "--fit"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1 and "--fit is for --dry_run" in done.stderr
 
 
 def test_a_setting_of_remat_that_fits_is_found(data, monkeypatch):

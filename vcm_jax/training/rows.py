@@ -45,8 +45,8 @@ class StepConfig:
         if not integer(1).holds(self.steps):
             raise ValueError(f"steps must be at least 1, not {self.steps}")
         settings.check(self, "objective")
-        fixed = self.objective.instant_only or self.objective.to_data
-        fixed = fixed or self.objective.name in ("shortcut", "twinflow")
+        kind = self.objective
+        fixed = kind.instant_only or kind.to_data or kind.name in ("shortcut", "twinflow")
         if self.anneal_steps and fixed:
             raise ValueError(
                 f"objective.anneal_steps shortens jumps to any length, which {self.objective.name} "
