@@ -33,7 +33,12 @@ NAN, INF = float("nan"), float("inf")
         (number(above=0, high=1), "in (0, 1]", [1, 0.1], [0, 1.1]),
         (integer(), "an integer", [-3, 0, np.int64(2)], [1.0, "1", True, None]),
         (integer(1), "an integer >= 1", [1, 7], [0, 1.5]),
-        (power_of_two(2), "a power of 2, >= 2", [2, 4, 128], [1, 3, 96, 0, -2, 4.0]),
+        (
+            power_of_two(2, 128),
+            "a power of 2 in [2, 128]",
+            [2, 4, 128],
+            [1, 3, 96, 0, -2, 4.0, 256],
+        ),
         (choice("a", "b"), "one of a, b", ["a", "b"], ["c", "", None, 1]),
         (TEXT, "a string", ["", "x"], [None, 1]),
         (

@@ -75,14 +75,14 @@ def integer(low=None, high=None) -> Range:
     return Range(f"an integer {text}".rstrip(), holds)
 
 
-def power_of_two(low: int) -> Range:
-    """Powers of 2 from `low` on."""
-    whole = integer(low)
+def power_of_two(low: int, high: int) -> Range:
+    """Powers of 2 from `low` to `high`."""
+    whole = integer(low, high)
 
     def holds(value) -> bool:
         return whole.holds(value) and value & (value - 1) == 0
 
-    return Range(f"a power of 2, >= {low}", holds)
+    return Range(f"a power of 2 in [{low}, {high}]", holds)
 
 
 def choice(*names: str) -> Range:

@@ -106,6 +106,10 @@ def test_names_and_the_report_of_what_is_scored(tmp_path):
     assert "| vcm | 0.700 ± 0.141 | 0.700 ± 0.141 |" in text
     assert "| flow_matching, unguided | 0.250 |" in text and "lambda_end" not in text
     assert "| vcm | 300 | 3.00 | 6.0 | 1.50 | 4 | 2.00 | 7 | 2 |" in text
+    steps["flow_matching"]["flops"] = None  # as of a run with a teacher
+    compare.write_json(tmp_path / "steps.json", steps)
+    compare.write_report(entries, tmp_path, "note")
+    assert "| vcm | 300 | 3.00 |  |  | 4 |" in (tmp_path / "comparison.md").read_text()
     assert "a &lt;note&gt;" in page and "<td>0.700 ± 0.141</td>" in page
     assert json.loads((tmp_path / "steps.json").read_text()) == steps
     assert (tmp_path / "comparison.png").stat().st_size > 1000

@@ -7,7 +7,9 @@ import pytest
 from vcm_jax.devices import topology
 
 
-@pytest.mark.parametrize("name", ["v9:2x2", "b300x8", "h100", "h100x0", "v5e-16", "v5e:4", "tpu"])
+@pytest.mark.parametrize(
+    "name", ["v9:2x2", "0xv5e:4x4", "b300x8", "h100", "h100x0", "v5e-16", "v5e:4", "tpu"]
+)
 def test_names_that_are_not_known_are_answered_with_those_that_are(name):
     with pytest.raises(topology.TopologyError) as error:
         topology.describe(name)

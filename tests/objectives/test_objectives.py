@@ -163,3 +163,17 @@ def test_the_flow_of_these_tests_is_the_flow_of_the_other_tests():
             FLOW.average(x, t, s, None),
             plain.average_velocity(x, t[:, None, None], s[:, None, None]),
         )
+
+
+@pytest.mark.parametrize(
+    "name, settings",
+    [
+        ("shortcut", {}),
+        ("split_meanflow", {}),
+        ("lagrangian", {}),
+        ("align_your_flow", {"kind": "lmd"}),
+    ],
+)
+def test_jumps_that_learn_from_the_network_alone_need_rows_of_data(name, settings):
+    with pytest.raises(ValueError, match=r"instant_ratio must be (in \(0, 1\]|above 0)"):
+        make_settings(name, instant_ratio=0.0, **settings)

@@ -56,5 +56,7 @@ def test_the_grid_of_jumps():
 
 
 def test_settings_out_of_range():
-    with pytest.raises(ValueError, match="objective.finest must be a power of 2, >= 2, not 96"):
+    with pytest.raises(
+        ValueError, match="objective.finest must be a power of 2 in .2, 4096., not 96"
+    ):
         make_settings("shortcut", finest=96)

@@ -73,7 +73,7 @@ KNOWN = (
     f"a TPU slice such as v5e:4x4 ({', '.join(TPU_MEMORY)}; 2xv5e:4x4 is two slices), "
     f"or GPUs such as h100x8 ({', '.join(GPUS)})"
 )
-_TPU_NAME = re.compile(r"(?:(\d+)x)?([a-z]+\d+[a-z]*):(\d+(?:x\d+){1,2})")
+_TPU_NAME = re.compile(r"(?:([1-9]\d*)x)?([a-z]+\d+[a-z]*):(\d+(?:x\d+){1,2})")
 _GPU_NAME = re.compile(r"([a-z]+\d+)x(\d+)")
 
 

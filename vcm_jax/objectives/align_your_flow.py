@@ -58,6 +58,11 @@ class AlignYourFlowConfig(flow_maps.TimeDerivative, GuidedObjective):
                     f"objective.{name} must be {value} with objective.teacher, whose velocity the "
                     f"targets take, not {getattr(self, name):g}"
                 )
+        if self.kind == "lmd" and not self.teacher and not self.instant_ratio:
+            raise ValueError(
+                "objective.instant_ratio must be above 0 with objective.kind=lmd and without a "
+                "teacher: nothing else would learn from the data"
+            )
 
     @property
     def teacher_velocity(self) -> str:

@@ -38,7 +38,8 @@ class LagrangianConfig(flow_maps.TimeDerivative, GuidedObjective):
     mix_ratio: float = setting(1.0, number(0, 1))
     guidance_interval: tuple[float, float] = setting((0.0, 1.0), TIME_INTERVAL)
     p: float = setting(0.0, number(0))
-    instant_ratio: float = setting(0.5, number(0, 1))
+    # Its jumps learn from the network alone: without rows with s = t, zero would be a solution.
+    instant_ratio: float = setting(0.5, number(above=0, high=1))
     double_backward: bool = setting(True, BOOLEAN)
     times: str = setting("sorted", choice("sorted", "gap"))
     gap_mean: float = setting(-0.8, number())

@@ -28,7 +28,9 @@ class ShortcutConfig(GuidedObjective):
 
     name = "shortcut"
     p: float = setting(0.0, number(0))
-    finest: int = setting(128, power_of_two(2))
+    # Its jumps learn from the network alone: without rows with s = t, zero would be a solution.
+    instant_ratio: float = setting(0.75, number(above=0, high=1))
+    finest: int = setting(128, power_of_two(2, 2**12))  # 1e-4 is the shortest jump of others
 
     def loss(self, u, *batch, **options):
         return shortcut_loss(u, *batch, self, **options)

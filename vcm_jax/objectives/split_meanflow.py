@@ -27,6 +27,8 @@ class SplitMeanFlowConfig(GuidedObjective):
 
     name = "split_meanflow"
     p: float = setting(0.0, number(0))
+    # Its jumps learn from the network alone: without rows with s = t, zero would be a solution.
+    instant_ratio: float = setting(0.75, number(above=0, high=1))
 
     def loss(self, u, *batch, **options):
         return split_meanflow_loss(u, *batch, self, **options)
