@@ -125,11 +125,15 @@ def parse_flags(argv):
         line = str(error).strip().splitlines()[-1].strip().removeprefix("ValueError: ")
         sys.exit(f"error: {line}")
     except (AttributeError, KeyError, OSError) as error:
+        while error.args and isinstance(error.args[-1], Exception):
+            error = error.args[-1]
         lines = str(error.args[-1] if error.args else error).split("\n")
         text = " ".join(line.strip() for line in lines if line.strip())
-        key = text.strip("'\"")
+        key, _, guess = text.partition(" Did you mean ")
+        key = key.strip("'\"")
         if given := [arg for arg in argv if arg.startswith("--config.") and f".{key}" in arg]:
             text = f"{given[0]}: this config has no {key}"
+            text += f". Did you mean {guess}" if guess else ""
         sys.exit(f"error: config: {text}")
 
 

@@ -68,10 +68,17 @@ def test_multiples_of_the_smallest_batch_have_whole_groups(data):
     assert [(n - found.step.num_instant(n)) % 4 for n in range(unit, 20 * unit, unit)] == [0] * 19
 
 
-def test_fit_is_for_dry_runs():
-    command = [sys.executable, "-m", "vcm_jax.main", "--config=small", "--workdir=none", "--fit"]
+@pytest.mark.parametrize(
+    "flag, message",
+    [
+        ("--fit", "--fit is for --dry_run"),
+        ("--config.stepss=1", '--config.stepss=1: this config has no stepss. Did you mean "steps"'),
+    ],
+)
+def test_flags_that_will_not_do(flag, message):
+    command = [sys.executable, "-m", "vcm_jax.main", "--config=small", "--workdir=none", flag]
     done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 1 and "--fit is for --dry_run" in done.stderr
+    assert done.returncode == 1 and message in done.stderr and "\\" not in done.stderr
 
 
 def test_a_setting_of_remat_that_fits_is_found(data, monkeypatch):
