@@ -56,6 +56,12 @@ def test_the_discrepancy_by_hand():
     np.testing.assert_allclose(loss, expected, rtol=1e-6)
 
 
+def test_the_weight_at_a_quarter():
+    """log SNR = 2 log 3 there, and b = 4."""
+    expected = 1 / (1 + 9 * np.exp(-4)) / (0.25 * (0.75**2 + 0.25**2))
+    np.testing.assert_allclose(time_weight(np.float32(0.25), 4.0), expected, rtol=1e-6)
+
+
 def test_a_group_that_collapses_to_one_point_is_not_where_the_loss_is_least():
     """Equal means are not enough: the spread of the targets counts."""
     rng = np.random.default_rng(0)

@@ -76,6 +76,8 @@ def test_gaps_between_times():
     t, s, _ = ours.draw(jax.random.key(0), 40_000, 0, 0, 1)
     assert (t > s).all() and (t <= 1).all() and (s >= 0).all()
     np.testing.assert_allclose(np.median(t - s), 1 / (1 + np.exp(0.8)), atol=0.01)
+    long = t - s > 0.7
+    assert np.mean(t[long] > 0.999) < 0.05, "s is truncated, not clipped, below 1 - gap"
     short = t - s < 0.05  # s is hardly truncated there
     np.testing.assert_allclose(np.median(s[short]), 1 / (1 + np.exp(0.4)), atol=0.03)
 
